@@ -1,0 +1,1 @@
+"""What the three frameworks share: config, tokenizer, image processor, checkpoints. Imports no framework."""
