@@ -58,7 +58,7 @@ def bad_input(
     return kind(f"{rule}. Received: {text}. {fix}.")
 
 
-def one_of(field: str, received: object, allowed: Sequence[object]) -> ValueError:
+def one_of(field: str, received: object, allowed: Sequence[object]) -> Exception:
     """Builds the error for a value outside a fixed set of choices."""
     return bad_input(
         f"{field} must be one of {', '.join(map(repr, allowed))}", received, f"Pass one of these as {field}"

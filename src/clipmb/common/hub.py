@@ -16,7 +16,7 @@ class Source:
     """Where a checkpoint, config, tokenizer or processor comes from.
 
     Attributes:
-        name_or_path: A local folder (or, for single files, a file), or a hub id such as ``openai/clip-vit-base-patch32``.
+        name_or_path: A local folder, or a hub id such as ``openai/clip-vit-base-patch32``.
         subfolder: A folder inside it.
         revision: Branch, tag or commit on the hub.
         cache_dir: Where downloads are kept; huggingface_hub's default when None.
@@ -83,7 +83,7 @@ class Source:
         for name in names:
             if (path := self.find(name)) is not None:
                 return path
-        raise CheckpointError(f"{self} has none of the files {', '.join(names)}.{self._listing()}")
+        raise CheckpointError(f"{self} has none of the files {', '.join(names)}.{self.listing()}")
 
     def _listing(self) -> str:
         folder = self.folder

@@ -1,0 +1,136 @@
+"""Names of every dialect to canonical ones, and the strict check against what a head needs."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from clipmb.common.errors import CheckpointError
+from clipmb.common.parameters import HEADS, Spec, is_known
+
+# transformers 5 saves CLIPTextModel and CLIPVisionModel without the tower's prefix.
+_BARE = ("embeddings.", "encoder.layers.", "final_layer_norm.", "pre_layrnorm.", "post_layernorm.")
+_TEXT_ONLY = ("embeddings.token_embedding.", "final_layer_norm.")
+_VISION_ONLY = ("embeddings.class_embedding", "embeddings.patch_embedding.", "pre_layrnorm.", "post_layernorm.")
+
+
+@dataclass
+class LoadingInfo:
+    """How a file differed from the model.
+
+    Attributes:
+        missing_keys: Parameters that the file lacks; they were initialised anew.
+        unexpected_keys: Names in the file that no parameter of the model has, and no other head of CLIP either.
+        mismatched_keys: (name, shape in the file, shape in the model); they were initialised anew.
+    """
+
+    missing_keys: list[str] = field(default_factory=list)
+    unexpected_keys: list[str] = field(default_factory=list)
+    mismatched_keys: list[tuple[str, tuple[int, ...], tuple[int, ...]]] = field(default_factory=list)
+
+    def to_dict(self) -> dict[str, list]:
+        """Returns the lists as ``output_loading_info=True`` always gave them."""
+        return {**self.__dict__, "error_msgs": []}
+
+    @property
+    def initialised(self) -> list[str]:
+        """The parameters that did not come from the file."""
+        return [*self.missing_keys, *(name for name, _, _ in self.mismatched_keys)]
+
+
+def canonical_names(names: Iterable[str], head: str) -> dict[str, str]:
+    """Maps canonical names to those in a file, without the ``position_ids`` buffers of old files.
+
+    Raises:
+        CheckpointError: Two names in the file stand for the same parameter.
+    """
+    stripped = {name: name.removeprefix("clip.") for name in names}
+    tower = _bare_tower(stripped.values(), head)
+    found: dict[str, str] = {}
+    twice = []
+    for name, short in stripped.items():
+        if short.endswith("embeddings.position_ids"):
+            continue
+        canonical = f"{tower}.{short}" if tower and short.startswith(_BARE) else short
+        if canonical in found:
+            twice.append(f"{canonical}: {found[canonical]} and {name}")
+        found[canonical] = name
+    if twice:
+        raise CheckpointError("The file has two tensors for one parameter:", twice)
+    return found
+
+
+def _bare_tower(names: Iterable[str], head: str) -> str | None:
+    bare = [name for name in names if name.startswith(_BARE)]
+    if not bare:
+        return None
+    if any(name.startswith(_TEXT_ONLY) for name in bare):
+        return "text_model"
+    if any(name.startswith(_VISION_ONLY) for name in bare):
+        return "vision_model"
+    return "text_model" if HEADS[head][0] else "vision_model"
+
+
+def fit(
+    tensors: Mapping[str, np.ndarray],
+    table: Iterable[Spec],
+    head: str,
+    *,
+    origin: Any = "the checkpoint",
+    strict: bool = True,
+    ignore_mismatched_sizes: bool = False,
+) -> tuple[dict[str, np.ndarray], LoadingInfo]:
+    """Chooses the arrays of a head from the tensors of a file of any dialect.
+
+    Parameters of other heads are passed over; everything else that does not fit is an error, and all of it is reported
+    at once.
+
+    Args:
+        tensors: Name in the file to array.
+        table: `specs` of the head.
+        head: Key of `HEADS`.
+        origin: The file, for the message.
+        strict: Raise for missing and unexpected names.
+        ignore_mismatched_sizes: Leave parameters of another shape out instead of raising.
+
+    Returns:
+        Canonical name to array, for the parameters that the file has, and what differed.
+
+    Raises:
+        CheckpointError: Something is missing, unexpected, of another shape, or not floating-point.
+    """
+    names = canonical_names(tensors, head)
+    info, arrays, problems = LoadingInfo(), {}, []
+    own = {"text_model": HEADS[head][0], "vision_model": HEADS[head][1]}
+    for spec in table:
+        if spec.name not in names:
+            info.missing_keys.append(spec.name)
+            continue
+        array = tensors[names.pop(spec.name)]
+        if array.dtype.kind not in "fV":  # ml_dtypes' bfloat16 is of kind V
+            problems.append(f"not floating-point: {spec.name} is {array.dtype}")
+        elif array.shape == spec.shape or (spec.shape == () and array.shape == (1,)):
+            arrays[spec.name] = array.reshape(spec.shape)
+        else:
+            info.mismatched_keys.append((spec.name, array.shape, spec.shape))
+    info.unexpected_keys = [
+        name for canonical, name in names.items() if not is_known(canonical) or own.get(canonical.split(".")[0], False)
+    ]
+    if strict:
+        problems += [f"missing: {name}" for name in info.missing_keys]
+        problems += [f"unexpected: {name}" for name in info.unexpected_keys]
+    if not ignore_mismatched_sizes:
+        problems += [
+            f"shape: {name} is {got} in the file and {expected} in the model"
+            for name, got, expected in info.mismatched_keys
+        ]
+    if problems:
+        raise CheckpointError(
+            f"{origin} does not fit {head}. To initialise missing weights anew and pass over unexpected ones give "
+            "strict=False; for weights of another shape give ignore_mismatched_sizes=True. Problems:",
+            problems,
+        )
+    return arrays, info

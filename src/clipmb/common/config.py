@@ -1,0 +1,586 @@
+"""The configuration of the two towers and of the whole model, read from and written to ``config.json``."""
+
+from __future__ import annotations
+
+import copy
+import json
+import math
+import os
+from pathlib import Path
+from typing import Any, ClassVar, TypeVar
+
+from clipmb.common.errors import CheckpointError, bad_input, one_of
+from clipmb.common.hub import Source
+from clipmb.common.saving import Transaction
+
+CONFIG_NAME = "config.json"
+
+# Every activation that the former PyTorch models knew and that has no parameters of its own.
+ACTIVATIONS = (
+    "gelu", "gelu_10", "gelu_accurate", "gelu_fast", "gelu_new", "gelu_python", "gelu_python_tanh",
+    "gelu_pytorch_tanh", "laplace", "leaky_relu", "linear", "mish", "quick_gelu", "relu", "relu2", "relu6",
+    "sigmoid", "silu", "swish", "tanh",
+)  # fmt: skip
+
+_ATTENTIONS = ("eager", "sdpa")
+_PROBLEM_TYPES = ("regression", "single_label_classification", "multi_label_classification")
+
+ConfigT = TypeVar("ConfigT", bound="BaseConfig")
+
+
+class BaseConfig:
+    """What the three configs share: generic fields, dictionaries, files, comparison.
+
+    Keyword arguments that the class does not know become attributes and are written back.
+
+    Args:
+        dtype: Name of the dtype the weights were saved in ("float32", "bfloat16", …); ``torch_dtype`` is the same.
+        attn_implementation: "eager", "sdpa" (fused) or None for the default, which is fused.
+        output_attentions: Default of the argument of the same name.
+        output_hidden_states: Default of the argument of the same name.
+        return_dict: Default of the argument of the same name.
+        id2label: Class index to name; read only by image classification.
+        label2id: The inverse; made from ``id2label`` when missing.
+        num_labels: Number of classes; names are LABEL_0, … when ``id2label`` is missing.
+        problem_type: Which loss image classification uses.
+        **extra: Kept as attributes.
+
+    Raises:
+        ValueError: A value is impossible; the message names the field.
+    """
+
+    model_type: ClassVar[str] = ""
+    base_config_key: ClassVar[str] = ""
+
+    def __init__(self, **extra: Any) -> None:
+        legacy_dtype = extra.pop("torch_dtype", None)
+        self.dtype: str | None = _dtype_name(extra.pop("dtype", None) or legacy_dtype)
+        self.return_dict: bool = extra.pop("return_dict", True)
+        self.output_attentions: bool = extra.pop("output_attentions", False)
+        self.output_hidden_states: bool = extra.pop("output_hidden_states", False)
+        self.architectures: list[str] | None = extra.pop("architectures", None)
+        self.problem_type: str | None = extra.pop("problem_type", None)
+        if self.problem_type not in (None, *_PROBLEM_TYPES):
+            raise one_of("problem_type", self.problem_type, _PROBLEM_TYPES)
+        self._name_or_path: str = str(extra.pop("_name_or_path", None) or extra.pop("name_or_path", ""))
+        private = extra.pop("_attn_implementation", None)
+        self.attn_implementation = extra.pop("attn_implementation", None) or private
+        self._set_labels(extra.pop("id2label", None), extra.pop("label2id", None), extra.pop("num_labels", None))
+        extra.pop("model_type", None)
+        for name, value in extra.items():
+            setattr(self, name, value)
+
+    def _set_labels(self, id2label: Any, label2id: Any, num_labels: Any) -> None:
+        if num_labels is not None:
+            _require_count("num_labels", num_labels, minimum=0)
+        if id2label is not None and num_labels is not None and len(id2label) != num_labels:
+            raise bad_input(
+                "num_labels must be the number of entries of id2label",
+                f"num_labels={num_labels}, id2label with {len(id2label)} entries",
+                "Pass one of the two",
+                shown=True,
+            )
+        if id2label is None:
+            id2label = {i: f"LABEL_{i}" for i in range(2 if num_labels is None else num_labels)}
+        self.id2label: dict[int, str] = {int(key): value for key, value in id2label.items()}
+        self.label2id: dict[str, int] = (
+            {name: int(key) for name, key in label2id.items()}
+            if label2id is not None
+            else {name: key for key, name in self.id2label.items()}
+        )
+
+    @property
+    def num_labels(self) -> int:
+        """Number of classes of image classification."""
+        return len(self.id2label)
+
+    @num_labels.setter
+    def num_labels(self, value: int) -> None:
+        if value != self.num_labels:
+            self._set_labels(None, None, value)
+
+    @property
+    def torch_dtype(self) -> str | None:
+        """The former name of ``dtype``."""
+        return self.dtype
+
+    @torch_dtype.setter
+    def torch_dtype(self, value: Any) -> None:
+        self.dtype = _dtype_name(value)
+
+    @property
+    def attn_implementation(self) -> str | None:
+        """How attention is computed: "eager", "sdpa" (fused), or None for the default."""
+        return self._attn_implementation
+
+    @attn_implementation.setter
+    def attn_implementation(self, value: str | None) -> None:
+        if value not in (None, *_ATTENTIONS):
+            raise one_of("attn_implementation", value, _ATTENTIONS)
+        self._attn_implementation = value
+
+    @property
+    def use_return_dict(self) -> bool:
+        """The former name of ``return_dict``."""
+        return self.return_dict
+
+    @property
+    def name_or_path(self) -> str:
+        """Where the config was read from."""
+        return self._name_or_path
+
+    def to_dict(self) -> dict[str, Any]:
+        """Returns every field, with ``model_type``, as JSON values; the generic ones only where they deviate."""
+        fields = {key: copy.deepcopy(value) for key, value in self.__dict__.items() if not key.startswith("_")}
+        for key, default in _GENERIC_DEFAULTS.items():
+            if key in fields and fields[key] == default:
+                del fields[key]
+        if self.id2label == {i: f"LABEL_{i}" for i in range(2)}:
+            del fields["id2label"], fields["label2id"]
+        for key, value in fields.items():
+            if isinstance(value, BaseConfig):
+                fields[key] = value.to_dict()
+        fields["model_type"] = self.model_type
+        return fields
+
+    def to_diff_dict(self) -> dict[str, Any]:
+        """Returns the fields that differ from the class's defaults, with ``model_type``."""
+        defaults = type(self)().to_dict()
+        own = self.to_dict()
+        return {key: value for key, value in own.items() if key == "model_type" or value != defaults.get(key, ...)}
+
+    def to_json_string(self, use_diff: bool = False) -> str:
+        """Returns the text of ``config.json``: sorted keys, indented by 2, ending in a newline."""
+        fields = self.to_diff_dict() if use_diff else self.to_dict()
+        try:
+            return json.dumps(fields, indent=2, sort_keys=True) + "\n"
+        except TypeError as error:
+            raise bad_input(
+                "Config values must be JSON-serialisable", str(error), "Remove that value", TypeError
+            ) from None
+
+    def to_json_file(self, path: str | os.PathLike[str], use_diff: bool = False) -> None:
+        """Writes `to_json_string` to a file."""
+        Path(path).write_text(self.to_json_string(use_diff), encoding="utf-8")
+
+    def save_pretrained(self, folder: str | os.PathLike[str]) -> None:
+        """Writes ``config.json`` into a folder, which is made when it is missing."""
+        with Transaction(folder) as save:
+            save.write(CONFIG_NAME, self.to_json_string())
+
+    @classmethod
+    def from_dict(
+        cls: type[ConfigT], fields: dict[str, Any], *, return_unused_kwargs: bool = False, **changes: Any
+    ) -> Any:
+        """Builds a config from the content of a ``config.json``; ``changes`` override single fields.
+
+        Args:
+            fields: The content. The text and vision configs also accept that of a whole CLIP and take their part.
+            return_unused_kwargs: Return ``(config, unused)``, where the changes that name no field are left unused.
+            **changes: Fields to override; dictionaries given for a nested config change only the keys they name.
+
+        Raises:
+            ValueError: It is the config of another model, or a value is impossible.
+        """
+        fields = cls._own_part(copy.deepcopy(dict(fields)))
+        unused = {}
+        if return_unused_kwargs:
+            known = set(cls().__dict__) | set(fields) | {"torch_dtype", "num_labels", "attn_implementation"}
+            unused = {key: changes.pop(key) for key in list(changes) if key not in known}
+        for key, value in changes.items():
+            nested = fields.get(key)
+            fields[key] = {**nested, **value} if isinstance(nested, dict) and isinstance(value, dict) else value
+        if "torch_dtype" in changes:
+            fields.pop("dtype", None)
+        if "num_labels" in changes and "id2label" not in changes:
+            if len(fields.get("id2label") or ()) == changes["num_labels"]:
+                del fields["num_labels"]
+            else:
+                fields.pop("id2label", None)
+                fields.pop("label2id", None)
+        config = cls(**fields)
+        return (config, unused) if return_unused_kwargs else config
+
+    @classmethod
+    def _own_part(cls, fields: dict[str, Any]) -> dict[str, Any]:
+        kind = fields.get("model_type")
+        nested = fields.get(cls.base_config_key)
+        if cls.base_config_key and isinstance(nested, dict) and kind != cls.model_type:
+            generic = {key: fields[key] for key in ("dtype", "torch_dtype") if key in fields}
+            nested = {**generic, **nested}
+            nested.pop("model_type", None)
+            return nested
+        if kind is not None and kind != cls.model_type:
+            raise bad_input(
+                f"{cls.__name__} reads configs of model_type {cls.model_type!r}",
+                f"model_type {kind!r}",
+                "Load it with the class of that type, or correct model_type in the file",
+                shown=True,
+            )
+        return fields
+
+    @classmethod
+    def from_json_file(cls: type[ConfigT], path: str | os.PathLike[str]) -> ConfigT:
+        """Reads one JSON file.
+
+        Raises:
+            CheckpointError: The file is missing or not JSON.
+        """
+        return cls.from_dict(read_json(Path(path)))
+
+    @classmethod
+    def get_config_dict(cls, name_or_path: str | os.PathLike[str] | Source, **options: Any) -> tuple[dict, dict]:
+        """Reads the content of ``config.json`` and returns it with the options that are not about where it is."""
+        path = Path(name_or_path) if isinstance(name_or_path, str | os.PathLike) else None
+        if path is not None and path.is_file() and path.suffix == ".json":
+            return read_json(path), options
+        source = Source.of(name_or_path, options)
+        return read_json(source.require(CONFIG_NAME)), options
+
+    @classmethod
+    def from_pretrained(
+        cls: type[ConfigT],
+        name_or_path: str | os.PathLike[str] | Source,
+        *,
+        return_unused_kwargs: bool = False,
+        **options: Any,
+    ) -> Any:
+        """Reads a config from a folder, a hub id or a JSON file.
+
+        Args:
+            name_or_path: Folder, hub id, or path of a ``.json`` file.
+            return_unused_kwargs: As in `from_dict`.
+            **options: ``subfolder``, ``revision``, ``cache_dir``, ``token``, ``local_files_only``, ``force_download``
+                say where; all others override fields.
+
+        Raises:
+            CheckpointError: There is no readable ``config.json``.
+            ValueError: It is the config of another model, or a value is impossible.
+        """
+        fields, changes = cls.get_config_dict(name_or_path, **options)
+        fields["_name_or_path"] = str(name_or_path)
+        return cls.from_dict(fields, return_unused_kwargs=return_unused_kwargs, **changes)
+
+    def update(self, changes: dict[str, Any]) -> None:
+        """Sets several fields, with the same checks as at construction."""
+        changed = type(self).from_dict(self.to_dict(), **changes)
+        self.__dict__.update(changed.__dict__)
+
+    def get_text_config(self, decoder: bool = False) -> BaseConfig:
+        """Returns the config of the text tower, which for a single tower is the config itself."""
+        return getattr(self, "text_config", self)
+
+    def __eq__(self, other: object) -> bool:
+        if type(self) is not type(other):
+            return NotImplemented
+        skipped = {"_name_or_path": None}
+        return {**self.__dict__, **skipped} == {**other.__dict__, **skipped}
+
+    __hash__ = None  # type: ignore[assignment]
+
+    def __iter__(self):
+        return iter(key for key in self.__dict__ if not key.startswith("_"))
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__} {self.to_json_string()}"
+
+
+_GENERIC_DEFAULTS = {
+    "dtype": None,
+    "return_dict": True,
+    "output_attentions": False,
+    "output_hidden_states": False,
+    "architectures": None,
+    "problem_type": None,
+}
+
+
+class _TowerConfig(BaseConfig):
+    """What the text and the vision tower share."""
+
+    hidden_size: int
+    intermediate_size: int
+    projection_dim: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    hidden_act: str
+    layer_norm_eps: float
+    attention_dropout: float
+    initializer_range: float
+    initializer_factor: float
+
+    def _check(self, *counts: str) -> None:
+        for field in ("hidden_size", "intermediate_size", "projection_dim", "num_attention_heads", *counts):
+            _require_count(field, getattr(self, field))
+        _require_count("num_hidden_layers", self.num_hidden_layers, minimum=0)
+        if self.hidden_size % self.num_attention_heads:
+            raise bad_input(
+                "hidden_size must be divisible by num_attention_heads",
+                f"hidden_size={self.hidden_size}, num_attention_heads={self.num_attention_heads}",
+                "Change one of them",
+                shown=True,
+            )
+        if self.hidden_act not in ACTIVATIONS:
+            raise one_of("hidden_act", self.hidden_act, ACTIVATIONS)
+        _require_number("layer_norm_eps", self.layer_norm_eps, above=0.0)
+        _require_number("initializer_range", self.initializer_range)
+        _require_number("initializer_factor", self.initializer_factor)
+        _require_number("attention_dropout", self.attention_dropout, below=1.0)
+
+    @property
+    def head_dim(self) -> int:
+        """Width of one attention head."""
+        return self.hidden_size // self.num_attention_heads
+
+
+class CLIPTextConfig(_TowerConfig):
+    """Configuration of the text tower; the defaults are those of ViT-B/32.
+
+    Args:
+        vocab_size: Number of token embeddings.
+        hidden_size: Width of the tower.
+        intermediate_size: Width inside the MLP.
+        projection_dim: Width of the shared space, for the text model with projection alone.
+        num_hidden_layers: Number of blocks.
+        num_attention_heads: Number of heads; divides ``hidden_size``.
+        max_position_embeddings: Longest sequence.
+        hidden_act: One of `ACTIVATIONS`.
+        layer_norm_eps: Epsilon of every layer normalisation.
+        attention_dropout: Probability of dropping an attention weight in training, in [0, 1).
+        initializer_range: Standard deviation scale of the initialisation (unused by text embeddings, as formerly).
+        initializer_factor: Factor on every standard deviation of the initialisation.
+        pad_token_id: Id of padding.
+        bos_token_id: Id of the start token.
+        eos_token_id: Id of the end token, at whose first position the text is pooled; 2 stands for "the largest id of
+            each row", as the OpenAI checkpoints' configs say.
+        **kwargs: See `BaseConfig`.
+    """
+
+    model_type = "clip_text_model"
+    base_config_key = "text_config"
+
+    def __init__(
+        self,
+        vocab_size: int = 49408,
+        hidden_size: int = 512,
+        intermediate_size: int = 2048,
+        projection_dim: int = 512,
+        num_hidden_layers: int = 12,
+        num_attention_heads: int = 8,
+        max_position_embeddings: int = 77,
+        hidden_act: str = "quick_gelu",
+        layer_norm_eps: float = 1e-5,
+        attention_dropout: float = 0.0,
+        initializer_range: float = 0.02,
+        initializer_factor: float = 1.0,
+        pad_token_id: int | None = 1,
+        bos_token_id: int | None = 49406,
+        eos_token_id: int = 49407,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(**kwargs)
+        self.vocab_size = vocab_size
+        self.hidden_size = hidden_size
+        self.intermediate_size = intermediate_size
+        self.projection_dim = projection_dim
+        self.num_hidden_layers = num_hidden_layers
+        self.num_attention_heads = num_attention_heads
+        self.max_position_embeddings = max_position_embeddings
+        self.hidden_act = hidden_act
+        self.layer_norm_eps = layer_norm_eps
+        self.attention_dropout = attention_dropout
+        self.initializer_range = initializer_range
+        self.initializer_factor = initializer_factor
+        self.pad_token_id = pad_token_id
+        self.bos_token_id = bos_token_id
+        self.eos_token_id = eos_token_id
+        self._check("vocab_size", "max_position_embeddings")
+        _require_count("eos_token_id", eos_token_id, minimum=0)
+
+
+class CLIPVisionConfig(_TowerConfig):
+    """Configuration of the vision tower; the defaults are those of ViT-B/32.
+
+    Args:
+        hidden_size: Width of the tower.
+        intermediate_size: Width inside the MLP.
+        projection_dim: Width of the shared space, for the vision model with projection alone.
+        num_hidden_layers: Number of blocks.
+        num_attention_heads: Number of heads; divides ``hidden_size``.
+        num_channels: Colour channels of a picture.
+        image_size: Height and width in pixels; a multiple of ``patch_size``.
+        patch_size: Height and width of a patch in pixels.
+        hidden_act: One of `ACTIVATIONS`.
+        layer_norm_eps: Epsilon of every layer normalisation.
+        attention_dropout: Probability of dropping an attention weight in training, in [0, 1).
+        initializer_range: Standard deviation of patch and position embeddings at initialisation.
+        initializer_factor: Factor on every standard deviation of the initialisation.
+        **kwargs: See `BaseConfig`.
+    """
+
+    model_type = "clip_vision_model"
+    base_config_key = "vision_config"
+
+    def __init__(
+        self,
+        hidden_size: int = 768,
+        intermediate_size: int = 3072,
+        projection_dim: int = 512,
+        num_hidden_layers: int = 12,
+        num_attention_heads: int = 12,
+        num_channels: int = 3,
+        image_size: int = 224,
+        patch_size: int = 32,
+        hidden_act: str = "quick_gelu",
+        layer_norm_eps: float = 1e-5,
+        attention_dropout: float = 0.0,
+        initializer_range: float = 0.02,
+        initializer_factor: float = 1.0,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(**kwargs)
+        self.hidden_size = hidden_size
+        self.intermediate_size = intermediate_size
+        self.projection_dim = projection_dim
+        self.num_hidden_layers = num_hidden_layers
+        self.num_attention_heads = num_attention_heads
+        self.num_channels = num_channels
+        self.image_size = image_size
+        self.patch_size = patch_size
+        self.hidden_act = hidden_act
+        self.layer_norm_eps = layer_norm_eps
+        self.attention_dropout = attention_dropout
+        self.initializer_range = initializer_range
+        self.initializer_factor = initializer_factor
+        self._check("num_channels", "image_size", "patch_size")
+        if image_size % patch_size:
+            raise bad_input(
+                "image_size must be a multiple of patch_size",
+                f"image_size={image_size}, patch_size={patch_size}",
+                "Change one of them",
+                shown=True,
+            )
+
+    @property
+    def num_patches(self) -> int:
+        """Number of patches of a picture of ``image_size``."""
+        return (self.image_size // self.patch_size) ** 2
+
+
+class CLIPConfig(BaseConfig):
+    """Configuration of a whole CLIP: two towers and the space they share.
+
+    Args:
+        text_config: A `CLIPTextConfig` or a dictionary of its fields.
+        vision_config: A `CLIPVisionConfig` or a dictionary of its fields.
+        projection_dim: Width of the shared space.
+        logit_scale_init_value: Initial logarithm of the factor on the cosine similarities.
+        **kwargs: See `BaseConfig`. The legacy ``text_config_dict`` and ``vision_config_dict``, when not None, replace
+            *every* field of their part: keys that they lack are reset to the defaults, as in the former library.
+    """
+
+    model_type = "clip"
+
+    def __init__(
+        self,
+        text_config: CLIPTextConfig | dict[str, Any] | None = None,
+        vision_config: CLIPVisionConfig | dict[str, Any] | None = None,
+        projection_dim: int = 512,
+        logit_scale_init_value: float = 2.6592,
+        **kwargs: Any,
+    ) -> None:
+        text_config = _with_legacy(CLIPTextConfig, text_config, kwargs.pop("text_config_dict", None))
+        vision_config = _with_legacy(CLIPVisionConfig, vision_config, kwargs.pop("vision_config_dict", None))
+        kwargs.pop("initializer_factor", None)  # of the whole it is always 1, as formerly
+        self.text_config: CLIPTextConfig = text_config
+        self.vision_config: CLIPVisionConfig = vision_config
+        super().__init__(**kwargs)
+        self.projection_dim = projection_dim
+        self.logit_scale_init_value = logit_scale_init_value
+        self.initializer_factor = 1.0
+        _require_count("projection_dim", projection_dim)
+        _require_number("logit_scale_init_value", logit_scale_init_value, above=-math.inf)
+
+    @BaseConfig.attn_implementation.setter
+    def attn_implementation(self, value: str | dict[str, str] | None) -> None:
+        """Sets the whole, or both towers by {"text_config": …, "vision_config": …}."""
+        if isinstance(value, dict):
+            for key in value:
+                if key not in ("text_config", "vision_config", ""):
+                    raise one_of("A key of attn_implementation", key, ("text_config", "vision_config", ""))
+            parts = value
+        else:
+            parts = {} if value is None else {"text_config": value, "vision_config": value, "": value}
+        self._attn_implementation = None
+        for key, choice in parts.items():
+            if choice not in (None, *_ATTENTIONS):
+                raise one_of("attn_implementation", choice, _ATTENTIONS)
+            if key:
+                getattr(self, key).attn_implementation = choice
+            else:
+                self._attn_implementation = choice
+
+    @classmethod
+    def from_text_vision_configs(
+        cls, text_config: CLIPTextConfig, vision_config: CLIPVisionConfig, **kwargs: Any
+    ) -> CLIPConfig:
+        """Builds the whole from its two parts."""
+        return cls(text_config=text_config.to_dict(), vision_config=vision_config.to_dict(), **kwargs)
+
+    @classmethod
+    def _own_part(cls, fields: dict[str, Any]) -> dict[str, Any]:
+        fields = super()._own_part(fields)
+        for key in ("text_config", "vision_config"):
+            if isinstance(fields.get(key), dict):
+                fields[key].pop("transformers_version", None)
+        return fields
+
+
+def _with_legacy(cls: type[ConfigT], given: ConfigT | dict | None, legacy: dict | None) -> ConfigT:
+    if isinstance(given, cls):
+        given = given.to_dict()
+    if given is not None and not isinstance(given, dict):
+        raise bad_input(
+            f"{cls.base_config_key} must be a {cls.__name__} or a dict", given, "Pass one of them", TypeError
+        )
+    fields = dict(given or {})
+    if legacy is not None:
+        fields.update(cls(**legacy).to_dict())
+    return cls(**fields)
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Reads a JSON object from a file.
+
+    Raises:
+        CheckpointError: The file is missing, not JSON, or not an object.
+    """
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise CheckpointError(f"{path} is not a readable JSON file: {error}") from error
+    if not isinstance(content, dict):
+        raise CheckpointError(f"{path} must hold a JSON object, and holds a {type(content).__name__}.")
+    return content
+
+
+def _dtype_name(value: Any) -> str | None:
+    """Returns the plain name of a dtype of any framework ("torch.float32", jnp.float32, "float32" …)."""
+    if value is None or isinstance(value, str):
+        return value if value is None else value.removeprefix("torch.")
+    name = getattr(value, "name", None) or getattr(value, "__name__", None) or str(value)
+    return str(name).removeprefix("torch.")
+
+
+def _require_count(field: str, value: Any, minimum: int = 1) -> None:
+    if isinstance(value, bool) or not isinstance(value, int) or value < minimum:
+        what = "a positive integer" if minimum else "an integer of at least 0"
+        raise bad_input(f"{field} must be {what}", value, f"Correct {field}")
+
+
+def _require_number(field: str, value: Any, *, above: float | None = None, below: float = math.inf) -> None:
+    ok = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value) and value < below
+    if not ok or (value <= above if above is not None else value < 0):
+        low = "at least 0" if above is None else f"above {above:g}"
+        limit = "" if below == math.inf else f" and below {below:g}"
+        raise bad_input(f"{field} must be a finite number {low}{limit}", value, f"Correct {field}")

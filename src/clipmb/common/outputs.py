@@ -1,0 +1,140 @@
+"""The outputs of the models: one ordered dict with attributes, known to the tree utilities of every framework."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from typing import Any, ClassVar
+
+from clipmb.common.errors import bad_input
+
+
+class ModelOutput(OrderedDict):
+    """Fields by name, by attribute, and by position among those that are not None.
+
+    ``output.logits``, ``output["logits"]`` and ``output[0]`` are the same; a field that was not computed is None as an
+    attribute and absent from the dict and the tuple.
+
+    Attributes:
+        fields: Every field of the type, in the order of positions.
+    """
+
+    fields: ClassVar[tuple[str, ...]] = ()
+    types: ClassVar[list[type[ModelOutput]]] = []
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        ModelOutput.types.append(cls)
+
+    def __init__(self, *args: Any, **values: Any) -> None:
+        super().__init__()
+        values = dict(*args, **values)
+        if unknown := values.keys() - set(self.fields):
+            raise bad_input(
+                f"{type(self).__name__} has the fields {', '.join(self.fields)}",
+                sorted(unknown),
+                "Pass only these",
+                TypeError,
+            )
+        for name in self.fields:
+            if values.get(name) is not None:
+                super().__setitem__(name, values[name])
+
+    def __getattr__(self, name: str) -> Any:
+        if name in type(self).fields:
+            return self.get(name)
+        raise AttributeError(f"{type(self).__name__!r} has no field {name!r}; it has {', '.join(type(self).fields)}")
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name in type(self).fields:
+            self[name] = value
+        else:
+            super().__setattr__(name, value)
+
+    def __getitem__(self, key: Any) -> Any:
+        return super().__getitem__(key) if isinstance(key, str) else tuple(self.values())[key]
+
+    def to_tuple(self) -> tuple[Any, ...]:
+        """Returns the values that are not None, with nested outputs as tuples too."""
+        return tuple(value.to_tuple() if isinstance(value, ModelOutput) else value for value in self.values())
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), (dict(self),)
+
+
+class BaseModelOutput(ModelOutput):
+    """Of an encoder.
+
+    Attributes:
+        last_hidden_state: (batch, seq, width), after the last block.
+        hidden_states: The input of the first block and the output of each: (batch, seq, width) each.
+        attentions: Of each block: (batch, heads, seq, seq), after the softmax and dropout.
+    """
+
+    fields = ("last_hidden_state", "hidden_states", "attentions")
+
+
+class BaseModelOutputWithPooling(ModelOutput):
+    """Of one tower.
+
+    Attributes:
+        last_hidden_state: (batch, seq, width); text: after the final layer norm; vision: before the post layer norm.
+        pooler_output: (batch, width); text: at the end token; vision: of the class token, after the post layer norm.
+        hidden_states: The embeddings and the output of each block: (batch, seq, width) each.
+        attentions: Of each block: (batch, heads, seq, seq), after the softmax and dropout.
+    """
+
+    fields = ("last_hidden_state", "pooler_output", "hidden_states", "attentions")
+
+
+class CLIPTextModelOutput(ModelOutput):
+    """Of the text tower with its projection.
+
+    Attributes:
+        text_embeds: (batch, proj), not normalised.
+        last_hidden_state: As in `BaseModelOutputWithPooling`, like the other fields.
+    """
+
+    fields = ("text_embeds", "last_hidden_state", "hidden_states", "attentions")
+
+
+class CLIPVisionModelOutput(ModelOutput):
+    """Of the vision tower with its projection.
+
+    Attributes:
+        image_embeds: (batch, proj), not normalised.
+        last_hidden_state: As in `BaseModelOutputWithPooling`, like the other fields.
+    """
+
+    fields = ("image_embeds", "last_hidden_state", "hidden_states", "attentions")
+
+
+class CLIPOutput(ModelOutput):
+    """Of the whole model.
+
+    Attributes:
+        loss: (), the contrastive loss, when it was asked for.
+        logits_per_image: (images, texts), the scaled cosine similarities.
+        logits_per_text: (texts, images), its transpose.
+        text_embeds: (texts, proj), of unit length.
+        image_embeds: (images, proj), of unit length.
+        text_model_output: `BaseModelOutputWithPooling` of the text tower.
+        vision_model_output: `BaseModelOutputWithPooling` of the vision tower.
+    """
+
+    fields = (
+        "loss", "logits_per_image", "logits_per_text", "text_embeds", "image_embeds", "text_model_output",
+        "vision_model_output",
+    )  # fmt: skip
+
+
+class ImageClassifierOutput(ModelOutput):
+    """Of image classification.
+
+    Attributes:
+        loss: (), when labels were given.
+        logits: (batch, num_labels).
+        hidden_states: As in `BaseModelOutputWithPooling`.
+        attentions: As in `BaseModelOutputWithPooling`.
+    """
+
+    fields = ("loss", "logits", "hidden_states", "attentions")

@@ -1,0 +1,198 @@
+"""The weight table: the name, kind, shape and initial distribution of every parameter, and its form per framework.
+
+The canonical form of a checkpoint is a dict of numpy arrays with the names and layouts of the PyTorch files. The
+modules of all three frameworks carry those names as attributes, so that only the last part of a name and the order of
+the axes depend on the framework, and both only on the parameter's kind. `KINDS` is the whole mapping.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Iterator
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from clipmb.common.config import BaseConfig, CLIPConfig, CLIPTextConfig, CLIPVisionConfig
+from clipmb.common.errors import bad_input
+
+
+class Kind(NamedTuple):
+    """One row of the table.
+
+    Attributes:
+        pt: Last part of the name in PyTorch, which is the canonical one; empty when the whole name has no such part.
+        tf: The same in Keras.
+        flax: The same in linen.
+        axes: The transposition from the canonical layout to that of Keras and linen; empty for none.
+    """
+
+    pt: str
+    tf: str
+    flax: str
+    axes: tuple[int, ...] = ()
+
+    def to_framework(self, array: np.ndarray) -> np.ndarray:
+        """Returns a view in the layout of Keras and linen."""
+        return array.transpose(self.axes) if self.axes else array
+
+    def to_canonical(self, array: np.ndarray) -> np.ndarray:
+        """Returns a view in the canonical layout: the inverse of `to_framework`."""
+        return array.transpose(tuple(int(axis) for axis in np.argsort(self.axes))) if self.axes else array
+
+
+KINDS = {
+    "linear": Kind("weight", "kernel", "kernel", (1, 0)),  # (out, in) -> (in, out)
+    "convolution": Kind("weight", "kernel", "kernel", (2, 3, 1, 0)),  # (out, in, height, width) -> (h, w, in, out)
+    "embedding": Kind("weight", "embeddings", "embedding"),
+    "norm scale": Kind("weight", "gamma", "scale"),
+    "norm shift": Kind("bias", "beta", "bias"),
+    "bias": Kind("bias", "bias", "bias"),
+    "raw": Kind("", "", ""),
+}
+
+# What each head has beside its towers: (text tower, vision tower, other parameters).
+HEADS = {
+    "CLIPModel": (True, True, ("logit_scale", "visual_projection.weight", "text_projection.weight")),
+    "CLIPTextModel": (True, False, ()),
+    "CLIPTextModelWithProjection": (True, False, ("text_projection.weight",)),
+    "CLIPVisionModel": (False, True, ()),
+    "CLIPVisionModelWithProjection": (False, True, ("visual_projection.weight",)),
+    "CLIPForImageClassification": (False, True, ("classifier.weight", "classifier.bias")),
+}
+
+
+class Spec(NamedTuple):
+    """One parameter of a head.
+
+    Attributes:
+        name: Canonical name.
+        kind: Key of `KINDS`.
+        shape: Canonical shape.
+        mean: Mean of the initial normal distribution.
+        std: Standard deviation of it; 0 for a constant.
+    """
+
+    name: str
+    kind: str
+    shape: tuple[int, ...]
+    mean: float = 0.0
+    std: float = 0.0
+
+    @property
+    def stem(self) -> str:
+        """The name without its last part: the path of the module that owns the parameter."""
+        leaf = KINDS[self.kind].pt
+        return self.name.removesuffix(f".{leaf}") if leaf else self.name
+
+    def path(self, framework: str) -> tuple[str, ...]:
+        """Returns the attribute path of the parameter in a framework ("pt", "tf" or "flax")."""
+        leaf = getattr(KINDS[self.kind], framework)
+        return (*self.stem.split("."), *([leaf] if leaf else []))
+
+
+def specs(config: BaseConfig, head: str) -> list[Spec]:
+    """Lists every parameter of a head.
+
+    Standard deviations are those of the former PyTorch models, which take each tower's ``initializer_factor`` from the
+    tower's own config.
+
+    Args:
+        config: The head's config: of the whole for CLIPModel and CLIPForImageClassification, else of the tower.
+        head: A key of `HEADS`.
+    """
+    has_text, has_vision, others = HEADS[head]
+    text = config.text_config if isinstance(config, CLIPConfig) else config
+    vision = config.vision_config if isinstance(config, CLIPConfig) else config
+    if (has_text and not isinstance(text, CLIPTextConfig)) or (has_vision and not isinstance(vision, CLIPVisionConfig)):
+        raise bad_input(
+            f"{head} needs a config of its own kind", type(config).__name__, "Pass its config class", TypeError
+        )
+    found: list[Spec] = []
+    if "logit_scale" in others:
+        found.append(Spec("logit_scale", "raw", (), mean=config.logit_scale_init_value))  # type: ignore[attr-defined]
+    if has_text:
+        found += _text_tower(text)  # type: ignore[arg-type]
+    if has_vision:
+        found += _vision_tower(vision)  # type: ignore[arg-type]
+    factor: float = config.initializer_factor  # type: ignore[attr-defined]
+    proj: int = getattr(config, "projection_dim", 0)
+    for name in others:
+        if name == "classifier.bias":
+            found.append(Spec(name, "bias", (config.num_labels,)))
+        elif name != "logit_scale":
+            width = text.hidden_size if name == "text_projection.weight" else vision.hidden_size  # type: ignore[attr-defined]
+            rows = config.num_labels if name == "classifier.weight" else proj
+            found.append(Spec(name, "linear", (rows, width), std=width**-0.5 * factor))
+    return found
+
+
+def _text_tower(config: CLIPTextConfig) -> Iterator[Spec]:
+    width, std = config.hidden_size, 0.02 * config.initializer_factor
+    stem = "text_model.embeddings"
+    yield Spec(f"{stem}.token_embedding.weight", "embedding", (config.vocab_size, width), std=std)
+    yield Spec(f"{stem}.position_embedding.weight", "embedding", (config.max_position_embeddings, width), std=std)
+    yield from _blocks("text_model.encoder.layers", config)
+    yield from _norm("text_model.final_layer_norm", width)
+
+
+def _vision_tower(config: CLIPVisionConfig) -> Iterator[Spec]:
+    width, size = config.hidden_size, config.patch_size
+    std = config.initializer_range * config.initializer_factor
+    stem = "vision_model.embeddings"
+    yield Spec(f"{stem}.class_embedding", "raw", (width,), std=width**-0.5 * config.initializer_factor)
+    patch = (width, config.num_channels, size, size)
+    yield Spec(f"{stem}.patch_embedding.weight", "convolution", patch, std=std)
+    yield Spec(f"{stem}.position_embedding.weight", "embedding", (config.num_patches + 1, width), std=std)
+    yield from _norm("vision_model.pre_layrnorm", width)  # the misspelling is part of every checkpoint
+    yield from _blocks("vision_model.encoder.layers", config)
+    yield from _norm("vision_model.post_layernorm", width)
+
+
+def _blocks(stem: str, config: CLIPTextConfig | CLIPVisionConfig) -> Iterator[Spec]:
+    width, inner, factor = config.hidden_size, config.intermediate_size, config.initializer_factor
+    out_std = width**-0.5 * factor
+    in_std = out_std * (2 * max(config.num_hidden_layers, 1)) ** -0.5
+    for i in range(config.num_hidden_layers):
+        for name in ("k_proj", "v_proj", "q_proj", "out_proj"):
+            std = out_std if name == "out_proj" else in_std
+            yield from _linear(f"{stem}.{i}.self_attn.{name}", width, width, std)
+        yield from _norm(f"{stem}.{i}.layer_norm1", width)
+        yield from _linear(f"{stem}.{i}.mlp.fc1", inner, width, (2 * width) ** -0.5 * factor)
+        yield from _linear(f"{stem}.{i}.mlp.fc2", width, inner, in_std)
+        yield from _norm(f"{stem}.{i}.layer_norm2", width)
+
+
+def _linear(stem: str, rows: int, columns: int, std: float) -> Iterator[Spec]:
+    yield Spec(f"{stem}.weight", "linear", (rows, columns), std=std)
+    yield Spec(f"{stem}.bias", "bias", (rows,))
+
+
+def _norm(stem: str, width: int) -> Iterator[Spec]:
+    yield Spec(f"{stem}.weight", "norm scale", (width,), mean=1.0)
+    yield Spec(f"{stem}.bias", "norm shift", (width,))
+
+
+def is_known(name: str) -> bool:
+    """Tells whether some head of some size has a parameter of this canonical name."""
+    return re.sub(r"\.layers\.\d+\.", ".layers.0.", name) in _KNOWN
+
+
+def _known_names() -> Iterable[str]:
+    config = CLIPConfig({"num_hidden_layers": 1}, {"num_hidden_layers": 1})
+    return (spec.name for head in ("CLIPModel", "CLIPForImageClassification") for spec in specs(config, head))
+
+
+_KNOWN = frozenset(_known_names())
+
+
+def nested(arrays: dict[str, Any], table: Iterable[Spec], framework: str) -> dict[str, Any]:
+    """Arranges canonical arrays as the nested dict of a framework's attribute paths, in its layouts."""
+    tree: dict[str, Any] = {}
+    for spec in table:
+        *parents, leaf = spec.path(framework)
+        node = tree
+        for parent in parents:
+            node = node.setdefault(parent, {})
+        node[leaf] = KINDS[spec.kind].to_framework(arrays[spec.name])
+    return tree
