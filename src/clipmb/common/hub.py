@@ -85,7 +85,8 @@ class Source:
                 return path
         raise CheckpointError(f"{self} has none of the files {', '.join(names)}.{self.listing()}")
 
-    def _listing(self) -> str:
+    def listing(self) -> str:
+        """Says what a local folder holds, as a sentence for error messages."""
         folder = self.folder
         if folder is None:
             return ""

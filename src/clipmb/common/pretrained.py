@@ -34,7 +34,8 @@ class PretrainedMixin:
 
     config_class: ClassVar[type[BaseConfig]]
     head: ClassVar[str]
-    config: BaseConfig
+    load_options: ClassVar[tuple[str, ...]] = ()  # what `_from_arrays` takes beyond the mixin's own options
+    config: Any
 
     @classmethod
     def _from_arrays(
@@ -52,7 +53,7 @@ class PretrainedMixin:
         cls,
         name_or_path: str | os.PathLike[str] | Source | None,
         *,
-        config: BaseConfig | str | os.PathLike[str] | None = None,
+        config: Any = None,
         dtype: Any = None,
         torch_dtype: Any = None,
         strict: bool = True,
@@ -92,6 +93,14 @@ class PretrainedMixin:
         dtype = normal_dtype(torch_dtype if dtype is None else dtype, cls.__name__)
         source = None if name_or_path is None else Source.of(name_or_path, options)
         config, options = cls._config_for(source, config, options)
+        if unknown := options.keys() - set(cls.load_options):
+            raise bad_input(
+                f"{cls.__name__}.from_pretrained takes fields of its config and {', '.join(cls.load_options)}",
+                ", ".join(sorted(unknown)),
+                "Remove or correct them",
+                TypeError,
+                shown=True,
+            )
         if state_dict is not None:
             tensors: Mapping[str, np.ndarray] = {
                 name: cls._canonical_array(value) for name, value in state_dict.items()

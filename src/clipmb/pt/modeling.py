@@ -1,0 +1,800 @@
+"""CLIP in PyTorch.
+
+Shapes: batch, seq (tokens, or patches + 1), width, heads, head_dim, patches, proj. Module and parameter names are those
+of the checkpoints. Source of every behaviour not explained here: the PyTorch models of transformers 4.57.6.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, ClassVar
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+from torch.utils.checkpoint import checkpoint
+
+from clipmb.common import checks
+from clipmb.common.config import BaseConfig, CLIPConfig, CLIPTextConfig, CLIPVisionConfig
+from clipmb.common.errors import bad_input
+from clipmb.common.outputs import (
+    BaseModelOutput,
+    BaseModelOutputWithPooling,
+    CLIPOutput,
+    CLIPTextModelOutput,
+    CLIPVisionModelOutput,
+    ImageClassifierOutput,
+    ModelOutput,
+)
+from clipmb.common.parameters import Spec, specs
+from clipmb.common.pretrained import PretrainedMixin
+from clipmb.pt.tensors import from_numpy, to_numpy
+
+for _type in ModelOutput.types:
+    pytree.register_pytree_node(
+        _type,
+        lambda output: (list(output.values()), list(output)),
+        lambda values, keys, _type=_type: _type(zip(keys, values, strict=True)),
+        flatten_with_keys_fn=lambda output: (
+            [(pytree.MappingKey(key), value) for key, value in output.items()],
+            list(output),
+        ),
+        serialized_type_name=f"clipmb.{_type.__name__}",
+    )
+
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "gelu": F.gelu,
+    "gelu_10": lambda x: F.gelu(x).clamp(-10, 10),
+    "gelu_accurate": lambda x: F.gelu(x, approximate="tanh"),
+    "gelu_fast": lambda x: 0.5 * x * (1 + torch.tanh(x * 0.7978845608 * (1 + 0.044715 * x * x))),
+    "gelu_new": lambda x: F.gelu(x, approximate="tanh"),
+    "gelu_python": F.gelu,
+    "gelu_python_tanh": lambda x: F.gelu(x, approximate="tanh"),
+    "gelu_pytorch_tanh": lambda x: F.gelu(x, approximate="tanh"),
+    "laplace": lambda x: 0.5 * (1 + torch.erf((x - 0.707107) / (0.282095 * 2.0**0.5))),
+    "leaky_relu": F.leaky_relu,
+    "linear": lambda x: x,
+    "mish": F.mish,
+    "quick_gelu": lambda x: x * torch.sigmoid(1.702 * x),
+    "relu": F.relu,
+    "relu2": lambda x: F.relu(x).square(),
+    "relu6": F.relu6,
+    "sigmoid": torch.sigmoid,
+    "silu": F.silu,
+    "swish": F.silu,
+    "tanh": torch.tanh,
+}
+
+
+class CLIPAttention(nn.Module):
+    """Multi-head self-attention."""
+
+    def __init__(self, config: CLIPTextConfig | CLIPVisionConfig) -> None:
+        super().__init__()
+        width = config.hidden_size
+        self.num_heads = config.num_attention_heads
+        self.head_dim = config.head_dim
+        self.scale = config.head_dim**-0.5
+        self.dropout = config.attention_dropout
+        self.k_proj = nn.Linear(width, width)
+        self.v_proj = nn.Linear(width, width)
+        self.q_proj = nn.Linear(width, width)
+        self.out_proj = nn.Linear(width, width)
+
+    def forward(
+        self, hidden_states: Tensor, mask: Tensor | None, causal: bool, fused: bool
+    ) -> tuple[Tensor, Tensor | None]:
+        """Returns the context (batch, seq, width) and, unless fused, the weights (batch, heads, seq, seq)."""
+        batch, seq, width = hidden_states.shape
+        split = (batch, seq, self.num_heads, self.head_dim)
+        query = self.q_proj(hidden_states).view(split).transpose(1, 2)  # (batch, heads, seq, head_dim)
+        key = self.k_proj(hidden_states).view(split).transpose(1, 2)
+        value = self.v_proj(hidden_states).view(split).transpose(1, 2)
+        dropout = self.dropout if self.training else 0.0
+        if fused:
+            weights = None
+            context = F.scaled_dot_product_attention(
+                query, key, value, mask, dropout, is_causal=causal and mask is None, scale=self.scale
+            )
+        else:
+            scores = query @ key.transpose(-1, -2) * self.scale  # (batch, heads, seq, seq)
+            if mask is not None:
+                scores = scores + mask
+            statistics = torch.float32 if scores.dtype.itemsize < 4 else scores.dtype
+            weights = torch.softmax(scores, dim=-1, dtype=statistics).to(query.dtype)
+            weights = F.dropout(weights, dropout)
+            context = weights @ value
+        context = context.transpose(1, 2).reshape(batch, seq, width)
+        return self.out_proj(context), weights
+
+
+class CLIPMLP(nn.Module):
+    """The two-layer perceptron of a block."""
+
+    def __init__(self, config: CLIPTextConfig | CLIPVisionConfig) -> None:
+        super().__init__()
+        self.activation = ACTIVATIONS[config.hidden_act]
+        self.fc1 = nn.Linear(config.hidden_size, config.intermediate_size)
+        self.fc2 = nn.Linear(config.intermediate_size, config.hidden_size)
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        """(batch, seq, width) to the same."""
+        return self.fc2(self.activation(self.fc1(hidden_states)))
+
+
+class CLIPEncoderLayer(nn.Module):
+    """One block: attention and perceptron, each behind a layer norm and beside a residual."""
+
+    def __init__(self, config: CLIPTextConfig | CLIPVisionConfig) -> None:
+        super().__init__()
+        self.self_attn = CLIPAttention(config)
+        self.layer_norm1 = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.mlp = CLIPMLP(config)
+        self.layer_norm2 = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+
+    def forward(
+        self, hidden_states: Tensor, mask: Tensor | None, causal: bool, fused: bool
+    ) -> tuple[Tensor, Tensor | None]:
+        """(batch, seq, width) to the same, and the attention weights unless fused."""
+        context, weights = self.self_attn(self.layer_norm1(hidden_states), mask, causal, fused)
+        hidden_states = hidden_states + context
+        hidden_states = hidden_states + self.mlp(self.layer_norm2(hidden_states))
+        return hidden_states, weights
+
+
+class CLIPEncoder(nn.Module):
+    """The blocks of a tower."""
+
+    def __init__(self, config: CLIPTextConfig | CLIPVisionConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.layers = nn.ModuleList(CLIPEncoderLayer(config) for _ in range(config.num_hidden_layers))
+        self.checkpointing: dict[str, Any] | None = None  # keywords of torch.utils.checkpoint when it is on
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        attention_mask: Tensor | None = None,
+        causal: bool = False,
+        output_attentions: bool | None = None,
+        output_hidden_states: bool | None = None,
+    ) -> BaseModelOutput:
+        """Runs the blocks over (batch, seq, width)."""
+        output_attentions = _default(output_attentions, self.config.output_attentions)
+        output_hidden_states = _default(output_hidden_states, self.config.output_hidden_states)
+        fused = self.config.attn_implementation != "eager"
+        if fused and output_attentions:
+            fused = False
+            if not torch.compiler.is_compiling():
+                checks.warn_once(checks.ATTENTIONS_NEED_EAGER)
+        mask = None
+        if causal and (attention_mask is not None or not fused):
+            mask = attention_bias(attention_mask, hidden_states)
+        states, attentions = [hidden_states], []
+        for layer in self.layers:
+            if self.checkpointing is not None and self.training:
+                hidden_states, weights = checkpoint(layer, hidden_states, mask, causal, fused, **self.checkpointing)
+            else:
+                hidden_states, weights = layer(hidden_states, mask, causal, fused)
+            states.append(hidden_states)
+            attentions.append(weights)
+        return BaseModelOutput(
+            last_hidden_state=hidden_states,
+            hidden_states=tuple(states) if output_hidden_states else None,
+            attentions=tuple(attentions) if output_attentions else None,
+        )
+
+
+def attention_bias(attention_mask: Tensor | None, hidden_states: Tensor) -> Tensor:
+    """Returns what is added to the scores: 0 where a token may look, the dtype's minimum where it may not.
+
+    The minimum of the causal part and that of the padding are added, so that a key hidden by both is at minus infinity:
+    a row in which everything before it is padding shares its weight among the keys that only one of the two hides.
+    Source: transformers 4.57.6, PyTorch; its other frameworks differ from it at such rows.
+
+    Args:
+        attention_mask: (batch, seq), 1 for tokens that may be looked at; None for all.
+        hidden_states: (batch, seq, width), for dtype and device.
+
+    Returns:
+        (batch or 1, 1, seq, seq) in the dtype of ``hidden_states``.
+    """
+    dtype, device, seq = hidden_states.dtype, hidden_states.device, hidden_states.shape[1]
+    lowest = torch.finfo(dtype).min
+    steps = torch.arange(seq, device=device)
+    zero = torch.zeros((), dtype=dtype, device=device)
+    bias = torch.where(steps[:, None] < steps[None, :], lowest, zero)[None, None]  # (1, 1, seq, seq)
+    if attention_mask is not None:
+        bias = bias + torch.where(attention_mask[:, None, None, :] == 1, zero, lowest)  # (batch, 1, seq, seq)
+    return bias
+
+
+class CLIPTextEmbeddings(nn.Module):
+    """Token plus position embeddings."""
+
+    def __init__(self, config: CLIPTextConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.token_embedding = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.position_embedding = nn.Embedding(config.max_position_embeddings, config.hidden_size)
+
+    def forward(self, input_ids: Tensor, position_ids: Tensor | None = None) -> Tensor:
+        """(batch, seq) to (batch, seq, width)."""
+        tokens = _look_up(self.token_embedding, input_ids, "input_ids")  # (batch, seq, width)
+        if position_ids is None:
+            return tokens + self.position_embedding.weight[: input_ids.shape[1]]
+        return tokens + _look_up(self.position_embedding, position_ids, "position_ids")
+
+
+def _look_up(table: nn.Embedding, ids: Tensor, field: str) -> Tensor:
+    if torch.compiler.is_compiling():
+        return table(ids)
+    try:
+        return table(ids)
+    except IndexError:
+        raise checks.outside(field, int(ids.min()), int(ids.max()), table.num_embeddings) from None
+
+
+class CLIPVisionEmbeddings(nn.Module):
+    """Class token and patch embeddings plus position embeddings."""
+
+    def __init__(self, config: CLIPVisionConfig) -> None:
+        super().__init__()
+        self.config = config
+        width, size = config.hidden_size, config.patch_size
+        self.class_embedding = nn.Parameter(torch.empty(width))
+        self.patch_embedding = nn.Conv2d(config.num_channels, width, kernel_size=size, stride=size, bias=False)
+        self.position_embedding = nn.Embedding(config.num_patches + 1, width)
+
+    def forward(self, pixel_values: Tensor, interpolate_pos_encoding: bool = False) -> Tensor:
+        """(batch, channels, height, width) to (batch, patches + 1, width)."""
+        patches = self.patch_embedding(
+            pixel_values.to(self.patch_embedding.weight.dtype)
+        )  # (batch, width, rows, columns)
+        rows, columns = patches.shape[2:]
+        patches = patches.flatten(2).transpose(1, 2)  # (batch, patches, width)
+        class_token = self.class_embedding.expand(patches.shape[0], 1, -1)  # (batch, 1, width)
+        positions = self.position_embedding.weight  # (patches + 1, width)
+        if interpolate_pos_encoding:
+            positions = interpolate_positions(positions, rows, columns)
+        return torch.cat([class_token, patches], dim=1) + positions
+
+
+def interpolate_positions(positions: Tensor, rows: int, columns: int) -> Tensor:
+    """Resizes the grid of position embeddings by bicubic interpolation (a = -0.75, half-pixel centres, no antialias).
+
+    Args:
+        positions: (patches + 1, width); the first is that of the class token and stays.
+        rows: Patches from top to bottom.
+        columns: Patches from left to right.
+
+    Returns:
+        (rows * columns + 1, width).
+    """
+    side = round((positions.shape[0] - 1) ** 0.5)
+    if rows == columns == side:
+        return positions
+    grid = positions[1:].reshape(1, side, side, -1).permute(0, 3, 1, 2)  # (1, width, side, side)
+    grid = F.interpolate(grid, size=(rows, columns), mode="bicubic", align_corners=False)
+    return torch.cat([positions[:1], grid.flatten(2)[0].T])
+
+
+class CLIPTextTransformer(nn.Module):
+    """The text tower."""
+
+    def __init__(self, config: CLIPTextConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.embeddings = CLIPTextEmbeddings(config)
+        self.encoder = CLIPEncoder(config)
+        self.final_layer_norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        output_attentions: bool | None = None,
+        output_hidden_states: bool | None = None,
+    ) -> BaseModelOutputWithPooling:
+        """Runs the tower over (batch, seq)."""
+        checks.check_text(input_ids, attention_mask, position_ids, self.config)
+        hidden_states = self.embeddings(input_ids, position_ids)
+        encoded = self.encoder(hidden_states, attention_mask, True, output_attentions, output_hidden_states)
+        last_hidden_state = self.final_layer_norm(encoded.last_hidden_state)
+        return BaseModelOutputWithPooling(
+            last_hidden_state=last_hidden_state,
+            pooler_output=pool(last_hidden_state, input_ids, self.config.eos_token_id),
+            hidden_states=encoded.hidden_states,
+            attentions=encoded.attentions,
+        )
+
+
+def pool(last_hidden_state: Tensor, input_ids: Tensor, eos_token_id: int) -> Tensor:
+    """Takes the state at the end token of each row: (batch, seq, width) to (batch, width).
+
+    The end token is the first ``eos_token_id``, or the first token where there is none. The configs of the OpenAI
+    checkpoints say 2, which is not their end token: there it is the largest id of the row.
+    """
+    chosen = input_ids if eos_token_id == 2 else input_ids == eos_token_id
+    positions = chosen.to(torch.int).argmax(dim=-1)  # (batch,)
+    return last_hidden_state[torch.arange(positions.shape[0], device=last_hidden_state.device), positions]
+
+
+class CLIPVisionTransformer(nn.Module):
+    """The vision tower."""
+
+    def __init__(self, config: CLIPVisionConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.embeddings = CLIPVisionEmbeddings(config)
+        self.pre_layrnorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.encoder = CLIPEncoder(config)
+        self.post_layernorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+
+    def forward(
+        self,
+        pixel_values: Tensor | None = None,
+        output_attentions: bool | None = None,
+        output_hidden_states: bool | None = None,
+        interpolate_pos_encoding: bool = False,
+    ) -> BaseModelOutputWithPooling:
+        """Runs the tower over (batch, channels, height, width)."""
+        checks.check_pixels(pixel_values, self.config, interpolate_pos_encoding)
+        hidden_states = self.pre_layrnorm(self.embeddings(pixel_values, interpolate_pos_encoding))
+        encoded = self.encoder(hidden_states, None, False, output_attentions, output_hidden_states)
+        return BaseModelOutputWithPooling(
+            last_hidden_state=encoded.last_hidden_state,
+            pooler_output=self.post_layernorm(encoded.last_hidden_state[:, 0]),
+            hidden_states=encoded.hidden_states,
+            attentions=encoded.attentions,
+        )
+
+
+class CLIPPreTrainedModel(PretrainedMixin, nn.Module):
+    """What the six heads share: construction, files, embeddings, checkpointing."""
+
+    head = ""
+    config_class = CLIPConfig
+    base_model_prefix = "clip"
+    main_input_name = "input_ids"
+    supports_gradient_checkpointing = True
+    load_options: ClassVar[tuple[str, ...]] = ("device", "device_map")
+
+    def __init__(self, config: BaseConfig) -> None:
+        super().__init__()
+        if not isinstance(config, self.config_class):
+            raise checks.wrong_config(type(self).__name__, self.config_class, config)
+        self.config: Any = config
+
+    @classmethod
+    def _from_config(cls, config: BaseConfig) -> CLIPPreTrainedModel:
+        return cls(config)
+
+    @classmethod
+    def _from_arrays(
+        cls,
+        config: Any,
+        arrays: dict[str, np.ndarray],
+        initialised: list[Spec],
+        dtype: str | None,
+        device: Any = None,
+        device_map: Any = None,
+    ) -> CLIPPreTrainedModel:
+        with torch.device("meta"):
+            model = cls(config)
+        kind = getattr(torch, dtype or "float32")
+        for name, array in arrays.items():
+            model._set_parameter(name, from_numpy(array).to(kind))
+        for spec in initialised:
+            model._set_parameter(spec.name, torch.empty(spec.shape, dtype=kind))
+        model.init_weights(initialised)
+        device = device_map if device is None else device
+        if device is not None and device != "auto":
+            model.to(device.get("", "cpu") if isinstance(device, dict) else device)
+        return model.eval()
+
+    @classmethod
+    def _canonical_array(cls, value: Any) -> np.ndarray:
+        return to_numpy(value) if isinstance(value, Tensor) else np.asarray(value)
+
+    def _to_arrays(self) -> dict[str, np.ndarray]:
+        return {spec.name: to_numpy(self.get_parameter(spec.name)) for spec in specs(self.config, self.head)}
+
+    def _set_parameter(self, name: str, tensor: Tensor) -> None:
+        owner, _, leaf = name.rpartition(".")
+        setattr(self.get_submodule(owner), leaf, nn.Parameter(tensor))
+
+    def post_init(self) -> None:
+        """Initialises every parameter, except on the meta device."""
+        if self.device.type != "meta":
+            self.init_weights(specs(self.config, self.head))
+
+    @torch.no_grad()
+    def init_weights(self, table: list[Spec] | None = None) -> None:
+        """Draws parameters from their initial normal distributions."""
+        for spec in specs(self.config, self.head) if table is None else table:
+            parameter = self.get_parameter(spec.name)
+            if spec.std:
+                parameter.normal_(spec.mean, spec.std)
+            else:
+                parameter.fill_(spec.mean)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the parameters are."""
+        return next(self.parameters()).device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """What the parameters are."""
+        return next(self.parameters()).dtype
+
+    def num_parameters(self, only_trainable: bool = False, exclude_embeddings: bool = False) -> int:
+        """Counts parameters."""
+        skipped = {id(p) for m in self.modules() if isinstance(m, nn.Embedding) for p in m.parameters()}
+        return sum(
+            parameter.numel()
+            for parameter in self.parameters()
+            if (parameter.requires_grad or not only_trainable) and not (exclude_embeddings and id(parameter) in skipped)
+        )
+
+    def get_input_embeddings(self) -> nn.Module:
+        """Returns the token embedding, or the patch embedding of a model without text."""
+        if hasattr(self, "text_model"):
+            return self.text_model.embeddings.token_embedding
+        return self.vision_model.embeddings.patch_embedding
+
+    def set_input_embeddings(self, value: nn.Module) -> None:
+        """Replaces the module that `get_input_embeddings` returns."""
+        if hasattr(self, "text_model"):
+            self.text_model.embeddings.token_embedding = value
+        else:
+            self.vision_model.embeddings.patch_embedding = value
+
+    @torch.no_grad()
+    def resize_token_embeddings(
+        self, new_num_tokens: int | None = None, pad_to_multiple_of: int | None = None
+    ) -> nn.Module:
+        """Grows or shrinks the vocabulary; new rows are drawn from the initial distribution.
+
+        Args:
+            new_num_tokens: The new number of tokens; None leaves it.
+            pad_to_multiple_of: Round it up to a multiple of this.
+
+        Returns:
+            The token embedding.
+
+        Raises:
+            ValueError: The model has no text tower, or a number is not positive.
+        """
+        if not hasattr(self, "text_model"):
+            raise bad_input("Only models with a text tower have token embeddings", type(self).__name__, "Use one")
+        old = self.text_model.embeddings.token_embedding
+        size = old.num_embeddings if new_num_tokens is None else new_num_tokens
+        for value in (size, pad_to_multiple_of or 1):
+            if value < 1:
+                raise bad_input("The number of tokens must be positive", value, "Pass a positive number")
+        size += -size % (pad_to_multiple_of or 1)
+        if size != old.num_embeddings:
+            config = self.text_model.config
+            new = nn.Embedding(size, old.embedding_dim, device=old.weight.device, dtype=old.weight.dtype)
+            new.weight.normal_(0.0, 0.02 * config.initializer_factor)
+            kept = min(size, old.num_embeddings)
+            new.weight[:kept] = old.weight[:kept]
+            new.weight.requires_grad_(old.weight.requires_grad)
+            self.text_model.embeddings.token_embedding = new
+            config.vocab_size = size
+        return self.text_model.embeddings.token_embedding
+
+    def gradient_checkpointing_enable(self, gradient_checkpointing_kwargs: dict[str, Any] | None = None) -> None:
+        """Recomputes each block in the backward pass of training instead of keeping its intermediate results."""
+        self._set_checkpointing({"use_reentrant": False, **(gradient_checkpointing_kwargs or {})})
+
+    def gradient_checkpointing_disable(self) -> None:
+        """Undoes `gradient_checkpointing_enable`."""
+        self._set_checkpointing(None)
+
+    def _set_checkpointing(self, keywords: dict[str, Any] | None) -> None:
+        for module in self.modules():
+            if isinstance(module, CLIPEncoder):
+                module.checkpointing = keywords
+
+    @property
+    def is_gradient_checkpointing(self) -> bool:
+        """Whether gradient checkpointing is on."""
+        return any(isinstance(m, CLIPEncoder) and m.checkpointing is not None for m in self.modules())
+
+    def set_attn_implementation(self, attn_implementation: str | dict[str, str]) -> None:
+        """Chooses "eager" or "sdpa" attention, for the whole or by tower."""
+        self.config.attn_implementation = attn_implementation
+
+    def _returned(self, output: ModelOutput, return_dict: bool | None) -> Any:
+        return output if _default(return_dict, self.config.return_dict) else output.to_tuple()
+
+
+class CLIPModel(CLIPPreTrainedModel):
+    """Both towers, their projections, and the similarity of every text with every image."""
+
+    head = "CLIPModel"
+
+    def __init__(self, config: CLIPConfig) -> None:
+        super().__init__(config)
+        text, vision = config.text_config, config.vision_config
+        self.text_model = CLIPTextTransformer(text)
+        self.vision_model = CLIPVisionTransformer(vision)
+        self.visual_projection = nn.Linear(vision.hidden_size, config.projection_dim, bias=False)
+        self.text_projection = nn.Linear(text.hidden_size, config.projection_dim, bias=False)
+        self.logit_scale = nn.Parameter(torch.tensor(config.logit_scale_init_value))
+        self.post_init()
+
+    def get_text_features(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        output_attentions: bool | None = None,
+        output_hidden_states: bool | None = None,
+        return_dict: bool | None = None,
+    ) -> Tensor:
+        """Returns the projected text: (batch, seq) to (batch, proj), not normalised."""
+        output = self.text_model(input_ids, attention_mask, position_ids, output_attentions, output_hidden_states)
+        return self.text_projection(output.pooler_output)
+
+    def get_image_features(
+        self,
+        pixel_values: Tensor | None = None,
+        output_attentions: bool | None = None,
+        output_hidden_states: bool | None = None,
+        interpolate_pos_encoding: bool = False,
+        return_dict: bool | None = None,
+    ) -> Tensor:
+        """Returns the projected images: (batch, channels, height, width) to (batch, proj), not normalised."""
+        output = self.vision_model(pixel_values, output_attentions, output_hidden_states, interpolate_pos_encoding)
+        return self.visual_projection(output.pooler_output)
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        pixel_values: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        return_loss: bool | None = None,
+        output_attentions: bool | None = None,
+        output_hidden_states: bool | None = None,
+        interpolate_pos_encoding: bool = False,
+        return_dict: bool | None = None,
+    ) -> CLIPOutput | tuple:
+        """Compares every text with every image.
+
+        Args:
+            input_ids: (texts, seq) integers.
+            pixel_values: (images, channels, height, width).
+            attention_mask: (texts, seq), 1 for tokens that may be looked at; all when None.
+            position_ids: (texts or 1, seq); 0, 1, … when None.
+            return_loss: Also return the contrastive loss, for as many texts as images, pair by pair.
+            output_attentions: Also return every block's attention weights.
+            output_hidden_states: Also return every block's input and output.
+            interpolate_pos_encoding: Accept pictures of any size.
+            return_dict: Return a `CLIPOutput`; otherwise a tuple of what is not None.
+
+        Raises:
+            ValueError: A shape or a value does not fit.
+        """
+        text_output = self.text_model(input_ids, attention_mask, position_ids, output_attentions, output_hidden_states)
+        vision_output = self.vision_model(
+            pixel_values, output_attentions, output_hidden_states, interpolate_pos_encoding
+        )
+        text_embeds = normalize(self.text_projection(text_output.pooler_output))  # (texts, proj)
+        image_embeds = normalize(self.visual_projection(vision_output.pooler_output))  # (images, proj)
+        logits_per_text = text_embeds @ image_embeds.T * self.logit_scale.exp()  # (texts, images)
+        output = CLIPOutput(
+            loss=contrastive_loss(logits_per_text) if return_loss else None,
+            logits_per_image=logits_per_text.T,
+            logits_per_text=logits_per_text,
+            text_embeds=text_embeds,
+            image_embeds=image_embeds,
+            text_model_output=text_output,
+            vision_model_output=vision_output,
+        )
+        return self._returned(output, return_dict)
+
+
+def normalize(embeds: Tensor) -> Tensor:
+    """Scales rows to unit length; a row of zeros becomes NaN, as formerly."""
+    return embeds / embeds.square().sum(dim=-1, keepdim=True).sqrt()
+
+
+def contrastive_loss(logits_per_text: Tensor) -> Tensor:
+    """Mean of the cross-entropies of text against images and image against texts; (n, n) to ().
+
+    Source: CLIP, arXiv 2103.00020, figure 3.
+    """
+    texts, images = logits_per_text.shape
+    if texts != images:
+        raise checks.not_square(texts, images)
+    targets = torch.arange(texts, device=logits_per_text.device)
+    return (F.cross_entropy(logits_per_text, targets) + F.cross_entropy(logits_per_text.T, targets)) / 2
+
+
+class CLIPTextModel(CLIPPreTrainedModel):
+    """The text tower alone."""
+
+    head = "CLIPTextModel"
+    config_class = CLIPTextConfig
+
+    def __init__(self, config: CLIPTextConfig) -> None:
+        super().__init__(config)
+        self.text_model = CLIPTextTransformer(config)
+        self.post_init()
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        output_attentions: bool | None = None,
+        output_hidden_states: bool | None = None,
+        return_dict: bool | None = None,
+    ) -> BaseModelOutputWithPooling | tuple:
+        """Encodes texts; arguments as in `CLIPModel.forward`."""
+        output = self.text_model(input_ids, attention_mask, position_ids, output_attentions, output_hidden_states)
+        return self._returned(output, return_dict)
+
+
+class CLIPTextModelWithProjection(CLIPPreTrainedModel):
+    """The text tower with its projection."""
+
+    head = "CLIPTextModelWithProjection"
+    config_class = CLIPTextConfig
+
+    def __init__(self, config: CLIPTextConfig) -> None:
+        super().__init__(config)
+        self.text_model = CLIPTextTransformer(config)
+        self.text_projection = nn.Linear(config.hidden_size, config.projection_dim, bias=False)
+        self.post_init()
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        output_attentions: bool | None = None,
+        output_hidden_states: bool | None = None,
+        return_dict: bool | None = None,
+    ) -> CLIPTextModelOutput | tuple:
+        """Encodes and projects texts; arguments as in `CLIPModel.forward`."""
+        output = self.text_model(input_ids, attention_mask, position_ids, output_attentions, output_hidden_states)
+        projected = CLIPTextModelOutput(
+            text_embeds=self.text_projection(output.pooler_output),
+            last_hidden_state=output.last_hidden_state,
+            hidden_states=output.hidden_states,
+            attentions=output.attentions,
+        )
+        return self._returned(projected, return_dict)
+
+
+class CLIPVisionModel(CLIPPreTrainedModel):
+    """The vision tower alone."""
+
+    head = "CLIPVisionModel"
+    config_class = CLIPVisionConfig
+    main_input_name = "pixel_values"
+
+    def __init__(self, config: CLIPVisionConfig) -> None:
+        super().__init__(config)
+        self.vision_model = CLIPVisionTransformer(config)
+        self.post_init()
+
+    def forward(
+        self,
+        pixel_values: Tensor | None = None,
+        output_attentions: bool | None = None,
+        output_hidden_states: bool | None = None,
+        interpolate_pos_encoding: bool = False,
+        return_dict: bool | None = None,
+    ) -> BaseModelOutputWithPooling | tuple:
+        """Encodes pictures; arguments as in `CLIPModel.forward`."""
+        output = self.vision_model(pixel_values, output_attentions, output_hidden_states, interpolate_pos_encoding)
+        return self._returned(output, return_dict)
+
+
+class CLIPVisionModelWithProjection(CLIPPreTrainedModel):
+    """The vision tower with its projection."""
+
+    head = "CLIPVisionModelWithProjection"
+    config_class = CLIPVisionConfig
+    main_input_name = "pixel_values"
+
+    def __init__(self, config: CLIPVisionConfig) -> None:
+        super().__init__(config)
+        self.vision_model = CLIPVisionTransformer(config)
+        self.visual_projection = nn.Linear(config.hidden_size, config.projection_dim, bias=False)
+        self.post_init()
+
+    def forward(
+        self,
+        pixel_values: Tensor | None = None,
+        output_attentions: bool | None = None,
+        output_hidden_states: bool | None = None,
+        interpolate_pos_encoding: bool = False,
+        return_dict: bool | None = None,
+    ) -> CLIPVisionModelOutput | tuple:
+        """Encodes and projects pictures; arguments as in `CLIPModel.forward`."""
+        output = self.vision_model(pixel_values, output_attentions, output_hidden_states, interpolate_pos_encoding)
+        projected = CLIPVisionModelOutput(
+            image_embeds=self.visual_projection(output.pooler_output),
+            last_hidden_state=output.last_hidden_state,
+            hidden_states=output.hidden_states,
+            attentions=output.attentions,
+        )
+        return self._returned(projected, return_dict)
+
+
+class CLIPForImageClassification(CLIPPreTrainedModel):
+    """The vision tower with a linear classifier over the mean of the patch states."""
+
+    head = "CLIPForImageClassification"
+    main_input_name = "pixel_values"
+
+    def __init__(self, config: CLIPConfig) -> None:
+        super().__init__(config)
+        if config.num_labels < 1:
+            raise bad_input("num_labels must be at least 1", config.num_labels, "Pass num_labels= or id2label=")
+        self.num_labels = config.num_labels
+        self.vision_model = CLIPVisionTransformer(config.vision_config)
+        self.classifier = nn.Linear(config.vision_config.hidden_size, config.num_labels)
+        self.post_init()
+
+    def forward(
+        self,
+        pixel_values: Tensor | None = None,
+        labels: Tensor | None = None,
+        output_attentions: bool | None = None,
+        output_hidden_states: bool | None = None,
+        interpolate_pos_encoding: bool = False,
+        return_dict: bool | None = None,
+    ) -> ImageClassifierOutput | tuple:
+        """Classifies pictures.
+
+        Args:
+            pixel_values: (batch, channels, height, width).
+            labels: (batch,) class indices, or (batch,) numbers for one label, or (batch, num_labels) numbers in [0, 1].
+            output_attentions: As in `CLIPModel.forward`.
+            output_hidden_states: As in `CLIPModel.forward`.
+            interpolate_pos_encoding: As in `CLIPModel.forward`.
+            return_dict: As in `CLIPModel.forward`.
+        """
+        output = self.vision_model(pixel_values, output_attentions, output_hidden_states, interpolate_pos_encoding)
+        logits = self.classifier(output.last_hidden_state[:, 1:].mean(dim=1))  # (batch, num_labels)
+        classified = ImageClassifierOutput(
+            loss=None if labels is None else classification_loss(logits, labels, self.config),
+            logits=logits,
+            hidden_states=output.hidden_states,
+            attentions=output.attentions,
+        )
+        return self._returned(classified, return_dict)
+
+
+def classification_loss(logits: Tensor, labels: Tensor, config: CLIPConfig) -> Tensor:
+    """The loss that ``problem_type`` names, or else: one label: squares; integers: cross-entropy; numbers: binary."""
+    labels = labels.to(logits.device)
+    integers = not labels.is_floating_point()
+    kind = config.problem_type or (
+        "regression"
+        if config.num_labels == 1
+        else "single_label_classification"
+        if integers
+        else "multi_label_classification"
+    )
+    if kind == "regression":
+        return F.mse_loss(logits.squeeze(), labels.squeeze().to(logits.dtype))
+    if kind == "single_label_classification":
+        return F.cross_entropy(logits.view(-1, config.num_labels), labels.view(-1))
+    return F.binary_cross_entropy_with_logits(logits, labels.to(logits.dtype))
+
+
+def _default(value: Any, default: Any) -> Any:
+    return default if value is None else value
