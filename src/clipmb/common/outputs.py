@@ -138,3 +138,28 @@ class ImageClassifierOutput(ModelOutput):
     """
 
     fields = ("loss", "logits", "hidden_states", "attentions")
+
+
+def stages(output: CLIPOutput, text_features: Any, image_features: Any) -> dict[str, Any]:
+    """Lists what a whole model computed on the way, in the order of computation, for comparison stage by stage.
+
+    Args:
+        output: Of the whole model, with hidden states.
+        text_features: (texts, proj), not normalised.
+        image_features: (images, proj), not normalised.
+
+    Returns:
+        Stage name to array: ``text.embeddings``, ``text.block.0``, …, ``text.pooled``, ``text.projected``, the same for
+        ``vision``, and ``logits``.
+    """
+    found: dict[str, Any] = {}
+    towers = (("text", output.text_model_output, text_features), ("vision", output.vision_model_output, image_features))
+    for tower, states, features in towers:
+        embeddings, *blocks = states.hidden_states
+        found[f"{tower}.embeddings"] = embeddings
+        found.update({f"{tower}.block.{i}": block for i, block in enumerate(blocks)})
+        found[f"{tower}.last_hidden_state"] = states.last_hidden_state
+        found[f"{tower}.pooled"] = states.pooler_output
+        found[f"{tower}.projected"] = features
+    found["logits"] = output.logits_per_image
+    return found

@@ -1,0 +1,89 @@
+"""The PyTorch model behind numpy: what the pipeline, the command line and verification know of it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import torch
+
+from clipmb.common.config import CLIPConfig
+from clipmb.common.outputs import stages
+from clipmb.pt.modeling import CLIPModel
+from clipmb.pt.tensors import from_numpy, to_numpy
+
+
+class Engine:
+    """A loaded CLIP that takes and gives numpy.
+
+    Args:
+        model: A whole CLIP.
+        compile: Compile both towers with frozen weights (torch.compile, inductor) at their first use.
+    """
+
+    backend = "pt"
+
+    def __init__(self, model: CLIPModel, *, compile: bool = False) -> None:
+        self.model = model.eval()
+        self.config: CLIPConfig = model.config
+        self._image: Callable[..., Any] = model.get_image_features
+        self._text: Callable[..., Any] = model.get_text_features
+        if compile:
+            self._image = torch.compile(self._image, options={"freezing": True})
+            self._text = torch.compile(self._text, options={"freezing": True})
+
+    @classmethod
+    def load(
+        cls, name_or_path: Any, *, dtype: Any = None, device: Any = None, compile: bool = False, **options: Any
+    ) -> Engine:
+        """Loads a checkpoint.
+
+        Args:
+            name_or_path: Folder or hub id.
+            dtype: "float32" (the default), "float16", "bfloat16" or "float64".
+            device: As PyTorch names it; the CPU when None.
+            compile: As in the constructor.
+            **options: As in ``from_pretrained``.
+        """
+        return cls(CLIPModel.from_pretrained(name_or_path, dtype=dtype, device=device, **options), compile=compile)
+
+    @property
+    def logit_scale(self) -> float:
+        """The factor on cosine similarities."""
+        return float(self.model.logit_scale.detach().double().exp())
+
+    @torch.inference_mode()
+    def image_features(self, pixel_values: np.ndarray) -> np.ndarray:
+        """(batch, channels, height, width) to (batch, proj), not normalised; float32, or float64 for such a model."""
+        return self._numpy(self._image(pixel_values=self._tensor(pixel_values)))
+
+    @torch.inference_mode()
+    def text_features(self, input_ids: np.ndarray, attention_mask: np.ndarray | None = None) -> np.ndarray:
+        """(batch, seq) to (batch, proj), not normalised; float32, or float64 for such a model."""
+        mask = None if attention_mask is None else self._tensor(attention_mask)
+        return self._numpy(self._text(input_ids=self._tensor(input_ids), attention_mask=mask))
+
+    @torch.inference_mode()
+    def stages(
+        self, input_ids: np.ndarray, attention_mask: np.ndarray | None, pixel_values: np.ndarray
+    ) -> dict[str, np.ndarray]:
+        """Returns what the model computes on the way, named as by `clipmb.common.outputs.stages`."""
+        ids, pixels = self._tensor(input_ids), self._tensor(pixel_values)
+        mask = None if attention_mask is None else self._tensor(attention_mask)
+        output = self.model(ids, pixels, mask, output_hidden_states=True, return_dict=True)
+        features = self.model.get_text_features(ids, mask), self.model.get_image_features(pixels)
+        return {name: self._numpy(value) for name, value in stages(output, *features).items()}
+
+    def free(self) -> None:
+        """Lets go of the model and its memory."""
+        del self.model, self._image, self._text
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+
+    def _tensor(self, array: np.ndarray) -> torch.Tensor:
+        return from_numpy(np.ascontiguousarray(array)).to(self.model.device)
+
+    @staticmethod
+    def _numpy(tensor: torch.Tensor) -> np.ndarray:
+        return to_numpy(tensor if tensor.dtype in (torch.float32, torch.float64) else tensor.float())
