@@ -14,13 +14,32 @@ _PUBLIC = {
     "clipmb.common.tokenizer": ("BatchEncoding", "CLIPTokenizer", "CLIPTokenizerFast"),
     "clipmb.common.image_processor": ("CLIPFeatureExtractor", "CLIPImageProcessor"),
     "clipmb.common.processor": ("CLIPProcessor",),
-}
+    "clipmb.pipeline": ("CLIPPipeline",),
+    "clipmb.pt": (
+        "CLIPForImageClassification", "CLIPModel", "CLIPPreTrainedModel", "CLIPTextModel",
+        "CLIPTextModelWithProjection", "CLIPVisionModel", "CLIPVisionModelWithProjection",
+    ),
+    "clipmb.tf": (
+        "TFCLIPForImageClassification", "TFCLIPModel", "TFCLIPPreTrainedModel", "TFCLIPTextModel",
+        "TFCLIPTextModelWithProjection", "TFCLIPVisionModel", "TFCLIPVisionModelWithProjection",
+    ),
+    "clipmb.flax": (
+        "FlaxCLIPForImageClassification", "FlaxCLIPModel", "FlaxCLIPPreTrainedModel", "FlaxCLIPTextModel",
+        "FlaxCLIPTextModelWithProjection", "FlaxCLIPTextPreTrainedModel", "FlaxCLIPVisionModel",
+        "FlaxCLIPVisionModelWithProjection", "FlaxCLIPVisionPreTrainedModel",
+    ),
+}  # fmt: skip
 _MODULE_OF = {name: module for module, names in _PUBLIC.items() for name in names}
 
-__all__ = ["__version__", *sorted(_MODULE_OF)]  # noqa: PLE0604
+_SUBMODULES = ("backends", "common", "flax", "pipeline", "pt", "tf")
+
+# Without the models, so that `from clipmb import *` imports no framework.
+__all__ = ["__version__", *sorted(name for name, module in _MODULE_OF.items() if ".common." in module)]
 
 
 def __getattr__(name: str) -> Any:
+    if name in _SUBMODULES:
+        return importlib.import_module(f"clipmb.{name}")
     if name not in _MODULE_OF:
         raise AttributeError(f"module 'clipmb' has no attribute {name!r}")
     value = getattr(importlib.import_module(_MODULE_OF[name]), name)
@@ -29,4 +48,4 @@ def __getattr__(name: str) -> Any:
 
 
 def __dir__() -> list[str]:
-    return __all__
+    return [*__all__, *_MODULE_OF, *_SUBMODULES]

@@ -1,0 +1,49 @@
+# Every target makes its own virtual environment when it is missing, and otherwise starts at once.
+PYTHON ?= python3
+VENV   ?= .venv
+V5     ?= .venv-transformers5
+BIN    := $(VENV)/bin
+
+export CLIPMB_TEST_BACKENDS       ?= pt,tf,flax
+export CLIPMB_REQUIRE_REFERENCE   ?= 1
+export CLIPMB_TRANSFORMERS5_PYTHON ?= $(CURDIR)/$(V5)/bin/python
+export TF_CPP_MIN_LOG_LEVEL       ?= 3
+
+.PHONY: demo test lint format bench docs clean
+
+demo: $(VENV)/.installed
+	$(BIN)/python examples/demo.py
+
+test: $(VENV)/.installed $(V5)/.installed
+	$(BIN)/python -m pytest $(ARGS)
+
+lint: $(VENV)/.installed
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/pyright --pythonpath $(BIN)/python
+
+format: $(VENV)/.installed
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+bench: $(VENV)/.installed
+	$(BIN)/python benchmarks/run.py $(ARGS)
+
+docs: $(VENV)/.installed
+	$(BIN)/python -m mkdocs build --strict --quiet
+	@echo "docs: build/site/index.html"
+
+$(VENV)/.installed: constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet "pip>=25.1"
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e ".[all,dev]" --group reference
+	@touch $@
+
+# transformers 5 cannot share an environment with the reference, transformers 4.57.6.
+$(V5)/.installed: constraints-transformers5.txt
+	$(PYTHON) -m venv $(V5)
+	$(V5)/bin/python -m pip install --quiet -r constraints-transformers5.txt
+	@touch $@
+
+clean:
+	rm -rf $(VENV) $(V5) build dist .pytest_cache .ruff_cache .hypothesis

@@ -1,0 +1,5 @@
+"""``python -m clipmb``."""
+
+from clipmb.cli import main
+
+main()

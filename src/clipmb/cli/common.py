@@ -1,0 +1,62 @@
+"""What the commands share: options, errors, tables."""
+
+from __future__ import annotations
+
+import functools
+import logging
+import sys
+from collections.abc import Callable
+from typing import Annotated, Any
+
+import typer
+
+from clipmb.common.errors import ClipmbError
+
+DEFAULT_MODEL = "openai/clip-vit-base-patch32"
+
+Model = Annotated[str, typer.Option("--model", "-m", help="Folder or hub id of a CLIP checkpoint.")]
+Backend = Annotated[
+    str | None, typer.Option("--backend", "-b", help="pt, tf or flax; the first installed one if not given.")
+]
+Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+
+_debug = False
+
+
+def set_debug(debug: bool) -> None:
+    """Chooses whether errors show their traceback."""
+    global _debug
+    _debug = debug
+
+
+def guarded(command: Callable[..., None]) -> Callable[..., None]:
+    """Turns the errors of bad input into one line on stderr and exit code 1."""
+
+    @functools.wraps(command)
+    def run(*args: Any, **kwargs: Any) -> None:
+        logging.basicConfig(format="%(message)s", stream=sys.stderr)
+        try:
+            command(*args, **kwargs)
+        except (ClipmbError, ValueError, TypeError, OSError, ImportError) as error:
+            if _debug:
+                raise
+            typer.echo(f"error: {error}", err=True)
+            raise typer.Exit(1) from None
+        except KeyboardInterrupt:
+            raise typer.Exit(130) from None
+
+    return run
+
+
+def table(title: str, columns: list[str], rows: list[list[str]], right: tuple[int, ...] = ()) -> None:
+    """Prints a table; plain and as wide as it needs to be where there is no terminal."""
+    from rich.console import Console
+    from rich.table import Table
+
+    console = Console(width=None if sys.stdout.isatty() else 200, soft_wrap=True)
+    drawn = Table(title=title or None, title_justify="left")
+    for place, column in enumerate(columns):
+        drawn.add_column(column, justify="right" if place in right else "left", overflow="fold")
+    for row in rows:
+        drawn.add_row(*(cell.replace("[", r"\[") for cell in row))
+    console.print(drawn)

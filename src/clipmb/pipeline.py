@@ -1,0 +1,266 @@
+"""Pictures and texts in, numpy out, whichever framework computes."""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import numpy as np
+
+from clipmb import backends
+from clipmb.common.config import CLIPConfig
+from clipmb.common.errors import CheckpointError, bad_input, one_of
+from clipmb.common.hub import Source
+from clipmb.common.image_processor import CLIPImageProcessor
+from clipmb.common.processor import CLIPProcessor
+from clipmb.common.tokenizer import CLIPTokenizerFast
+from clipmb.common.zero_shot import class_embeddings, softmax, unit
+
+logger = logging.getLogger("clipmb")
+
+_LONG_TEXT = ("error", "truncate", "mean")
+
+
+class CLIPPipeline:
+    """A model with its tokenizer and image processor.
+
+    Args:
+        engine: The ``Engine`` of a backend.
+        processor: Tokenizer and image processor of the same model.
+    """
+
+    def __init__(self, engine: Any, processor: CLIPProcessor) -> None:
+        self.engine = engine
+        self.processor = processor
+        self.config: CLIPConfig = engine.config
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        name_or_path: str | os.PathLike[str],
+        backend: str | None = None,
+        dtype: Any = None,
+        device: Any = None,
+        compile: bool = False,
+        **options: Any,
+    ) -> CLIPPipeline:
+        """Loads a model.
+
+        Args:
+            name_or_path: Folder or hub id.
+            backend: "pt", "tf" or "flax"; the first installed one when None, which ``pipeline.backend`` tells.
+            dtype: "float32" (the default), "float16", "bfloat16" or "float64".
+            device: As the framework names it; its default when None.
+            compile: Use the framework's compiler: slower first calls, faster later ones.
+            **options: ``subfolder``, ``revision``, ``cache_dir``, ``token``, ``local_files_only``, ``force_download``.
+
+        Raises:
+            CheckpointError: The files cannot be found or read, or do not fit.
+            MissingBackendError: The backend is not installed.
+        """
+        source = Source.of(name_or_path, options)
+        engine_class = backends.engine(backend)
+        if backend is None:
+            logger.info("clipmb: using the %r backend", engine_class.backend)
+        engine = engine_class.load(source, dtype=dtype, device=device, compile=compile, **options)
+        return cls(engine, processor_for(source, engine.config))
+
+    @property
+    def backend(self) -> str:
+        """The framework that computes."""
+        return self.engine.backend
+
+    def __repr__(self) -> str:
+        return f"CLIPPipeline({self.config.name_or_path!r}, backend={self.backend!r})"
+
+    def encode_image(
+        self, images: Any, batch_size: int = 32, normalize: bool = True, progress: bool = False
+    ) -> np.ndarray:
+        """Embeds pictures.
+
+        Args:
+            images: One or a list of paths, PIL pictures or arrays.
+            batch_size: Pictures per step.
+            normalize: Scale the embeddings to unit length.
+            progress: Show a progress bar, when there is a terminal.
+
+        Returns:
+            (images, proj), float32 (float64 for such a model); one picture gives (1, proj).
+
+        Raises:
+            ValueError: A picture cannot be read; the message has its index.
+        """
+        images = list(images) if isinstance(images, list | tuple) else [images]
+        parts = []
+        for start, batch in _batches(images, batch_size, "images", progress):
+            try:
+                pixels = self.processor.image_processor(batch, return_tensors="np")["pixel_values"]
+            except ValueError as error:
+                raise ValueError(f"{error} (indices count from image {start})" if start else str(error)) from error
+            parts.append(self.engine.image_features(pixels))
+        return self._joined(parts, normalize)
+
+    def encode_text(
+        self,
+        texts: str | Sequence[str],
+        batch_size: int = 256,
+        normalize: bool = True,
+        progress: bool = False,
+        long_text: str = "error",
+    ) -> np.ndarray:
+        """Embeds texts.
+
+        Args:
+            texts: One or several.
+            batch_size: Texts per step; texts of similar length share a step, so that little is spent on padding.
+            normalize: Scale the embeddings to unit length.
+            progress: Show a progress bar, when there is a terminal.
+            long_text: What to do with text that is longer than the model's context: "error"; "truncate" to its
+                beginning; "mean": the mean of the unit embeddings of consecutive pieces.
+
+        Returns:
+            (texts, proj), float32 (float64 for such a model); one text gives (1, proj).
+
+        Raises:
+            ValueError: A text is too long and ``long_text`` is "error", or something is not text.
+        """
+        if long_text not in _LONG_TEXT:
+            raise one_of("long_text", long_text, _LONG_TEXT)
+        texts = [texts] if isinstance(texts, str) else list(texts)
+        rows, owners = self._rows(texts, long_text)
+        order = sorted(range(len(rows)), key=lambda i: len(rows[i]))
+        parts = []
+        for _, batch in _batches(order, batch_size, "texts", progress):
+            longest = len(rows[batch[-1]])
+            ids = np.full((len(batch), longest), self.processor.tokenizer.pad_token_id, np.int64)
+            mask = np.zeros((len(batch), longest), np.int64)
+            for place, i in enumerate(batch):
+                ids[place, : len(rows[i])] = rows[i]
+                mask[place, : len(rows[i])] = 1
+            parts.append(self.engine.text_features(ids, mask))
+        features = self._joined(parts, False)
+        restored = np.empty_like(features)
+        restored[order] = features
+        if len(rows) > len(texts):
+            means = np.zeros((len(texts), features.shape[1]), features.dtype)
+            for text in range(len(texts)):
+                pieces = restored[[i for i in range(len(rows)) if owners[i] == text]]
+                means[text] = pieces[0] if len(pieces) == 1 else unit(pieces).mean(axis=0)
+            restored = means
+        return unit(restored) if normalize and len(restored) else restored
+
+    def _rows(self, texts: list[str], long_text: str) -> tuple[list[list[int]], list[int]]:
+        """Returns the ids of every text or piece of one, and the text that each belongs to."""
+        if not texts:
+            return [], []
+        limit = self.config.text_config.max_position_embeddings
+        tokenizer = self.processor.tokenizer
+        rows, owners = [], []
+        for i, ids in enumerate(tokenizer(texts, truncation=False, padding=False)["input_ids"]):
+            ids = list(ids)
+            if len(ids) <= limit:
+                pieces = [ids]
+            elif long_text == "error":
+                raise bad_input(
+                    f"A text may have at most {limit - 2} tokens",
+                    f"text {i} with {len(ids) - 2} tokens: {texts[i]!r:.80}",
+                    "Shorten it, or pass long_text='truncate' or long_text='mean'",
+                    shown=True,
+                )
+            else:
+                first, *inner, last = ids
+                room = limit - 2
+                count = 1 if long_text == "truncate" else -(-len(inner) // room)
+                pieces = [[first, *inner[k * room : (k + 1) * room], last] for k in range(count)]
+            rows += pieces
+            owners += [i] * len(pieces)
+        return rows, owners
+
+    def similarity(self, images: Any, texts: str | Sequence[str], **options: Any) -> np.ndarray:
+        """Returns the scaled cosine similarities (images, texts): the logits of the model.
+
+        Args:
+            images: As in `encode_image`.
+            texts: As in `encode_text`.
+            **options: ``batch_size``, ``progress``, ``long_text``.
+        """
+        long_text = options.pop("long_text", "error")
+        return self.engine.logit_scale * (
+            self.encode_image(images, **options) @ self.encode_text(texts, long_text=long_text, **options).T
+        )
+
+    def classify(
+        self,
+        images: Any,
+        labels: Sequence[str],
+        templates: str | Sequence[str] | None = None,
+        batch_size: int = 32,
+        progress: bool = False,
+    ) -> np.ndarray:
+        """Tells which label fits each picture.
+
+        Args:
+            images: As in `encode_image`.
+            labels: The class names.
+            templates: Text with {} in the place of the label, or several, or a name of
+                `clipmb.common.zero_shot.TEMPLATES`; "a photo of a {}." when None.
+            batch_size: Pictures per step.
+            progress: Show a progress bar, when there is a terminal.
+
+        Returns:
+            (images, labels) probabilities; rows sum to 1.
+        """
+        classes = class_embeddings(self.encode_text, labels, templates)
+        embeds = self.encode_image(images, batch_size=batch_size, progress=progress)
+        return softmax(self.engine.logit_scale * (embeds @ classes.T))
+
+    def _joined(self, parts: list[np.ndarray], normalize: bool) -> np.ndarray:
+        if not parts:
+            return np.zeros((0, self.config.projection_dim), np.float32)
+        features = np.concatenate(parts)
+        return unit(features) if normalize else features
+
+
+def processor_for(source: Source, config: CLIPConfig) -> CLIPProcessor:
+    """Loads the tokenizer and image processor of a checkpoint; a checkpoint without them gets CLIP's own.
+
+    Raises:
+        CheckpointError: There is no tokenizer and the vocabulary is not CLIP's.
+    """
+    text, vision = config.text_config, config.vision_config
+    if any(source.find(name) for name in ("vocab.json", "tokenizer.json")):
+        tokenizer = CLIPTokenizerFast.from_pretrained(source)
+    elif text.vocab_size == CLIPConfig().text_config.vocab_size:
+        tokenizer = CLIPTokenizerFast()
+    else:
+        raise CheckpointError(
+            f"{source} has no tokenizer, and its vocabulary of {text.vocab_size} tokens is not CLIP's own. "
+            "Put vocab.json and merges.txt, or tokenizer.json, beside the weights."
+        )
+    if any(source.find(name) for name in ("preprocessor_config.json", "processor_config.json")):
+        image_processor = CLIPImageProcessor.from_pretrained(source)
+    else:
+        size = vision.image_size
+        image_processor = CLIPImageProcessor(size={"shortest_edge": size}, crop_size={"height": size, "width": size})
+    return CLIPProcessor(image_processor, tokenizer)
+
+
+def _batches(items: list, size: int, what: str, progress: bool) -> Iterator[tuple[int, list]]:
+    if isinstance(size, bool) or not isinstance(size, int) or size < 1:
+        raise bad_input("batch_size must be a positive integer", size, "Pass how many to compute at once")
+    starts = range(0, len(items), size)
+    if progress and sys.stderr.isatty():
+        from rich.console import Console
+        from rich.progress import Progress
+
+        with Progress(console=Console(stderr=True), transient=True) as bar:
+            task = bar.add_task(what, total=len(items))
+            for start in starts:
+                yield start, items[start : start + size]
+                bar.advance(task, min(size, len(items) - start))
+    else:
+        for start in starts:
+            yield start, items[start : start + size]

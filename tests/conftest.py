@@ -1,0 +1,31 @@
+"""Which backends are tested. A backend that is named and cannot be imported is a failure, never a skip."""
+
+from __future__ import annotations
+
+import importlib
+import os
+
+import pytest
+
+ALL_BACKENDS = ("pt", "tf", "flax")
+BACKENDS = tuple(name.strip() for name in os.environ.get("CLIPMB_TEST_BACKENDS", ",".join(ALL_BACKENDS)).split(","))
+
+if unknown := set(BACKENDS) - set(ALL_BACKENDS):
+    raise pytest.UsageError(f"CLIPMB_TEST_BACKENDS names {sorted(unknown)}; there are {ALL_BACKENDS}")
+
+# Files of a backend that is not named are left out; this is a choice of the caller, so it is no skip.
+collect_ignore_glob = [f"**/test_{name}*.py" for name in ALL_BACKENDS if name not in BACKENDS]
+
+for _name in ALL_BACKENDS:  # torch before tensorflow: the other order can crash
+    if _name in BACKENDS:
+        importlib.import_module(f"clipmb.{_name}")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Deselects tests marked for a backend that is not named."""
+    left_out = [
+        item for item in items if any(mark.args[0] not in BACKENDS for mark in item.iter_markers(name="backend"))
+    ]
+    if left_out:
+        config.hook.pytest_deselected(items=left_out)
+        items[:] = [item for item in items if item not in left_out]
