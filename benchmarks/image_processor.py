@@ -1,0 +1,88 @@
+"""Image preprocessing, clipmb against transformers' ``CLIPImageProcessor``, on the package's photos."""
+
+from __future__ import annotations
+
+import os
+import statistics
+import tempfile
+import time
+from importlib import resources
+from pathlib import Path
+
+import transformers
+from _compare import compare
+from PIL import Image
+
+from clipmb import CLIPImageProcessor
+
+SIZE = (640, 480)
+COUNT = 24
+
+
+def photos() -> list[Image.Image]:
+    folder = resources.files("clipmb") / "data" / "photos"
+    found = []
+    for name in ("chelsea.jpg", "coffee.jpg", "rocket.jpg"):
+        with (folder / name).open("rb") as file, Image.open(file) as image:
+            found.append(image.convert("RGB").resize(SIZE, Image.Resampling.LANCZOS))
+    return found
+
+
+def resize_only(images: list[Image.Image]) -> float:
+    taken = []
+    for _ in range(7):
+        start = time.perf_counter()
+        for image in images:
+            image.resize((298, 224), Image.Resampling.BICUBIC)
+        taken.append(time.perf_counter() - start)
+    return len(images) / statistics.median(taken)
+
+
+def main() -> None:
+    ours, theirs = CLIPImageProcessor(), transformers.CLIPImageProcessor()
+    images = [image.copy() for image in photos() * (COUNT // 3)]
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+
+    def peer() -> object:
+        return theirs(images, return_tensors="np")
+
+    what = f"{SIZE[0]}x{SIZE[1]} Pillow images"
+    compare(
+        f"{what}, 1 thread",
+        lambda: ours(images, return_tensors="np", num_workers=1),
+        peer,
+        count=COUNT,
+        unit="pictures",
+        goal=2.5,
+    )
+    compare(
+        f"{what}, default threads, {cores} cores",
+        lambda: ours(images, return_tensors="np"),
+        peer,
+        count=COUNT,
+        unit="pictures",
+    )
+    print(f"{'  Pillow resize alone, 1 thread':<44} {resize_only(images):>12,.1f} pictures/s")
+    compare(
+        "one image at a time (latency)",
+        lambda: [ours(image, return_tensors="np") for image in images[:6]],
+        lambda: [theirs(image, return_tensors="np") for image in images[:6]],
+        count=6,
+        unit="pictures",
+    )
+    with tempfile.TemporaryDirectory() as folder:
+        paths = [str(Path(folder) / f"{number}.jpg") for number in range(COUNT)]
+        for path, image in zip(paths, images, strict=True):
+            image.save(path, quality=90)
+        for workers in (1, None):
+            compare(
+                f"JPEG files, {'1 thread' if workers else f'default threads, {cores} cores'}",
+                lambda workers=workers: ours(paths, return_tensors="np", num_workers=workers),
+                lambda: theirs(paths, return_tensors="np"),
+                count=COUNT,
+                unit="pictures",
+            )
+
+
+if __name__ == "__main__":
+    main()

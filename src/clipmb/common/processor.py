@@ -1,0 +1,223 @@
+"""CLIPProcessor: texts and pictures in, everything that a CLIP model takes out."""
+
+from __future__ import annotations
+
+import inspect
+import json
+import os
+import warnings
+from typing import Any, NoReturn
+
+from PIL import Image
+
+from clipmb.common.batch import BatchFeature
+from clipmb.common.errors import bad_input
+from clipmb.common.hub import Source
+from clipmb.common.image_processor import FILE, PROCESSOR_FILE, CLIPImageProcessor, refuse_push, write_json
+from clipmb.common.pixels import is_array
+from clipmb.common.saving import Transaction
+from clipmb.common.tokenizer import CLIPTokenizerFast
+
+
+def _arguments(function: Any) -> frozenset[str]:
+    kinds = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
+    return frozenset(name for name, value in inspect.signature(function).parameters.items() if value.kind in kinds)
+
+
+_ARGUMENTS = {
+    "text_kwargs": _arguments(CLIPTokenizerFast.__call__) - {"self", "text"},
+    "images_kwargs": _arguments(CLIPImageProcessor.preprocess) - {"self", "images"},
+    "common_kwargs": frozenset({"return_tensors"}),
+}
+_IMAGE_SETTINGS = _arguments(CLIPImageProcessor)
+_TOKENIZER_FILES = ("tokenizer.json", "vocab.json", "merges.txt", "special_tokens_map.json", "added_tokens.json")
+
+
+class CLIPProcessor:
+    """A `CLIPImageProcessor` and a `CLIPTokenizerFast` behind one call.
+
+    Args:
+        image_processor: Any object with its methods; CLIP's defaults when None.
+        tokenizer: Any object with the methods of CLIP's tokenizers; `CLIPTokenizerFast` on the package's own merges
+            when None.
+        **kwargs: ``feature_extractor``, the former name of ``image_processor``. Nothing else.
+
+    Raises:
+        TypeError: The two are swapped or of other kinds, or a keyword argument is unknown.
+    """
+
+    attributes = ("image_processor", "tokenizer")
+    image_processor_class = "CLIPImageProcessor"
+    tokenizer_class = "CLIPTokenizerFast"
+
+    def __init__(self, image_processor: Any = None, tokenizer: Any = None, **kwargs: Any) -> None:
+        if "feature_extractor" in kwargs:
+            warnings.warn("feature_extractor= is deprecated. Pass image_processor=.", FutureWarning, stacklevel=2)
+            former = kwargs.pop("feature_extractor")
+            image_processor = former if image_processor is None else image_processor
+        if kwargs:
+            _unknown("CLIPProcessor", sorted(kwargs), "image_processor, tokenizer")
+        self.image_processor = CLIPImageProcessor() if image_processor is None else image_processor
+        self.tokenizer = CLIPTokenizerFast() if tokenizer is None else tokenizer
+        for name, method in (("image_processor", "preprocess"), ("tokenizer", "convert_tokens_to_ids")):
+            part = getattr(self, name)
+            if isinstance(part, type) or not hasattr(part, method):
+                raise bad_input(
+                    f"{name} must be {'an image processor' if name == 'image_processor' else 'a tokenizer'}",
+                    part if isinstance(part, type) else type(part),
+                    "Pass CLIPProcessor(image_processor=..., tokenizer=...)",
+                    TypeError,
+                )
+
+    @property
+    def model_input_names(self) -> list[str]:
+        """The fields of a full result, in its order."""
+        return [*self.image_processor.model_input_names, *self.tokenizer.model_input_names]
+
+    @property
+    def feature_extractor(self) -> Any:
+        """The former name of ``image_processor``."""
+        warnings.warn("feature_extractor is deprecated. Use image_processor.", FutureWarning, stacklevel=2)
+        return self.image_processor
+
+    @property
+    def feature_extractor_class(self) -> str:
+        """The former name of ``image_processor_class``."""
+        warnings.warn("feature_extractor_class is deprecated. Use image_processor_class.", FutureWarning, stacklevel=2)
+        return self.image_processor_class
+
+    def __call__(self, text: Any = None, images: Any = None, **kwargs: Any) -> BatchFeature:
+        """Tokenizes texts and preprocesses images.
+
+        The former library changed the order of its positional arguments from (text, images) to (images, text) in 4.57;
+        both work here, because what is not text is recognised as images. Strings are taken for images, that is for
+        paths, only as ``images``.
+
+        Args:
+            text: As for `CLIPTokenizerFast`: a text or a list of texts.
+            images: As for `CLIPImageProcessor`: an image, a list, a batch.
+            **kwargs: Arguments of the two, flat (``padding=True``, ``do_resize=False``) or grouped in
+                ``text_kwargs``, ``images_kwargs`` and ``common_kwargs``. ``return_tensors`` goes to both.
+
+        Returns:
+            ``pixel_values`` [images, channels, height, width] when there are images; ``input_ids`` and
+            ``attention_mask`` [texts, tokens] when there are texts, which alone give a `BatchEncoding`.
+
+        Raises:
+            ValueError: There is neither text nor images, or an argument comes both flat and in a group.
+            TypeError: A keyword argument is unknown, or both inputs are images.
+        """
+        if _is_image_like(text):
+            if _is_image_like(images):
+                raise bad_input(
+                    "One input of CLIPProcessor must be text",
+                    f"a {type(text).__name__} and a {type(images).__name__}",
+                    "Pass all images in one list, as images=",
+                    TypeError,
+                    shown=True,
+                )
+            text, images = images, text
+        if text is None and images is None:
+            raise bad_input("CLIPProcessor needs text, images or both", "neither", "Pass text= or images=", shown=True)
+        options = _sort(kwargs)
+        encoding = None if text is None else self.tokenizer(text, **options["text_kwargs"])
+        if images is None and isinstance(encoding, BatchFeature):
+            return encoding
+        data = {} if images is None else dict(self.image_processor(images, **options["images_kwargs"]))
+        return BatchFeature(data | dict(encoding or {}))
+
+    def batch_decode(self, *args: Any, **kwargs: Any) -> list[str]:
+        """Turns rows of ids into texts; see the tokenizer's method."""
+        return self.tokenizer.batch_decode(*args, **kwargs)
+
+    def decode(self, *args: Any, **kwargs: Any) -> str:
+        """Turns ids into text; see the tokenizer's method."""
+        return self.tokenizer.decode(*args, **kwargs)
+
+    @classmethod
+    def from_pretrained(
+        cls, pretrained_model_name_or_path: str | os.PathLike[str] | Source, **kwargs: Any
+    ) -> CLIPProcessor:
+        """Loads both parts from a folder or a hub id, saved by clipmb or by transformers 4 or 5.
+
+        Args:
+            pretrained_model_name_or_path: Where they are. No config.json is needed.
+            **kwargs: The options of `Source`; settings of the image processor by name, and of the tokenizer, which
+                override those in the files.
+
+        Raises:
+            CheckpointError: A file is missing or unreadable.
+        """
+        source = Source.of(pretrained_model_name_or_path, kwargs)
+        of_images = {name: kwargs.pop(name) for name in list(kwargs) if name in _IMAGE_SETTINGS}
+        for former in ("use_fast", "trust_remote_code", "_from_auto", "_from_pipeline"):
+            kwargs.pop(former, None)
+        return cls(
+            CLIPImageProcessor.from_pretrained(source, **of_images), CLIPTokenizerFast.from_pretrained(source, **kwargs)
+        )
+
+    def save_pretrained(
+        self, save_directory: str | os.PathLike[str], push_to_hub: bool = False, legacy_serialization: bool = True
+    ) -> list[str]:
+        """Writes the files of both parts into a folder, all or nothing.
+
+        The image processor's settings go into preprocessor_config.json, where transformers 4 looks, and into
+        processor_config.json, where transformers 5 looks first; each reads a folder that holds both.
+
+        Args:
+            save_directory: A folder; made when missing.
+            push_to_hub: Not supported; saving never uploads.
+            legacy_serialization: Without effect; the former library's choice between the two layouts.
+
+        Returns:
+            The paths of the two settings files.
+        """
+        refuse_push(push_to_hub)
+        with Transaction(save_directory) as save:
+            self._write(save)
+        return [os.path.join(save_directory, name) for name in (FILE, PROCESSOR_FILE)]
+
+    def _write(self, save: Transaction) -> None:
+        """Adds the files to a save."""
+        self.tokenizer.save_pretrained(save.path(""))
+        save.remove(*_TOKENIZER_FILES)  # those that this tokenizer did not write
+        settings = json.loads(self.image_processor.to_json_string()) | {"processor_class": type(self).__name__}
+        save.write(FILE, write_json(settings))
+        del settings["processor_class"]
+        save.write(PROCESSOR_FILE, write_json({"image_processor": settings, "processor_class": type(self).__name__}))
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}:\n- image_processor: {self.image_processor!r}\n- tokenizer: {self.tokenizer!r}"
+
+
+def _is_image_like(value: Any) -> bool:
+    """Whether this cannot be text: its first leaf is a picture, an array, a path object or bytes."""
+    while isinstance(value, list | tuple) and value:
+        value = value[0]
+    return isinstance(value, Image.Image | os.PathLike | bytes) or is_array(value)
+
+
+def _sort(given: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """Sorts the keyword arguments of a call into those of the tokenizer and of the image processor."""
+    flat = {name: value for name, value in given.items() if name not in _ARGUMENTS}
+    for absent in ("videos", "audio"):  # the former library's signature has them
+        if flat.get(absent, 0) is None:
+            del flat[absent]
+    unknown = sorted(set(flat).difference(*_ARGUMENTS.values()))
+    if unknown:
+        _unknown("CLIPProcessor.__call__", unknown, ", ".join(sorted(frozenset().union(*_ARGUMENTS.values()))))
+    groups = {name: dict(given.get(name) or {}) for name in _ARGUMENTS}
+    for name, group in groups.items():
+        if unknown := sorted(set(group) - _ARGUMENTS[name]):
+            _unknown(name, unknown, ", ".join(sorted(_ARGUMENTS[name])))
+        if twice := sorted(set(group) & set(flat)):
+            raise bad_input(f"An argument is given once, flat or in {name}", twice, "Remove one of the two")
+    common = groups.pop("common_kwargs")
+    return {
+        name: common | {key: value for key, value in flat.items() if key in _ARGUMENTS[name]} | group
+        for name, group in groups.items()
+    }
+
+
+def _unknown(where: str, names: list[str], allowed: str) -> NoReturn:
+    raise TypeError(f"{where} has no arguments with these names. Received: {', '.join(names)}. Use some of: {allowed}.")
