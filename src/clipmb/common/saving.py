@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 import tempfile
+import time
 from pathlib import Path
 from types import TracebackType
 
@@ -13,6 +14,8 @@ from clipmb.common.errors import CheckpointError, bad_input
 
 _COMMITTED = ".clipmb-save"
 _PLAN = "clipmb-save.json"
+_STAGING = ".clipmb-staging-"
+_LEFTOVER_SECONDS = 3600
 
 
 class Transaction:
@@ -37,8 +40,15 @@ class Transaction:
             raise bad_input("A model is saved into a folder", str(self.folder), "Pass a folder, not a file")
         self.folder.mkdir(parents=True, exist_ok=True)
         finish(self.folder)
-        self._staging = Path(tempfile.mkdtemp(prefix=".clipmb-staging-", dir=self.folder))
+        self._clear_leftovers()
+        self._staging = Path(tempfile.mkdtemp(prefix=_STAGING, dir=self.folder))
         return self
+
+    def _clear_leftovers(self) -> None:
+        """Removes what killed saves left behind; young folders may belong to a save that is still running."""
+        for path in self.folder.glob(f"{_STAGING}*"):
+            if time.time() - path.stat().st_mtime > _LEFTOVER_SECONDS:
+                shutil.rmtree(path, ignore_errors=True)
 
     def path(self, name: str) -> Path:
         """Returns where to write the file that will be called ``name``."""
