@@ -1,0 +1,185 @@
+"""The pipeline: batches, order, long text, templates, backends; over a small random checkpoint."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from cases import VISION, write_checkpoint
+from conftest import BACKENDS
+from PIL import Image
+
+from clipmb import CheckpointError, CLIPConfig, CLIPPipeline, CLIPTokenizerFast, MissingBackendError, backends
+from clipmb.common.zero_shot import TEMPLATES, class_embeddings, prompt_templates, softmax
+
+TEXT = {"hidden_size": 32, "intermediate_size": 56, "num_hidden_layers": 2, "num_attention_heads": 4}
+CONFIG = CLIPConfig({**TEXT, "max_position_embeddings": 16}, VISION, projection_dim=24)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return write_checkpoint(tmp_path_factory.mktemp("small"), CONFIG)
+
+
+@pytest.fixture(scope="module", params=BACKENDS)
+def pipeline(request, folder):
+    return CLIPPipeline.from_pretrained(folder, backend=request.param)
+
+
+def pictures(count=5):
+    rng = np.random.default_rng(0)
+    return [Image.fromarray(rng.integers(0, 256, (20 + i, 30, 3), np.uint8)) for i in range(count)]
+
+
+def test_images_keep_their_order_over_batches(pipeline):
+    whole = pipeline.encode_image(pictures(), batch_size=32)
+    parts = pipeline.encode_image(pictures(), batch_size=2)
+    assert whole.shape == (5, 24)
+    assert whole.dtype == np.float32
+    assert np.abs(whole - parts).max() < 1e-6
+    assert np.abs(np.linalg.norm(whole, axis=1) - 1).max() < 1e-6
+    single = pipeline.encode_image(pictures()[3])
+    assert np.abs(single[0] - whole[3]).max() < 1e-6
+    assert np.abs(whole - whole[0]).max() > 1e-3
+
+
+def test_texts_keep_their_order_over_batches_of_like_length(pipeline):
+    texts = ["a cat", "x", "a photo of a very small dog on a mat", "a", "two cats and a dog"]
+    whole = pipeline.encode_text(texts)
+    assert whole.shape == (5, 24)
+    assert np.abs(whole - pipeline.encode_text(texts, batch_size=2)).max() < 1e-6
+    for i, text in enumerate(texts):
+        assert np.abs(pipeline.encode_text(text)[0] - whole[i]).max() < 1e-6
+    assert np.abs(whole[0] - whole[1]).max() > 1e-3
+    raw = pipeline.encode_text(texts, normalize=False)
+    assert np.abs(raw / np.linalg.norm(raw, axis=1, keepdims=True) - whole).max() < 1e-6
+    assert np.abs(np.linalg.norm(raw, axis=1) - 1).max() > 1e-2
+
+
+def test_trimming_the_padding_changes_nothing(pipeline):
+    texts = ["a cat", "a photo of a dog"]
+    tokens = CLIPTokenizerFast()(texts, padding="max_length", max_length=16, return_tensors="np")
+    padded = pipeline.engine.text_features(tokens["input_ids"], tokens["attention_mask"])
+    assert np.abs(padded - pipeline.encode_text(texts, normalize=False)).max() < 1e-5
+
+
+def test_long_text_is_reported(pipeline):
+    long = "one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen"
+    with pytest.raises(ValueError, match="text 1 with 16 tokens"):
+        pipeline.encode_text(["a cat", long])
+    cut = pipeline.encode_text(["a cat", long], long_text="truncate")
+    words = long.split()
+    assert np.abs(cut[1] - pipeline.encode_text(" ".join(words[:14]))[0]).max() < 1e-6
+    mean = pipeline.encode_text(["a cat", long], long_text="mean")
+    assert np.abs(mean[0] - cut[0]).max() < 1e-6
+    pieces = pipeline.encode_text([" ".join(words[:14]), " ".join(words[14:])])
+    expected = pieces.mean(axis=0) / np.linalg.norm(pieces.mean(axis=0))
+    assert np.abs(mean[1] - expected).max() < 1e-6
+    with pytest.raises(ValueError, match="long_text"):
+        pipeline.encode_text(long, long_text="split")
+
+
+def test_classify_by_hand(pipeline):
+    labels = ["cat", "dog", "cup"]
+    found = pipeline.classify(pictures(), labels)
+    texts = pipeline.encode_text([f"a photo of a {label}." for label in labels]).astype(np.float64)
+    logits = np.exp(2.0) * pipeline.encode_image(pictures()).astype(np.float64) @ texts.T
+    expected = np.exp(logits) / np.exp(logits).sum(axis=1, keepdims=True)
+    assert found.shape == (5, 3)
+    assert np.abs(found - expected).max() < 1e-5
+    assert np.abs(softmax(pipeline.similarity(pictures(), [f"a photo of a {x}." for x in labels])) - found).max() < 1e-5
+
+
+def test_several_templates_are_averaged(pipeline):
+    classes = class_embeddings(pipeline.encode_text, ["cat", "dog"], "seven")
+    one = pipeline.encode_text([template.format("dog") for template in TEMPLATES["seven"]]).mean(axis=0)
+    assert np.abs(classes[1] - one / np.linalg.norm(one)).max() < 1e-6
+    several = pipeline.classify(pictures(), ["cat", "dog"], ["a {}", "the {}"])
+    assert np.abs(several.sum(axis=1) - 1).max() < 1e-6
+
+
+def test_empty_lists_are_empty_arrays(pipeline):
+    assert pipeline.encode_image([]).shape == (0, 24)
+    assert pipeline.encode_text([]).shape == (0, 24)
+
+
+@pytest.mark.parametrize("labels", [[], "a cat", ["", "a"], [3]])
+def test_bad_labels(pipeline, labels):
+    with pytest.raises(ValueError, match="labels"):
+        pipeline.classify(pictures(), labels)
+
+
+@pytest.mark.parametrize("templates", [[], "a photo", ["a {}", "b"], [3]])
+def test_bad_templates(templates):
+    with pytest.raises(ValueError, match="template"):
+        prompt_templates(templates)
+
+
+def test_bad_batches(pipeline):
+    for size in (0, -1, 2.5, True):
+        with pytest.raises(ValueError, match="batch_size"):
+            pipeline.encode_text(["a"], batch_size=size)
+
+
+def test_an_unreadable_picture_is_named_by_its_place_in_the_whole_list(pipeline, tmp_path):
+    path = tmp_path / "broken.png"
+    path.write_bytes(b"\x89PNG\r\n")
+    with pytest.raises(ValueError, match=r"[Ii]mage 1\b.*count from image 2"):
+        pipeline.encode_image([*pictures(3), str(path)], batch_size=2)
+
+
+def test_the_backend_is_chosen_and_told(folder, monkeypatch):
+    assert CLIPPipeline.from_pretrained(folder).backend == backends.installed()[0]
+    monkeypatch.setattr(backends, "installed", list)
+    with pytest.raises(MissingBackendError, match="pip install"):
+        CLIPPipeline.from_pretrained(folder)
+    with pytest.raises(ValueError, match="backend"):
+        CLIPPipeline.from_pretrained(folder, backend="onnx")
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize(("dtype", "bound"), [("bfloat16", 3e-2), ("float64", 1e-6)])
+def test_dtypes(folder, backend, dtype, bound):
+    low = CLIPPipeline.from_pretrained(folder, backend=backend, dtype=dtype).encode_image(pictures())
+    high = CLIPPipeline.from_pretrained(folder, backend=backend).encode_image(pictures())
+    assert low.dtype == (np.float64 if dtype == "float64" else np.float32)
+    assert 0 < np.abs(low - high).max() < bound
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_compiled_engines_agree_for_every_batch_size(folder, backend):
+    plain = CLIPPipeline.from_pretrained(folder, backend=backend)
+    compiled = CLIPPipeline.from_pretrained(folder, backend=backend, compile=True)
+    for count in (1, 3):
+        assert np.abs(compiled.encode_image(pictures(count)) - plain.encode_image(pictures(count))).max() < 1e-5
+    texts = ["a cat", "a photo of a dog on a mat"]
+    assert np.abs(compiled.encode_text(texts) - plain.encode_text(texts)).max() < 1e-5
+
+
+def test_stages_are_complete_and_in_order(pipeline):
+    tokens = CLIPTokenizerFast()(["a cat", "two dogs"], padding=True, return_tensors="np")
+    pixels = pipeline.processor.image_processor(pictures(3), return_tensors="np")["pixel_values"]
+    found = pipeline.engine.stages(tokens["input_ids"], tokens["attention_mask"], pixels)
+    blocks = lambda tower: [f"{tower}.embeddings", f"{tower}.block.0", f"{tower}.block.1"]  # noqa: E731
+    ends = lambda tower: [f"{tower}.last_hidden_state", f"{tower}.pooled", f"{tower}.projected"]  # noqa: E731
+    towers = [name for tower in ("text", "vision") for name in [*blocks(tower), *ends(tower)]]
+    assert list(found) == [*towers, "logits"]
+    assert found["logits"].shape == (3, 2)
+    assert all(isinstance(value, np.ndarray) for value in found.values())
+    assert np.abs(found["text.projected"] - pipeline.encode_text(["a cat", "two dogs"], normalize=False)).max() < 1e-5
+
+
+def test_a_checkpoint_without_a_tokenizer_needs_clips_vocabulary(tmp_path):
+    small = CLIPConfig({**TEXT, "vocab_size": 99, "eos_token_id": 98}, VISION, projection_dim=24)
+    with pytest.raises(CheckpointError, match="tokenizer"):
+        CLIPPipeline.from_pretrained(write_checkpoint(tmp_path, small))
+
+
+def test_own_tokenizer_and_processor_are_used(folder, tmp_path):
+    pipeline = CLIPPipeline.from_pretrained(folder)
+    assert pipeline.processor.image_processor.crop_size == {"height": 20, "width": 20}
+    pipeline.processor.image_processor.image_mean = [0.1, 0.2, 0.3]
+    pipeline.processor.save_pretrained(tmp_path)
+    write_checkpoint(tmp_path, CONFIG)
+    again = CLIPPipeline.from_pretrained(tmp_path)
+    assert again.processor.image_processor.image_mean == [0.1, 0.2, 0.3]
+    assert np.abs(again.encode_image(pictures()) - pipeline.encode_image(pictures())).max() < 1e-6
