@@ -9,6 +9,7 @@ import time
 from importlib import resources
 from pathlib import Path
 
+import numpy as np
 import transformers
 from _compare import compare
 from PIL import Image
@@ -67,6 +68,14 @@ def main() -> None:
         "one image at a time (latency)",
         lambda: [ours(image, return_tensors="np") for image in images[:6]],
         lambda: [theirs(image, return_tensors="np") for image in images[:6]],
+        count=6,
+        unit="pictures",
+    )
+    floats = [(np.asarray(image).transpose(2, 0, 1) / 255).astype(np.float32) for image in images[:6]]
+    compare(
+        "float32 arrays, channels first, 1 thread",
+        lambda: ours(floats, return_tensors="np", num_workers=1),
+        lambda: theirs(floats, return_tensors="np"),
         count=6,
         unit="pictures",
     )

@@ -187,7 +187,12 @@ def resize(name: str, pixels: np.ndarray, target: tuple[int, int], resample: int
             shown=True,
         )
     pixels, quantised = _to_8_bit(name, pixels)
-    image = Image.fromarray(pixels[0] if len(pixels) == 1 else np.ascontiguousarray(pixels.transpose(1, 2, 0)))
+    rows = pixels.transpose(1, 2, 0)
+    if len(pixels) > 1 and rows.flags.c_contiguous:
+        image = Image.fromarray(rows)
+    else:  # Pillow interleaves planes faster than numpy does
+        planes = [Image.fromarray(plane) for plane in pixels]
+        image = planes[0] if len(planes) == 1 else Image.merge(("LA", "RGB", "RGBA")[len(planes) - 2], planes)
     resized = np.asarray(resize_pillow(name, image, target, resample))
     return (resized[None] if resized.ndim == 2 else resized.transpose(2, 0, 1)), quantised
 
@@ -198,16 +203,28 @@ def _to_8_bit(name: str, pixels: np.ndarray) -> tuple[np.ndarray, bool]:
         return pixels, False
     low, high = pixels.min(), pixels.max()
     if low >= 0 and high <= 255:  # also False for not-a-number
-        if pixels.dtype.kind in "biu" or np.allclose(pixels, pixels.astype(int)):
-            return pixels.astype(np.uint8), False
+        cut = pixels.astype(np.uint8)
+        if pixels.dtype.kind in "biu" or _is_integral(pixels, cut):
+            return cut, False
         if high <= 1:
-            return rescale(pixels, 255).astype(np.uint8), True
+            # Up to 32 bits, the float32 product is the rounded float64 product that `rescale` would give.
+            small = pixels.dtype.itemsize <= 4
+            scaled = pixels.astype(np.float32, copy=False) * np.float32(255) if small else rescale(pixels, 255)
+            return scaled.astype(np.uint8), True
     raise bad_input(
         f"{name} must hold integers in [0, 255] or floats in [0, 1] to be resized, which is done in 8 bits",
         f"{pixels.dtype} values in [{low}, {high}]",
         "Round or rescale them, or resize them yourself and pass do_resize=False",
         shown=True,
     )
+
+
+def _is_integral(pixels: np.ndarray, cut: np.ndarray) -> bool:
+    """Whether all values are within numpy.allclose of ``cut``, their integral parts; the cheap tests first."""
+    if np.array_equal(pixels, cut):
+        return True
+    middle = np.s_[:, pixels.shape[1] // 2]
+    return all(np.allclose(pixels[part], cut[part].astype(int)) for part in (middle, np.s_[:]))
 
 
 def crop(pixels: np.ndarray, height: int, width: int) -> np.ndarray:
