@@ -42,5 +42,7 @@ def compare(
     mine, peer = statistics.median(times[ours]), statistics.median(times[theirs])
     ratio = peer / mine
     promise = "" if goal is None else f"  (goal {goal:g}x: {'met' if ratio >= goal else 'NOT MET'})"
-    print(f"{name:<44} {count / mine:>12,.1f} {unit}/s   peer {count / peer:>12,.1f}   {ratio:6.2f}x{promise}", flush=True)
+    print(
+        f"{name:<44} {count / mine:>12,.1f} {unit}/s   peer {count / peer:>12,.1f}   {ratio:6.2f}x{promise}", flush=True
+    )
     return ratio

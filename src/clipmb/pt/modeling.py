@@ -13,6 +13,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 from torch.utils.checkpoint import checkpoint
 
@@ -383,7 +384,7 @@ class CLIPPreTrainedModel(PretrainedMixin, nn.Module):
         device: Any = None,
         device_map: Any = None,
     ) -> CLIPPreTrainedModel:
-        with torch.device("meta"):
+        with torch.device("meta"), _Uninitialised():
             model = cls(config)
         kind = getattr(torch, dtype or "float32")
         for name, array in arrays.items():
@@ -794,6 +795,16 @@ def classification_loss(logits: Tensor, labels: Tensor, config: CLIPConfig) -> T
     if kind == "single_label_classification":
         return F.cross_entropy(logits.view(-1, config.num_labels), labels.view(-1))
     return F.binary_cross_entropy_with_logits(logits, labels.to(logits.dtype))
+
+
+class _Uninitialised(TorchFunctionMode):
+    """Inside it, drawing initial values does nothing; on the meta device that would import half of the compiler."""
+
+    skipped = frozenset((nn.init.kaiming_uniform_, nn.init.uniform_, nn.init.normal_, Tensor.uniform_, Tensor.fill_))
+
+    def __torch_function__(self, func: Any, types: Any, args: tuple = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        return (args or (kwargs.get("tensor"),))[0] if func in self.skipped else func(*args, **kwargs)
 
 
 def _default(value: Any, default: Any) -> Any:
