@@ -119,6 +119,10 @@ class BaseConfig:
             raise one_of("attn_implementation", value, _ATTENTIONS)
         self._attn_implementation = value
 
+    def attn_choices(self) -> Any:
+        """Returns what `attn_implementation` can be set to in another config to choose the same."""
+        return self._attn_implementation
+
     @property
     def use_return_dict(self) -> bool:
         """The former name of ``return_dict``."""
@@ -519,6 +523,11 @@ class CLIPConfig(BaseConfig):
                 getattr(self, key).attn_implementation = choice
             else:
                 self._attn_implementation = choice
+
+    def attn_choices(self) -> dict[str, str | None]:
+        """As in `BaseConfig`, by tower."""
+        parts = {"": self, "text_config": self.text_config, "vision_config": self.vision_config}
+        return {key: part._attn_implementation for key, part in parts.items()}
 
     @classmethod
     def from_text_vision_configs(

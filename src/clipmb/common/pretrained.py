@@ -137,6 +137,8 @@ class PretrainedMixin:
         if given is None:
             raise bad_input("Without a folder or hub id a config is needed", None, "Pass config=")
         fields = given.to_dict() if isinstance(given, BaseConfig) else cls.config_class.get_config_dict(given)[0]
+        if isinstance(given, cls.config_class):  # which files do not hold
+            fields["attn_implementation"] = given.attn_choices()
         fields["_name_or_path"] = str(source or "")
         return cls.config_class.from_dict(fields, return_unused_kwargs=True, **options)
 
