@@ -75,7 +75,9 @@ class BatchFeature(UserDict):
     def __getitem__(self, key: Any) -> Any:
         if isinstance(key, str):
             return self.data[key]
-        raise bad_input(f"{type(self).__name__} is indexed by a field name", key, f"Use one of {list(self.data)}", KeyError)
+        raise bad_input(
+            f"{type(self).__name__} is indexed by a field name", key, f"Use one of {list(self.data)}", KeyError
+        )
 
     def convert_to_tensors(self, tensor_type: str | None = None) -> BatchFeature:
         """Converts every entry in place.
