@@ -1,0 +1,108 @@
+"""The TensorFlow model behind numpy: what the pipeline, the command line and verification know of it."""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import tensorflow as tf
+
+from clipmb.common.config import CLIPConfig
+from clipmb.common.outputs import stages
+from clipmb.tf.modeling import TFCLIPModel
+
+
+class Engine:
+    """A loaded CLIP that takes and gives numpy.
+
+    Args:
+        model: A whole CLIP.
+        compile: Trace both towers at their first use (tf.function), once for all batches and lengths.
+    """
+
+    backend = "tf"
+
+    def __init__(self, model: TFCLIPModel, *, compile: bool = False) -> None:
+        self.model = model
+        self.config: CLIPConfig = model.config
+        self._device: str | None = None
+        self._image: Callable[..., Any] = model.get_image_features
+        self._text: Callable[..., Any] = model.get_text_features
+        if compile:
+            config = self.config.vision_config
+            ids = tf.TensorSpec((None, None), tf.int64)
+            shape = (None, config.num_channels, config.image_size, config.image_size)
+            pixels = tf.TensorSpec(shape, model.compute_dtype)
+            self._image = tf.function(model.get_image_features, input_signature=[pixels], autograph=False)
+            self._text = tf.function(model.get_text_features, input_signature=[ids, ids], autograph=False)
+
+    @classmethod
+    def load(
+        cls, name_or_path: Any, *, dtype: Any = None, device: Any = None, compile: bool = False, **options: Any
+    ) -> Engine:
+        """Loads a checkpoint.
+
+        Args:
+            name_or_path: Folder or hub id.
+            dtype: "float32" (the default), "float16", "bfloat16" or "float64".
+            device: As TensorFlow names it ("gpu", "/GPU:1"), or "cuda"; TensorFlow's own choice when None.
+            compile: As in the constructor.
+            **options: As in ``from_pretrained``.
+        """
+        with _placed(device):
+            engine = cls(TFCLIPModel.from_pretrained(name_or_path, dtype=dtype, **options), compile=compile)
+        engine._device = device
+        return engine
+
+    @property
+    def logit_scale(self) -> float:
+        """The factor on cosine similarities."""
+        return float(np.exp(self.model.logit_scale.numpy().astype(np.float64)))
+
+    def image_features(self, pixel_values: np.ndarray) -> np.ndarray:
+        """(batch, channels, height, width) to (batch, proj), not normalised; float32, or float64 for such a model."""
+        with _placed(self._device):
+            return self._numpy(self._image(self._pixels(pixel_values)))
+
+    def text_features(self, input_ids: np.ndarray, attention_mask: np.ndarray | None = None) -> np.ndarray:
+        """(batch, seq) to (batch, proj), not normalised; float32, or float64 for such a model."""
+        with _placed(self._device):
+            return self._numpy(self._text(*self._ids(input_ids, attention_mask)))
+
+    def stages(
+        self, input_ids: np.ndarray, attention_mask: np.ndarray | None, pixel_values: np.ndarray
+    ) -> dict[str, np.ndarray]:
+        """Returns what the model computes on the way, named as by `clipmb.common.outputs.stages`."""
+        with _placed(self._device):
+            (ids, mask), pixels = self._ids(input_ids, attention_mask), self._pixels(pixel_values)
+            output = self.model(ids, pixels, mask, output_hidden_states=True, return_dict=True)
+            features = self.model.get_text_features(ids, mask), self.model.get_image_features(pixels)
+            return {name: self._numpy(value) for name, value in stages(output, *features).items()}
+
+    def weights(self) -> dict[str, np.ndarray]:
+        """Returns every parameter by its canonical name, in canonical layout."""
+        return self.model._to_arrays()
+
+    def free(self) -> None:
+        """Lets go of the model and its memory."""
+        del self.model, self._image, self._text
+        gc.collect()  # Keras layers and traced functions refer to each other
+
+    def _pixels(self, pixel_values: np.ndarray) -> tf.Tensor:
+        return tf.cast(pixel_values, self.model.compute_dtype)
+
+    @staticmethod
+    def _ids(input_ids: np.ndarray, attention_mask: np.ndarray | None) -> tuple[tf.Tensor, tf.Tensor]:
+        ids = tf.cast(input_ids, tf.int64)
+        return ids, tf.ones_like(ids) if attention_mask is None else tf.cast(attention_mask, tf.int64)
+
+    @staticmethod
+    def _numpy(tensor: tf.Tensor) -> np.ndarray:
+        return (tensor if tensor.dtype in (tf.float32, tf.float64) else tf.cast(tensor, tf.float32)).numpy()
+
+
+def _placed(device: str | None) -> contextlib.AbstractContextManager:
+    return contextlib.nullcontext() if device is None else tf.device(str(device).replace("cuda", "gpu"))

@@ -1,0 +1,1196 @@
+"""CLIP in TensorFlow, on Keras 3.
+
+Shapes: batch, seq (tokens, or patches + 1), width, heads, head_dim, patches, proj. Layer and weight names are those of
+the checkpoints, with Keras' names for the last part (`clipmb.common.parameters`). The PyTorch models are the standard
+of every behaviour; this file differs from theirs where TensorFlow does.
+
+Ids outside the vocabulary raise: eagerly a ValueError, in a ``tf.function`` an InvalidArgumentError. XLA
+(``jit_compile=True``) cannot raise; there the states of such ids are NaN. The checked modes are `check_ids` on the
+inputs, and ``compile(jit_compile=False)``, since Keras' default for ``fit`` is XLA.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import os
+from collections.abc import Callable
+from typing import Any, ClassVar
+
+import keras
+import numpy as np
+import optree
+import tensorflow as tf
+from tensorflow import Tensor
+
+from clipmb.common import checks
+from clipmb.common.config import BaseConfig, CLIPConfig, CLIPTextConfig, CLIPVisionConfig
+from clipmb.common.errors import bad_input
+from clipmb.common.outputs import (
+    BaseModelOutput,
+    BaseModelOutputWithPooling,
+    CLIPOutput,
+    CLIPTextModelOutput,
+    CLIPVisionModelOutput,
+    ImageClassifierOutput,
+    ModelOutput,
+)
+from clipmb.common.parameters import KINDS, Spec, specs
+from clipmb.common.pretrained import PretrainedMixin
+from clipmb.tf.tensors import bind, distribution, given, initializer, plain_errors, to_tensor, unpacking
+
+for _type in ModelOutput.types:
+    optree.register_pytree_node(
+        _type,
+        lambda output: (list(output.values()), list(output), list(output)),
+        lambda keys, values, _type=_type: _type(zip(keys, values, strict=True)),
+        namespace="keras",
+    )
+
+
+def statistics(dtype: tf.DType) -> tf.DType:
+    """The dtype for sums over many numbers and for special functions: at least float32."""
+    return tf.float32 if dtype.size < 4 else dtype
+
+
+def gelu(x: Tensor) -> Tensor:
+    """The exact one. ``tf.nn.gelu`` rounds its constants to float32, also in float64."""
+    wide = tf.cast(x, statistics(x.dtype))
+    return tf.cast(0.5 * wide * (1 + tf.math.erf(wide * 0.5**0.5)), x.dtype)
+
+
+def gelu_tanh(x: Tensor) -> Tensor:
+    """Its approximation by the hyperbolic tangent."""
+    wide = tf.cast(x, statistics(x.dtype))
+    inner = (2 / math.pi) ** 0.5 * (wide + 0.044715 * wide * wide * wide)
+    return tf.cast(0.5 * wide * (1 + tf.tanh(inner)), x.dtype)
+
+
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "gelu": gelu,
+    "gelu_10": lambda x: tf.clip_by_value(gelu(x), -10, 10),
+    "gelu_accurate": gelu_tanh,
+    "gelu_fast": lambda x: 0.5 * x * (1 + tf.tanh(x * 0.7978845608 * (1 + 0.044715 * x * x))),
+    "gelu_new": gelu_tanh,
+    "gelu_python": gelu,
+    "gelu_python_tanh": gelu_tanh,
+    "gelu_pytorch_tanh": gelu_tanh,
+    "laplace": lambda x: 0.5 * (1 + tf.math.erf((x - 0.707107) / (0.282095 * 2.0**0.5))),
+    "leaky_relu": lambda x: tf.maximum(x, 0.01 * x),  # tf.nn.leaky_relu rounds its slope to float32
+    "linear": lambda x: x,
+    "mish": lambda x: x * tf.tanh(tf.nn.softplus(x)),
+    "quick_gelu": lambda x: x * tf.sigmoid(1.702 * x),
+    "relu": tf.nn.relu,
+    "relu2": lambda x: tf.square(tf.nn.relu(x)),
+    "relu6": tf.nn.relu6,
+    "sigmoid": tf.sigmoid,
+    "silu": tf.nn.silu,
+    "swish": tf.nn.silu,
+    "tanh": tf.tanh,
+}
+
+
+class Module(keras.layers.Layer):
+    """A layer that builds its parts with itself, so that all weights exist before the first call."""
+
+    def build(self, input_shape: Any = None) -> None:
+        """Creates the weights of every part."""
+        for part in self._flatten_layers(include_self=False, recursive=False):
+            if not part.built:
+                part.build()
+
+
+class Linear(keras.layers.Dense):
+    """A dense layer that knows its input width."""
+
+    def __init__(self, inputs: int, units: int, **kwargs: Any) -> None:
+        super().__init__(units, **kwargs)
+        self.inputs = inputs
+
+    def build(self, input_shape: Any = None) -> None:
+        """Creates kernel (inputs, units) and bias (units,)."""
+        super().build((None, self.inputs))
+
+
+class Embedding(keras.layers.Embedding):
+    """A table of which ids outside are never looked up silently."""
+
+    def call(self, ids: Tensor, field: str) -> Tensor:
+        """(batch, seq) to (batch, seq, width); ``field`` names the ids in errors."""
+        with plain_errors():
+            check_range(ids, self.input_dim, field)
+        embedded = super().call(ids)
+        if tf.executing_eagerly():
+            return embedded
+        inside = (ids >= 0) & (ids < self.input_dim)
+        return tf.where(inside[..., None], embedded, tf.constant(np.nan, embedded.dtype))  # for XLA, which cannot raise
+
+
+def check_range(ids: Tensor, size: int, field: str) -> None:
+    """Raises for ids outside [0, size): a ValueError eagerly, an InvalidArgumentError in a graph, nothing under XLA."""
+    if not ids.dtype.is_integer:
+        raise bad_input(f"{field} must be integers", ids.dtype.name, "Pass int32 or int64", TypeError, shown=True)
+    if tf.executing_eagerly():
+        if tf.size(ids) and not 0 <= (low := int(tf.reduce_min(ids))) <= (high := int(tf.reduce_max(ids))) < size:
+            high = int(tf.reduce_max(ids))
+            raise checks.outside(field, low, high, size)
+    else:
+        message = f"{field} must lie in [0, {size}). Received:"
+        tf.debugging.Assert(tf.reduce_all((ids >= 0) & (ids < size)), [message, ids], summarize=16)
+
+
+class Convolution(keras.layers.Conv2D):
+    """The convolution that embeds patches."""
+
+    def __init__(self, channels: int, filters: int, size: int, **kwargs: Any) -> None:
+        super().__init__(filters, size, strides=size, use_bias=False, data_format="channels_last", **kwargs)
+        self.channels = channels
+
+    def build(self, input_shape: Any = None) -> None:
+        """Creates the kernel (size, size, channels, filters)."""
+        super().build((None, *self.kernel_size, self.channels))
+
+
+class LayerNorm(keras.layers.LayerNormalization):
+    """Layer norm over the last axis; statistics in at least float32, as squares of differences from the mean."""
+
+    def __init__(self, width: int, eps: float, **kwargs: Any) -> None:
+        super().__init__(epsilon=eps, **kwargs)
+        self.width = width
+
+    def build(self, input_shape: Any = None) -> None:
+        """Creates gamma (width,) and beta (width,)."""
+        super().build((None, self.width))
+
+    def call(self, hidden_states: Tensor) -> Tensor:
+        """(…, width) to the same, in the compute dtype."""
+        x = tf.cast(hidden_states, statistics(hidden_states.dtype))
+        centred = x - tf.reduce_mean(x, axis=-1, keepdims=True)
+        variance = tf.reduce_mean(tf.square(centred), axis=-1, keepdims=True)
+        gamma, beta = tf.cast(self.gamma, x.dtype), tf.cast(self.beta, x.dtype)
+        return tf.cast(centred * tf.math.rsqrt(variance + self.epsilon) * gamma + beta, self.compute_dtype)
+
+
+class CLIPAttention(Module):
+    """Multi-head self-attention."""
+
+    def __init__(self, config: CLIPTextConfig | CLIPVisionConfig, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        width, dtype = config.hidden_size, self.dtype_policy
+        self.num_heads = config.num_attention_heads
+        self.head_dim = config.head_dim
+        self.scale = config.head_dim**-0.5
+        self.dropout = config.attention_dropout
+        self.k_proj = Linear(width, width, name="k_proj", dtype=dtype)
+        self.v_proj = Linear(width, width, name="v_proj", dtype=dtype)
+        self.q_proj = Linear(width, width, name="q_proj", dtype=dtype)
+        self.out_proj = Linear(width, width, name="out_proj", dtype=dtype)
+
+    def call(
+        self, hidden_states: Tensor, bias: Tensor | None, seed: Tensor | None, causal: bool, fused: bool
+    ) -> tuple[Tensor, Tensor | None]:
+        """Returns the context (batch, seq, width) and, unless fused, the weights (batch, heads, seq, seq).
+
+        ``seed`` is that of dropout, or None for none. TensorFlow's fused attention has no dropout; with one it is
+        computed as eager attention is.
+        """
+        batch, seq, width = keras.ops.shape(hidden_states)
+        split = (batch, seq, self.num_heads, self.head_dim)
+        query = tf.reshape(self.q_proj(hidden_states), split)  # (batch, seq, heads, head_dim)
+        key = tf.reshape(self.k_proj(hidden_states), split)
+        value = tf.reshape(self.v_proj(hidden_states), split)
+        if fused and seed is None:
+            weights = None
+            scale = tf.constant(self.scale, statistics(query.dtype))  # Keras rounds a Python number to float32
+            context = keras.ops.dot_product_attention(
+                query, key, value, bias=bias, is_causal=causal and bias is None, scale=scale
+            )
+        else:
+            scores = tf.einsum("bqhd,bkhd->bhqk", query, key) * self.scale  # (batch, heads, seq, seq)
+            if bias is not None:
+                scores = scores + bias
+            weights = tf.nn.softmax(tf.cast(scores, statistics(scores.dtype)), axis=-1)
+            weights = tf.cast(weights, query.dtype)
+            if seed is not None:
+                weights = tf.nn.experimental.stateless_dropout(weights, self.dropout, seed=seed)
+            context = tf.einsum("bhqk,bkhd->bqhd", weights, value)
+        context = tf.reshape(context, (batch, seq, width))
+        return self.out_proj(context), None if fused else weights
+
+
+class CLIPMLP(Module):
+    """The two-layer perceptron of a block."""
+
+    def __init__(self, config: CLIPTextConfig | CLIPVisionConfig, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        dtype = self.dtype_policy
+        self.activation = ACTIVATIONS[config.hidden_act]
+        self.fc1 = Linear(config.hidden_size, config.intermediate_size, name="fc1", dtype=dtype)
+        self.fc2 = Linear(config.intermediate_size, config.hidden_size, name="fc2", dtype=dtype)
+
+    def call(self, hidden_states: Tensor) -> Tensor:
+        """(batch, seq, width) to the same."""
+        return self.fc2(self.activation(self.fc1(hidden_states)))
+
+
+class CLIPEncoderLayer(Module):
+    """One block: attention and perceptron, each behind a layer norm and beside a residual."""
+
+    def __init__(self, config: CLIPTextConfig | CLIPVisionConfig, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        dtype = self.dtype_policy
+        self.self_attn = CLIPAttention(config, name="self_attn", dtype=dtype)
+        self.layer_norm1 = LayerNorm(config.hidden_size, eps=config.layer_norm_eps, name="layer_norm1", dtype=dtype)
+        self.mlp = CLIPMLP(config, name="mlp", dtype=dtype)
+        self.layer_norm2 = LayerNorm(config.hidden_size, eps=config.layer_norm_eps, name="layer_norm2", dtype=dtype)
+
+    def call(
+        self, hidden_states: Tensor, bias: Tensor | None, seed: Tensor | None, causal: bool, fused: bool
+    ) -> tuple[Tensor, Tensor | None]:
+        """(batch, seq, width) to the same, and the attention weights unless fused."""
+        context, weights = self.self_attn(self.layer_norm1(hidden_states), bias, seed, causal=causal, fused=fused)
+        hidden_states = hidden_states + context
+        hidden_states = hidden_states + self.mlp(self.layer_norm2(hidden_states))
+        return hidden_states, weights
+
+
+class CLIPEncoder(Module):
+    """The blocks of a tower."""
+
+    def __init__(self, config: CLIPTextConfig | CLIPVisionConfig, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.config = config
+        self.layers = [
+            CLIPEncoderLayer(config, name=f"layers.{i}", dtype=self.dtype_policy)
+            for i in range(config.num_hidden_layers)
+        ]
+        self.checkpointing = False
+        self.seed_generator = keras.random.SeedGenerator()
+
+    def call(
+        self,
+        hidden_states: Tensor,
+        attention_mask: Tensor | None = None,
+        causal: bool = False,
+        output_attentions: bool | None = None,
+        output_hidden_states: bool | None = None,
+        training: bool = False,
+    ) -> BaseModelOutput:
+        """Runs the blocks over (batch, seq, width)."""
+        output_attentions = _default(output_attentions, self.config.output_attentions)
+        output_hidden_states = _default(output_hidden_states, self.config.output_hidden_states)
+        fused = self.config.attn_implementation != "eager"
+        if fused and output_attentions:
+            fused = False
+            checks.warn_once(checks.ATTENTIONS_NEED_EAGER)
+        bias = None
+        if causal and (attention_mask is not None or not fused):
+            bias = attention_bias(attention_mask, hidden_states)
+        states, attentions = [hidden_states], []
+        for layer in self.layers:
+            seed = None
+            if training and self.config.attention_dropout:
+                seed = tf.cast(self.seed_generator.next(), tf.int32)  # drawn here, so that recomputing drops the same
+            if self.checkpointing and training:
+                hidden_states, weights = _recomputed(layer, hidden_states, bias, seed, causal, fused)
+            else:
+                hidden_states, weights = layer(hidden_states, bias, seed, causal=causal, fused=fused)
+            states.append(hidden_states)
+            attentions.append(weights)
+        return BaseModelOutput(
+            last_hidden_state=hidden_states,
+            hidden_states=tuple(states) if output_hidden_states else None,
+            attentions=tuple(attentions) if output_attentions else None,
+        )
+
+
+def _recomputed(
+    layer: CLIPEncoderLayer, hidden_states: Tensor, bias: Tensor | None, seed: Tensor | None, causal: bool, fused: bool
+) -> tuple[Tensor, Tensor | None]:
+    def block(hidden_states: Tensor) -> Any:
+        outputs = layer(hidden_states, bias, seed, causal=causal, fused=fused)
+        return outputs[0] if fused else outputs  # tf.recompute_grad takes no None
+
+    outputs = tf.recompute_grad(block)(hidden_states)
+    return (outputs, None) if fused else outputs
+
+
+def attention_bias(attention_mask: Tensor | None, hidden_states: Tensor) -> Tensor:
+    """Returns what is added to the scores: 0 where a token may look, the dtype's minimum where it may not.
+
+    The minimum of the causal part and that of the padding are added, so that a key hidden by both is at minus infinity:
+    a row in which everything before it is padding shares its weight among the keys that only one of the two hides.
+    Source: transformers 4.57.6, PyTorch; its other frameworks differ from it at such rows.
+
+    Args:
+        attention_mask: (batch, seq), 1 for tokens that may be looked at; None for all.
+        hidden_states: (batch, seq, width), for dtype.
+
+    Returns:
+        (batch or 1, 1, seq, seq) in the dtype of ``hidden_states``.
+    """
+    dtype, seq = hidden_states.dtype, keras.ops.shape(hidden_states)[1]
+    lowest = tf.constant(dtype.min, dtype)
+    steps = tf.range(seq)
+    zero = tf.zeros((), dtype)
+    bias = tf.where(steps[:, None] < steps[None, :], lowest, zero)[None, None]  # (1, 1, seq, seq)
+    if attention_mask is not None:
+        visible = tf.cast(attention_mask, tf.float32)[:, None, None, :] == 1
+        bias = bias + tf.where(visible, zero, lowest)  # (batch, 1, seq, seq)
+    return bias
+
+
+class CLIPTextEmbeddings(Module):
+    """Token plus position embeddings."""
+
+    def __init__(self, config: CLIPTextConfig, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.config = config
+        width, dtype = config.hidden_size, self.dtype_policy
+        self.token_embedding = Embedding(config.vocab_size, width, name="token_embedding", dtype=dtype)
+        self.position_embedding = Embedding(
+            config.max_position_embeddings, width, name="position_embedding", dtype=dtype
+        )
+
+    def call(self, input_ids: Tensor, position_ids: Tensor | None = None) -> Tensor:
+        """(batch, seq) to (batch, seq, width)."""
+        tokens = self.token_embedding(input_ids, field="input_ids")  # (batch, seq, width)
+        if position_ids is None:
+            return tokens + self.position_embedding.embeddings[: keras.ops.shape(input_ids)[1]]
+        return tokens + self.position_embedding(position_ids, field="position_ids")
+
+
+class CLIPVisionEmbeddings(Module):
+    """Class token and patch embeddings plus position embeddings."""
+
+    def __init__(self, config: CLIPVisionConfig, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.config = config
+        width, size, dtype = config.hidden_size, config.patch_size, self.dtype_policy
+        self.patch_embedding = Convolution(config.num_channels, width, size, name="patch_embedding", dtype=dtype)
+        self.position_embedding = Embedding(config.num_patches + 1, width, name="position_embedding", dtype=dtype)
+
+    def build(self, input_shape: Any = None) -> None:
+        """Creates class_embedding (width,) and the weights of every part."""
+        super().build()
+        self.class_embedding = self.add_weight(
+            shape=(self.config.hidden_size,), initializer=self.class_embedding_initializer, name="class_embedding"
+        )
+
+    def call(self, pixel_values: Tensor, interpolate_pos_encoding: bool = False) -> Tensor:
+        """(batch, channels, height, width) to (batch, patches + 1, width)."""
+        size = None if interpolate_pos_encoding else self.config.image_size
+        pixel_values = tf.ensure_shape(pixel_values, (None, self.config.num_channels, size, size))
+        pixel_values = tf.transpose(tf.cast(pixel_values, self.compute_dtype), (0, 2, 3, 1))
+        patches = self.patch_embedding(pixel_values)  # (batch, rows, columns, width)
+        batch, rows, columns, width = keras.ops.shape(patches)
+        patches = tf.reshape(patches, (batch, rows * columns, width))  # (batch, patches, width)
+        class_token = tf.broadcast_to(self.class_embedding, (batch, 1, width))  # (batch, 1, width)
+        positions = tf.convert_to_tensor(self.position_embedding.embeddings)  # (patches + 1, width)
+        if interpolate_pos_encoding:
+            positions = interpolate_positions(positions, rows, columns)
+        return tf.concat([class_token, patches], axis=1) + positions
+
+
+def interpolate_positions(positions: Tensor, rows: int | Tensor, columns: int | Tensor) -> Tensor:
+    """Resizes the grid of position embeddings by bicubic interpolation (a = -0.75, half-pixel centres, no antialias).
+
+    ``tf.image.resize`` has a = -0.5 and drops taps outside the picture, where PyTorch repeats the border.
+
+    Args:
+        positions: (patches + 1, width); the first is that of the class token and stays.
+        rows: Patches from top to bottom; a tensor when it is not known before the call.
+        columns: Patches from left to right, likewise.
+
+    Returns:
+        (rows * columns + 1, width).
+    """
+    side = round((positions.shape[0] - 1) ** 0.5)
+    if isinstance(rows, int) and isinstance(columns, int) and rows == columns == side:
+        return positions
+    dtype = statistics(positions.dtype)
+    grid = tf.reshape(tf.cast(positions[1:], dtype), (side, side, -1))  # (side, side, width)
+    down, across = (tf.cast(bicubic(side, size), dtype) for size in (rows, columns))
+    grid = tf.einsum("ri,cj,ijw->rcw", down, across, grid)  # (rows, columns, width)
+    grid = tf.cast(tf.reshape(grid, (-1, positions.shape[1])), positions.dtype)
+    return tf.concat([positions[:1], grid], axis=0)
+
+
+def bicubic(size: int, new_size: int | Tensor) -> Tensor:
+    """Returns the weights of bicubic interpolation along one axis: (new_size, size) in float64.
+
+    Source: R. Keys, Cubic convolution interpolation for digital image processing, 1981, with PyTorch's a = -0.75.
+    """
+    a = -0.75
+    centres = (tf.range(new_size, dtype=tf.float64) + 0.5) * (size / tf.cast(new_size, tf.float64)) - 0.5
+    first = tf.floor(centres)[:, None]
+    taps = first + tf.constant([-1.0, 0.0, 1.0, 2.0], tf.float64)  # (new_size, 4)
+    x = tf.abs(centres[:, None] - taps)
+    near = ((a + 2) * x - (a + 3)) * x * x + 1
+    far = ((a * x - 5 * a) * x + 8 * a) * x - 4 * a
+    weights = tf.where(x <= 1, near, far)
+    inside = tf.cast(tf.clip_by_value(taps, 0, size - 1), tf.int32)  # the border is repeated
+    return tf.reduce_sum(weights[..., None] * tf.one_hot(inside, size, dtype=tf.float64), axis=1)
+
+
+class CLIPTextTransformer(Module):
+    """The text tower."""
+
+    def __init__(self, config: CLIPTextConfig, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.config = config
+        width, eps, dtype = config.hidden_size, config.layer_norm_eps, self.dtype_policy
+        self.embeddings = CLIPTextEmbeddings(config, name="embeddings", dtype=dtype)
+        self.encoder = CLIPEncoder(config, name="encoder", dtype=dtype)
+        self.final_layer_norm = LayerNorm(width, eps=eps, name="final_layer_norm", dtype=dtype)
+
+    def call(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        output_attentions: bool | None = None,
+        output_hidden_states: bool | None = None,
+        training: bool = False,
+    ) -> BaseModelOutputWithPooling:
+        """Runs the tower over (batch, seq)."""
+        with plain_errors():
+            checks.check_text(input_ids, attention_mask, position_ids, self.config)
+        hidden_states = self.embeddings(input_ids, position_ids)
+        encoded = self.encoder(
+            hidden_states,
+            attention_mask,
+            causal=True,
+            output_attentions=output_attentions,
+            output_hidden_states=output_hidden_states,
+            training=training,
+        )
+        last_hidden_state = self.final_layer_norm(encoded.last_hidden_state)
+        return BaseModelOutputWithPooling(
+            last_hidden_state=last_hidden_state,
+            pooler_output=pool(last_hidden_state, input_ids, self.config.eos_token_id),
+            hidden_states=encoded.hidden_states,
+            attentions=encoded.attentions,
+        )
+
+
+def pool(last_hidden_state: Tensor, input_ids: Tensor, eos_token_id: int) -> Tensor:
+    """Takes the state at the end token of each row: (batch, seq, width) to (batch, width).
+
+    The end token is the first ``eos_token_id``, or the first token where there is none. The configs of the OpenAI
+    checkpoints say 2, which is not their end token: there it is the largest id of the row.
+    """
+    chosen = input_ids if eos_token_id == 2 else tf.cast(input_ids == eos_token_id, tf.int32)
+    # Not tf.argmax, which does not promise the first of equals.
+    highest = chosen == tf.reduce_max(chosen, axis=-1, keepdims=True)
+    seq = keras.ops.shape(input_ids)[1]
+    positions = tf.reduce_min(tf.where(highest, tf.range(seq), seq), axis=-1)  # (batch,)
+    return tf.gather(last_hidden_state, positions, axis=1, batch_dims=1)
+
+
+class CLIPVisionTransformer(Module):
+    """The vision tower."""
+
+    def __init__(self, config: CLIPVisionConfig, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.config = config
+        width, eps, dtype = config.hidden_size, config.layer_norm_eps, self.dtype_policy
+        self.embeddings = CLIPVisionEmbeddings(config, name="embeddings", dtype=dtype)
+        self.pre_layrnorm = LayerNorm(width, eps=eps, name="pre_layrnorm", dtype=dtype)
+        self.encoder = CLIPEncoder(config, name="encoder", dtype=dtype)
+        self.post_layernorm = LayerNorm(width, eps=eps, name="post_layernorm", dtype=dtype)
+
+    def call(
+        self,
+        pixel_values: Tensor | None = None,
+        output_attentions: bool | None = None,
+        output_hidden_states: bool | None = None,
+        interpolate_pos_encoding: bool = False,
+        training: bool = False,
+    ) -> BaseModelOutputWithPooling:
+        """Runs the tower over (batch, channels, height, width)."""
+        with plain_errors():
+            checks.check_pixels(pixel_values, self.config, interpolate_pos_encoding)
+        hidden_states = self.pre_layrnorm(
+            self.embeddings(pixel_values, interpolate_pos_encoding=interpolate_pos_encoding)
+        )
+        encoded = self.encoder(
+            hidden_states,
+            None,
+            causal=False,
+            output_attentions=output_attentions,
+            output_hidden_states=output_hidden_states,
+            training=training,
+        )
+        return BaseModelOutputWithPooling(
+            last_hidden_state=encoded.last_hidden_state,
+            pooler_output=self.post_layernorm(encoded.last_hidden_state[:, 0]),
+            hidden_states=encoded.hidden_states,
+            attentions=encoded.attentions,
+        )
+
+
+class TFCLIPPreTrainedModel(PretrainedMixin, keras.Model):
+    """What the six heads share: construction, files, embeddings, checkpointing.
+
+    Args:
+        config: The head's config.
+        dtype: A Keras dtype policy or its name ("float32", "float64", "bfloat16", "mixed_bfloat16", …); Keras' global
+            policy when None.
+        **kwargs: ``name`` and ``trainable``, as in Keras.
+    """
+
+    head = ""
+    config_class = CLIPConfig
+    base_model_prefix = "clip"
+    main_input_name = "input_ids"
+    supports_gradient_checkpointing = True
+    load_options: ClassVar[tuple[str, ...]] = ("dtype_policy",)
+
+    def __init__(self, config: BaseConfig, dtype: Any = None, **kwargs: Any) -> None:
+        super().__init__(dtype=dtype, **kwargs)
+        if not isinstance(config, self.config_class):
+            raise checks.wrong_config(type(self).__name__, self.config_class, config)
+        self.config: Any = config
+
+    @classmethod
+    def _from_config(cls, config: BaseConfig, **kwargs: Any) -> TFCLIPPreTrainedModel:
+        return cls(config, **kwargs)
+
+    @classmethod
+    def _from_arrays(
+        cls,
+        config: Any,
+        arrays: dict[str, np.ndarray],
+        initialised: list[Spec],
+        dtype: str | None,
+        dtype_policy: Any = None,
+    ) -> TFCLIPPreTrainedModel:
+        with given(arrays):
+            return cls(config, dtype=dtype if dtype_policy is None else dtype_policy)
+
+    def _to_arrays(self) -> dict[str, np.ndarray]:
+        return {
+            spec.name: KINDS[spec.kind].to_canonical(self._parameter(spec).numpy())
+            for spec in specs(self.config, self.head)
+        }
+
+    def _owner(self, spec: Spec) -> keras.layers.Layer:
+        owner = self
+        for part in spec.path("tf")[:-1]:
+            owner = owner[int(part)] if part.isdigit() else getattr(owner, part)
+        return owner
+
+    def _parameter(self, spec: Spec) -> keras.Variable:
+        return getattr(self._owner(spec), spec.path("tf")[-1])
+
+    def post_init(self) -> None:
+        """Creates every weight, from its array within `clipmb.tf.tensors.given`, else from its distribution."""
+        table = [
+            (self._owner(spec), f"{spec.path('tf')[-1]}_initializer", spec) for spec in specs(self.config, self.head)
+        ]
+        for owner, name, spec in table:
+            setattr(owner, name, initializer(spec))
+        self.build()
+        for owner, name, spec in table:
+            setattr(owner, name, distribution(spec))  # which lets go of the array
+        self._tracker.unlock()  # subclasses may add layers
+
+    def build(self, input_shape: Any = None) -> None:
+        """Creates the weights of every part."""
+        Module.build(self)
+
+    def init_weights(self) -> None:
+        """Draws every parameter from its initial normal distribution."""
+        for spec in specs(self.config, self.head):
+            parameter = self._parameter(spec)
+            parameter.assign(distribution(spec)(parameter.shape, dtype=parameter.dtype))
+
+    def get_config(self) -> dict[str, Any]:
+        """Returns what `from_config` rebuilds the model from, for ``.keras`` files."""
+        policy = keras.dtype_policies.serialize(self.dtype_policy)
+        return {"config": self.config.to_dict(), "dtype": policy, "name": self.name, "trainable": self.trainable}
+
+    @classmethod
+    def from_config(cls, config: dict[str, Any], custom_objects: Any = None) -> TFCLIPPreTrainedModel:
+        """Builds a model from the result of `get_config`."""
+        config = dict(config)
+        dtype = keras.dtype_policies.deserialize(config.pop("dtype"))
+        return cls(cls.config_class.from_dict(config.pop("config")), dtype=dtype, **config)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Calls the model on inputs by name, by position, or in one mapping: tensors, arrays or lists.
+
+        Raises:
+            TypeError: A name is unknown or given twice.
+            ValueError: A shape or a value does not fit.
+        """
+        return super().__call__(**bind(type(self).call, type(self).__name__, args, kwargs))
+
+    def check_ids(self, input_ids: Any, position_ids: Any = None) -> None:
+        """Raises for ids outside the vocabulary: the check that functions compiled by XLA cannot make themselves.
+
+        Raises:
+            ValueError: Some ids are outside.
+        """
+        embeddings = self.text_model.embeddings
+        check_range(to_tensor(input_ids), embeddings.token_embedding.input_dim, "input_ids")
+        if position_ids is not None:
+            check_range(to_tensor(position_ids), embeddings.position_embedding.input_dim, "position_ids")
+
+    def compute_loss(
+        self, x: Any = None, y: Any = None, y_pred: Any = None, sample_weight: Any = None, training: bool = True
+    ) -> Tensor:
+        """Returns the model's own loss where ``compile`` was given none."""
+        own = self._own_loss(y, y_pred) if self._compile_loss is None else None
+        if own is None:
+            return super().compute_loss(x, y, y_pred, sample_weight, training)
+        return tf.add_n([own, *(tf.cast(loss, own.dtype) for loss in self.losses)])
+
+    def _own_loss(self, y: Any, y_pred: Any) -> Tensor | None:
+        return None
+
+    def num_parameters(self, only_trainable: bool = False, exclude_embeddings: bool = False) -> int:
+        """Counts parameters."""
+        layers = self._flatten_layers()
+        skipped = {id(w) for layer in layers if isinstance(layer, keras.layers.Embedding) for w in layer.weights}
+        return sum(
+            int(np.prod(weight.shape))
+            for weight in (self.trainable_weights if only_trainable else self.weights)
+            if not (exclude_embeddings and id(weight) in skipped)
+        )
+
+    def get_input_embeddings(self) -> keras.layers.Layer:
+        """Returns the token embedding, or the patch embedding of a model without text."""
+        if hasattr(self, "text_model"):
+            return self.text_model.embeddings.token_embedding
+        return self.vision_model.embeddings.patch_embedding
+
+    def set_input_embeddings(self, value: keras.layers.Layer) -> None:
+        """Replaces the layer that `get_input_embeddings` returns."""
+        owner = self.text_model.embeddings if hasattr(self, "text_model") else self.vision_model.embeddings
+        name = "token_embedding" if hasattr(self, "text_model") else "patch_embedding"
+        owner._tracker.unlock()
+        owner._tracker.untrack(getattr(owner, name))
+        setattr(owner, name, value)
+        owner._tracker.lock()
+
+    def resize_token_embeddings(
+        self, new_num_tokens: int | None = None, pad_to_multiple_of: int | None = None
+    ) -> keras.layers.Layer:
+        """Grows or shrinks the vocabulary; new rows are drawn from the initial distribution.
+
+        Functions traced and optimizers built before do not know the new weight.
+
+        Args:
+            new_num_tokens: The new number of tokens; None leaves it.
+            pad_to_multiple_of: Round it up to a multiple of this.
+
+        Returns:
+            The token embedding.
+
+        Raises:
+            ValueError: The model has no text tower, or a number is not positive.
+        """
+        if not hasattr(self, "text_model"):
+            raise bad_input("Only models with a text tower have token embeddings", type(self).__name__, "Use one")
+        old = self.text_model.embeddings.token_embedding
+        size = old.input_dim if new_num_tokens is None else new_num_tokens
+        for value in (size, pad_to_multiple_of or 1):
+            if value < 1:
+                raise bad_input("The number of tokens must be positive", value, "Pass a positive number")
+        size += -size % (pad_to_multiple_of or 1)
+        if size != old.input_dim:
+            config = self.text_model.config
+            config.vocab_size = size
+            new = Embedding(size, old.output_dim, name=old.name, dtype=old.dtype_policy, trainable=old.trainable)
+            new.embeddings_initializer = old.embeddings_initializer
+            with contextlib.ExitStack() as scopes:
+                for part in old.path.split("/")[:-1]:
+                    scopes.enter_context(keras.name_scope(part))
+                new.build()
+            kept = min(size, old.input_dim)
+            new.embeddings.assign(tf.concat([old.embeddings[:kept], new.embeddings[kept:]], axis=0))
+            self.set_input_embeddings(new)
+        return self.text_model.embeddings.token_embedding
+
+    def gradient_checkpointing_enable(self, gradient_checkpointing_kwargs: dict[str, Any] | None = None) -> None:
+        """Recomputes each block in the backward pass of training instead of keeping its intermediate results.
+
+        The keywords are PyTorch's; TensorFlow has nothing to choose.
+        """
+        self._set_checkpointing(True)
+
+    def gradient_checkpointing_disable(self) -> None:
+        """Undoes `gradient_checkpointing_enable`."""
+        self._set_checkpointing(False)
+
+    def _set_checkpointing(self, on: bool) -> None:
+        for layer in self._flatten_layers():
+            if isinstance(layer, CLIPEncoder):
+                layer.checkpointing = on
+
+    @property
+    def is_gradient_checkpointing(self) -> bool:
+        """Whether gradient checkpointing is on."""
+        return any(isinstance(layer, CLIPEncoder) and layer.checkpointing for layer in self._flatten_layers())
+
+    def set_attn_implementation(self, attn_implementation: str | dict[str, str]) -> None:
+        """Chooses "eager" or "sdpa" attention, for the whole or by tower."""
+        self.config.attn_implementation = attn_implementation
+
+    @property
+    def input_signature(self) -> dict[str, tf.TensorSpec]:
+        """The inputs of a served model: any batch, any length of text."""
+        found: dict[str, tf.TensorSpec] = {}
+        if hasattr(self, "text_model"):
+            found["input_ids"] = tf.TensorSpec((None, None), tf.int32, "input_ids")
+            found["attention_mask"] = tf.TensorSpec((None, None), tf.int32, "attention_mask")
+        if hasattr(self, "vision_model"):
+            config = self.vision_model.config
+            shape = (None, config.num_channels, config.image_size, config.image_size)
+            found["pixel_values"] = tf.TensorSpec(shape, tf.float32, "pixel_values")
+        return found
+
+    def export_saved_model(self, folder: str | os.PathLike[str]) -> None:
+        """Writes a SavedModel with the signature ``serving_default`` and, for each tower, its features.
+
+        ``serving_default`` takes `input_signature` and returns every tensor of the output that is not nested;
+        `TFCLIPModel` also has ``text_features`` and ``image_features``. Batch and length of text may be any.
+        """
+
+        def serve(function: Callable, names: tuple[str, ...] = ()) -> tf.types.experimental.ConcreteFunction:
+            signature = {name: spec for name, spec in self.input_signature.items() if not names or name in names}
+            return tf.function(function, autograph=False).get_concrete_function(**signature)
+
+        def default(**inputs: Tensor) -> dict[str, Tensor]:
+            return {name: value for name, value in self(inputs, return_dict=True).items() if tf.is_tensor(value)}
+
+        signatures = {"serving_default": serve(default)}
+        if isinstance(self, TFCLIPModel):
+            signatures["text_features"] = serve(
+                lambda **inputs: {"text_features": self.get_text_features(inputs)}, ("input_ids", "attention_mask")
+            )
+            signatures["image_features"] = serve(
+                lambda **inputs: {"image_features": self.get_image_features(inputs)}, ("pixel_values",)
+            )
+        module = tf.Module()
+        module.weights = [variable.value for variable in self.variables]
+        tf.saved_model.save(module, os.fspath(folder), signatures=signatures)
+
+    def _returned(self, output: ModelOutput, return_dict: bool | None) -> Any:
+        return output if _default(return_dict, self.config.return_dict) else output.to_tuple()
+
+
+@keras.saving.register_keras_serializable("clipmb")
+class TFCLIPModel(TFCLIPPreTrainedModel):
+    """Both towers, their projections, and the similarity of every text with every image."""
+
+    head = "CLIPModel"
+
+    def __init__(self, config: CLIPConfig, dtype: Any = None, **kwargs: Any) -> None:
+        super().__init__(config, dtype, **kwargs)
+        text, vision, dtype = config.text_config, config.vision_config, self.dtype_policy
+        proj = config.projection_dim
+        self.text_model = CLIPTextTransformer(text, name="text_model", dtype=dtype)
+        self.vision_model = CLIPVisionTransformer(vision, name="vision_model", dtype=dtype)
+        self.visual_projection = Linear(vision.hidden_size, proj, use_bias=False, name="visual_projection", dtype=dtype)
+        self.text_projection = Linear(text.hidden_size, proj, use_bias=False, name="text_projection", dtype=dtype)
+        self.post_init()
+
+    def build(self, input_shape: Any = None) -> None:
+        """Creates logit_scale () and the weights of every part."""
+        super().build()
+        # Not cast by mixed policies: in bfloat16 a scale of 100 would be 99.
+        self.logit_scale = self.add_weight(
+            shape=(), initializer=self.logit_scale_initializer, autocast=False, name="logit_scale"
+        )
+
+    @unpacking
+    def get_text_features(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        output_attentions: bool | None = None,
+        output_hidden_states: bool | None = None,
+        return_dict: bool | None = None,
+        training: bool = False,
+    ) -> Tensor:
+        """Returns the projected text: (batch, seq) to (batch, proj), not normalised."""
+        output = self.text_model(
+            input_ids,
+            attention_mask,
+            position_ids,
+            output_attentions=output_attentions,
+            output_hidden_states=output_hidden_states,
+            training=training,
+        )
+        return self.text_projection(output.pooler_output)
+
+    @unpacking
+    def get_image_features(
+        self,
+        pixel_values: Tensor | None = None,
+        output_attentions: bool | None = None,
+        output_hidden_states: bool | None = None,
+        interpolate_pos_encoding: bool = False,
+        return_dict: bool | None = None,
+        training: bool = False,
+    ) -> Tensor:
+        """Returns the projected images: (batch, channels, height, width) to (batch, proj), not normalised."""
+        output = self.vision_model(
+            pixel_values,
+            output_attentions=output_attentions,
+            output_hidden_states=output_hidden_states,
+            interpolate_pos_encoding=interpolate_pos_encoding,
+            training=training,
+        )
+        return self.visual_projection(output.pooler_output)
+
+    def call(
+        self,
+        input_ids: Tensor | None = None,
+        pixel_values: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        return_loss: bool | None = None,
+        output_attentions: bool | None = None,
+        output_hidden_states: bool | None = None,
+        interpolate_pos_encoding: bool = False,
+        return_dict: bool | None = None,
+        training: bool = False,
+    ) -> CLIPOutput | tuple:
+        """Compares every text with every image.
+
+        Args:
+            input_ids: (texts, seq) integers.
+            pixel_values: (images, channels, height, width).
+            attention_mask: (texts, seq), 1 for tokens that may be looked at; all when None.
+            position_ids: (texts or 1, seq); 0, 1, … when None.
+            return_loss: Also return the contrastive loss, for as many texts as images, pair by pair.
+            output_attentions: Also return every block's attention weights.
+            output_hidden_states: Also return every block's input and output.
+            interpolate_pos_encoding: Accept pictures of any size.
+            return_dict: Return a `CLIPOutput`; otherwise a tuple of what is not None.
+            training: Apply dropout, and gradient checkpointing where it is enabled.
+
+        Raises:
+            ValueError: A shape or a value does not fit.
+        """
+        text_output = self.text_model(
+            input_ids,
+            attention_mask,
+            position_ids,
+            output_attentions=output_attentions,
+            output_hidden_states=output_hidden_states,
+            training=training,
+        )
+        vision_output = self.vision_model(
+            pixel_values,
+            output_attentions=output_attentions,
+            output_hidden_states=output_hidden_states,
+            interpolate_pos_encoding=interpolate_pos_encoding,
+            training=training,
+        )
+        text_embeds = normalize(self.text_projection(text_output.pooler_output))  # (texts, proj)
+        image_embeds = normalize(self.visual_projection(vision_output.pooler_output))  # (images, proj)
+        scale = tf.cast(tf.exp(self.logit_scale), text_embeds.dtype)
+        logits_per_text = tf.matmul(text_embeds, image_embeds, transpose_b=True) * scale  # (texts, images)
+        output = CLIPOutput(
+            loss=contrastive_loss(logits_per_text) if return_loss else None,
+            logits_per_image=tf.transpose(logits_per_text),
+            logits_per_text=logits_per_text,
+            text_embeds=text_embeds,
+            image_embeds=image_embeds,
+            text_model_output=text_output,
+            vision_model_output=vision_output,
+        )
+        return self._returned(output, return_dict)
+
+    def _own_loss(self, y: Any, y_pred: CLIPOutput | tuple) -> Tensor:
+        return contrastive_loss(y_pred[-5])  # logits_per_text, whether or not there is a loss before it
+
+
+def normalize(embeds: Tensor) -> Tensor:
+    """Scales rows to unit length; a row of zeros becomes NaN, as formerly."""
+    wide = tf.cast(embeds, statistics(embeds.dtype))
+    return tf.cast(wide / tf.sqrt(tf.reduce_sum(tf.square(wide), axis=-1, keepdims=True)), embeds.dtype)
+
+
+def contrastive_loss(logits_per_text: Tensor) -> Tensor:
+    """Mean of the cross-entropies of text against images and image against texts; (n, n) to (), at least float32.
+
+    Source: CLIP, arXiv 2103.00020, figure 3.
+    """
+    texts, images = keras.ops.shape(logits_per_text)
+    if isinstance(texts, int) and isinstance(images, int) and texts != images:
+        with plain_errors():
+            raise checks.not_square(texts, images)
+    return (
+        _cross_entropy(logits_per_text, tf.range(texts))
+        + _cross_entropy(tf.transpose(logits_per_text), tf.range(images))
+    ) / 2
+
+
+def _cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
+    logits = tf.cast(logits, statistics(logits.dtype))
+    return tf.reduce_mean(tf.nn.sparse_softmax_cross_entropy_with_logits(labels, logits))
+
+
+@keras.saving.register_keras_serializable("clipmb")
+class TFCLIPTextModel(TFCLIPPreTrainedModel):
+    """The text tower alone."""
+
+    head = "CLIPTextModel"
+    config_class = CLIPTextConfig
+
+    def __init__(self, config: CLIPTextConfig, dtype: Any = None, **kwargs: Any) -> None:
+        super().__init__(config, dtype, **kwargs)
+        self.text_model = CLIPTextTransformer(config, name="text_model", dtype=self.dtype_policy)
+        self.post_init()
+
+    def call(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        output_attentions: bool | None = None,
+        output_hidden_states: bool | None = None,
+        return_dict: bool | None = None,
+        training: bool = False,
+    ) -> BaseModelOutputWithPooling | tuple:
+        """Encodes texts; arguments as in `TFCLIPModel.call`."""
+        output = self.text_model(
+            input_ids,
+            attention_mask,
+            position_ids,
+            output_attentions=output_attentions,
+            output_hidden_states=output_hidden_states,
+            training=training,
+        )
+        return self._returned(output, return_dict)
+
+
+@keras.saving.register_keras_serializable("clipmb")
+class TFCLIPTextModelWithProjection(TFCLIPPreTrainedModel):
+    """The text tower with its projection."""
+
+    head = "CLIPTextModelWithProjection"
+    config_class = CLIPTextConfig
+
+    def __init__(self, config: CLIPTextConfig, dtype: Any = None, **kwargs: Any) -> None:
+        super().__init__(config, dtype, **kwargs)
+        width, proj, dtype = config.hidden_size, config.projection_dim, self.dtype_policy
+        self.text_model = CLIPTextTransformer(config, name="text_model", dtype=dtype)
+        self.text_projection = Linear(width, proj, use_bias=False, name="text_projection", dtype=dtype)
+        self.post_init()
+
+    def call(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        output_attentions: bool | None = None,
+        output_hidden_states: bool | None = None,
+        return_dict: bool | None = None,
+        training: bool = False,
+    ) -> CLIPTextModelOutput | tuple:
+        """Encodes and projects texts; arguments as in `TFCLIPModel.call`."""
+        output = self.text_model(
+            input_ids,
+            attention_mask,
+            position_ids,
+            output_attentions=output_attentions,
+            output_hidden_states=output_hidden_states,
+            training=training,
+        )
+        projected = CLIPTextModelOutput(
+            text_embeds=self.text_projection(output.pooler_output),
+            last_hidden_state=output.last_hidden_state,
+            hidden_states=output.hidden_states,
+            attentions=output.attentions,
+        )
+        return self._returned(projected, return_dict)
+
+
+@keras.saving.register_keras_serializable("clipmb")
+class TFCLIPVisionModel(TFCLIPPreTrainedModel):
+    """The vision tower alone."""
+
+    head = "CLIPVisionModel"
+    config_class = CLIPVisionConfig
+    main_input_name = "pixel_values"
+
+    def __init__(self, config: CLIPVisionConfig, dtype: Any = None, **kwargs: Any) -> None:
+        super().__init__(config, dtype, **kwargs)
+        self.vision_model = CLIPVisionTransformer(config, name="vision_model", dtype=self.dtype_policy)
+        self.post_init()
+
+    def call(
+        self,
+        pixel_values: Tensor | None = None,
+        output_attentions: bool | None = None,
+        output_hidden_states: bool | None = None,
+        interpolate_pos_encoding: bool = False,
+        return_dict: bool | None = None,
+        training: bool = False,
+    ) -> BaseModelOutputWithPooling | tuple:
+        """Encodes pictures; arguments as in `TFCLIPModel.call`."""
+        output = self.vision_model(
+            pixel_values,
+            output_attentions=output_attentions,
+            output_hidden_states=output_hidden_states,
+            interpolate_pos_encoding=interpolate_pos_encoding,
+            training=training,
+        )
+        return self._returned(output, return_dict)
+
+
+@keras.saving.register_keras_serializable("clipmb")
+class TFCLIPVisionModelWithProjection(TFCLIPPreTrainedModel):
+    """The vision tower with its projection."""
+
+    head = "CLIPVisionModelWithProjection"
+    config_class = CLIPVisionConfig
+    main_input_name = "pixel_values"
+
+    def __init__(self, config: CLIPVisionConfig, dtype: Any = None, **kwargs: Any) -> None:
+        super().__init__(config, dtype, **kwargs)
+        width, proj, dtype = config.hidden_size, config.projection_dim, self.dtype_policy
+        self.vision_model = CLIPVisionTransformer(config, name="vision_model", dtype=dtype)
+        self.visual_projection = Linear(width, proj, use_bias=False, name="visual_projection", dtype=dtype)
+        self.post_init()
+
+    def call(
+        self,
+        pixel_values: Tensor | None = None,
+        output_attentions: bool | None = None,
+        output_hidden_states: bool | None = None,
+        interpolate_pos_encoding: bool = False,
+        return_dict: bool | None = None,
+        training: bool = False,
+    ) -> CLIPVisionModelOutput | tuple:
+        """Encodes and projects pictures; arguments as in `TFCLIPModel.call`."""
+        output = self.vision_model(
+            pixel_values,
+            output_attentions=output_attentions,
+            output_hidden_states=output_hidden_states,
+            interpolate_pos_encoding=interpolate_pos_encoding,
+            training=training,
+        )
+        projected = CLIPVisionModelOutput(
+            image_embeds=self.visual_projection(output.pooler_output),
+            last_hidden_state=output.last_hidden_state,
+            hidden_states=output.hidden_states,
+            attentions=output.attentions,
+        )
+        return self._returned(projected, return_dict)
+
+
+@keras.saving.register_keras_serializable("clipmb")
+class TFCLIPForImageClassification(TFCLIPPreTrainedModel):
+    """The vision tower with a linear classifier over the mean of the patch states."""
+
+    head = "CLIPForImageClassification"
+    main_input_name = "pixel_values"
+
+    def __init__(self, config: CLIPConfig, dtype: Any = None, **kwargs: Any) -> None:
+        super().__init__(config, dtype, **kwargs)
+        if config.num_labels < 1:
+            raise bad_input("num_labels must be at least 1", config.num_labels, "Pass num_labels= or id2label=")
+        dtype = self.dtype_policy
+        self.num_labels = config.num_labels
+        self.vision_model = CLIPVisionTransformer(config.vision_config, name="vision_model", dtype=dtype)
+        self.vision_model.post_layernorm.trainable = False  # the logits do not depend on it, of which Keras would warn
+        self.classifier = Linear(config.vision_config.hidden_size, config.num_labels, name="classifier", dtype=dtype)
+        self.post_init()
+
+    def call(
+        self,
+        pixel_values: Tensor | None = None,
+        labels: Tensor | None = None,
+        output_attentions: bool | None = None,
+        output_hidden_states: bool | None = None,
+        interpolate_pos_encoding: bool = False,
+        return_dict: bool | None = None,
+        training: bool = False,
+    ) -> ImageClassifierOutput | tuple:
+        """Classifies pictures.
+
+        Args:
+            pixel_values: (batch, channels, height, width).
+            labels: (batch,) class indices, or (batch,) numbers for one label, or (batch, num_labels) numbers in [0, 1].
+            output_attentions: As in `TFCLIPModel.call`.
+            output_hidden_states: As in `TFCLIPModel.call`.
+            interpolate_pos_encoding: As in `TFCLIPModel.call`.
+            return_dict: As in `TFCLIPModel.call`.
+            training: As in `TFCLIPModel.call`.
+        """
+        output = self.vision_model(
+            pixel_values,
+            output_attentions=output_attentions,
+            output_hidden_states=output_hidden_states,
+            interpolate_pos_encoding=interpolate_pos_encoding,
+            training=training,
+        )
+        logits = self.classifier(tf.reduce_mean(output.last_hidden_state[:, 1:], axis=1))  # (batch, num_labels)
+        classified = ImageClassifierOutput(
+            loss=None if labels is None else classification_loss(logits, labels, self.config),
+            logits=logits,
+            hidden_states=output.hidden_states,
+            attentions=output.attentions,
+        )
+        return self._returned(classified, return_dict)
+
+    def compute_loss(
+        self, x: Any = None, y: Any = None, y_pred: Any = None, sample_weight: Any = None, training: bool = True
+    ) -> Tensor:
+        """Gives a loss of ``compile`` the logits; without one, labels among the inputs or beside them make the loss."""
+        if self._compile_loss is not None:
+            y_pred = self._logits(y_pred)
+        return super().compute_loss(x, y, y_pred, sample_weight, training)
+
+    def compute_metrics(self, x: Any, y: Any, y_pred: Any, sample_weight: Any = None) -> dict[str, Any]:
+        """Gives the metrics of ``compile`` the logits, and labels among the inputs where there are none beside them."""
+        if y is None and isinstance(x, dict):
+            y = x.get("labels")
+        return super().compute_metrics(x, y, self._logits(y_pred), sample_weight)
+
+    def _own_loss(self, y: Any, y_pred: ImageClassifierOutput | tuple) -> Tensor | None:
+        if y is not None:
+            return classification_loss(self._logits(y_pred), y, self.config)
+        return y_pred[0] if y_pred[0].shape.rank == 0 else None  # the loss, where there were labels
+
+    @staticmethod
+    def _logits(y_pred: ImageClassifierOutput | tuple) -> Tensor:
+        return y_pred[1] if y_pred[0].shape.rank == 0 else y_pred[0]
+
+
+def classification_loss(logits: Tensor, labels: Tensor, config: CLIPConfig) -> Tensor:
+    """The loss that ``problem_type`` names, or else: one label: squares; integers: cross-entropy; numbers: binary.
+
+    Labels of -100 are left out of the cross-entropy, as in PyTorch. The loss is at least float32.
+    """
+    logits = tf.cast(logits, statistics(logits.dtype))
+    integers = not labels.dtype.is_floating
+    kind = config.problem_type or (
+        "regression"
+        if config.num_labels == 1
+        else "single_label_classification"
+        if integers
+        else "multi_label_classification"
+    )
+    if kind == "regression":
+        return tf.reduce_mean(tf.math.squared_difference(tf.squeeze(logits), tf.cast(tf.squeeze(labels), logits.dtype)))
+    if kind == "single_label_classification":
+        labels = tf.reshape(labels, (-1,))
+        kept = labels != -100
+        losses = tf.nn.sparse_softmax_cross_entropy_with_logits(tf.where(kept, labels, 0), logits)
+        kept = tf.cast(kept, logits.dtype)
+        return tf.reduce_sum(losses * kept) / tf.reduce_sum(kept)
+    return tf.reduce_mean(tf.nn.sigmoid_cross_entropy_with_logits(tf.cast(labels, logits.dtype), logits))
+
+
+def _default(value: Any, default: Any) -> Any:
+    return default if value is None else value
