@@ -31,7 +31,7 @@ _PUBLIC = {
 }  # fmt: skip
 _MODULE_OF = {name: module for module, names in _PUBLIC.items() for name in names}
 
-_SUBMODULES = ("backends", "common", "flax", "pipeline", "pt", "tf")
+_SUBMODULES = ("backends", "common", "flax", "pipeline", "pt", "testing", "tf")
 
 # Without the models, so that `from clipmb import *` imports no framework.
 __all__ = ["__version__", *sorted(name for name, module in _MODULE_OF.items() if ".common." in module)]

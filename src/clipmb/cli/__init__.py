@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import typer
 
-from clipmb.cli import classify, info
+from clipmb.cli import classify, info, verify
 from clipmb.cli.common import guarded, set_debug
 
 app = typer.Typer(
@@ -35,6 +35,7 @@ def _options(
 
 app.command("classify")(guarded(classify.run))
 app.command("info")(guarded(info.run))
+app.command("verify")(guarded(verify.run))
 
 
 def main() -> None:

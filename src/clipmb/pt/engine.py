@@ -75,6 +75,10 @@ class Engine:
         features = self.model.get_text_features(ids, mask), self.model.get_image_features(pixels)
         return {name: self._numpy(value) for name, value in stages(output, *features).items()}
 
+    def weights(self) -> dict[str, np.ndarray]:
+        """Returns every parameter by its canonical name, in canonical layout."""
+        return self.model._to_arrays()
+
     def free(self) -> None:
         """Lets go of the model and its memory."""
         del self.model, self._image, self._text

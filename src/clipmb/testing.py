@@ -1,0 +1,288 @@
+"""Do two frameworks, or two checkpoints, compute the same? Compared stage by stage, for a user's own tests.
+
+>>> from clipmb.testing import assert_backends_agree
+>>> assert_backends_agree("my-clip", backends=("pt", "flax"))
+"""
+
+from __future__ import annotations
+
+import importlib.resources
+import os
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import numpy as np
+
+from clipmb import backends as _backends
+from clipmb.common.config import CLIPConfig
+from clipmb.common.errors import CheckpointError, MissingBackendError, bad_input
+from clipmb.common.hub import Source
+from clipmb.common.pretrained import normal_dtype
+from clipmb.common.processor import CLIPProcessor
+from clipmb.pipeline import processor_for
+
+# Largest relative difference, max|a - b| / max|b|, by dtype: of projected and pooled vectors, and of everything else.
+# float64 shows whether two implementations are the same function; the others allow for rounding in another order.
+BOUNDS = {
+    "float64": (1e-12, 1e-12),
+    "float32": (2e-6, 1e-5),
+    "bfloat16": (3e-2, 6e-2),
+    "float16": (4e-3, 8e-3),
+}
+TEXTS = ("a photo of a cat", "two cups of coffee, and a third one on the table behind them", "a rocket, at dawn!", "x")
+
+
+@dataclass
+class Comparison:
+    """One stage of one contender.
+
+    Attributes:
+        contender: What was compared with the standard.
+        stage: "ids", "pixels", "weights", or a name of `clipmb.common.outputs.stages`.
+        difference: max|a - b| / max|b|; infinite where shapes differ or something is not finite.
+        bound: The largest difference that is still agreement.
+        detail: Which tensor or item differs, and how.
+    """
+
+    contender: str
+    stage: str
+    difference: float
+    bound: float
+    detail: str = ""
+
+    @property
+    def agrees(self) -> bool:
+        """Whether the difference is within the bound."""
+        return self.difference <= self.bound
+
+
+@dataclass
+class Report:
+    """What a comparison found, in the order of computation.
+
+    Attributes:
+        standard: What the contenders were compared with.
+        dtype: In which dtype.
+        comparisons: Every stage of every contender.
+    """
+
+    standard: str
+    dtype: str
+    comparisons: list[Comparison] = field(default_factory=list)
+
+    @property
+    def agrees(self) -> bool:
+        """Whether every stage of every contender agrees."""
+        return all(comparison.agrees for comparison in self.comparisons)
+
+    @property
+    def first_divergence(self) -> Comparison | None:
+        """The first stage at which some contender leaves the standard."""
+        return next((comparison for comparison in self.comparisons if not comparison.agrees), None)
+
+    def explain(self) -> str:
+        """Says in one sentence what was found."""
+        worst = self.first_divergence
+        if worst is None:
+            contenders = sorted({comparison.contender for comparison in self.comparisons})
+            return f"{', '.join(contenders)} agree with {self.standard} in {self.dtype} at every stage."
+        detail = f" ({worst.detail})" if worst.detail else ""
+        return (
+            f"{worst.contender} diverges from {self.standard} in {self.dtype}, first at stage {worst.stage!r}{detail}: "
+            f"relative difference {worst.difference:.2e}, allowed {worst.bound:.0e}."
+        )
+
+    def to_dict(self) -> dict[str, Any]:
+        """Returns everything as JSON values."""
+        first = self.first_divergence
+        return {
+            "standard": self.standard,
+            "dtype": self.dtype,
+            "agrees": self.agrees,
+            "first_divergence": None if first is None else _plain(first),
+            "comparisons": [_plain(comparison) for comparison in self.comparisons],
+        }
+
+
+def compare(
+    checkpoint: str | os.PathLike[str],
+    backends: Sequence[str] | str | None = None,
+    *,
+    dtype: Any = "float32",
+    against: str | os.PathLike[str] | None = None,
+    texts: Sequence[str] = TEXTS,
+    images: Sequence[Any] | None = None,
+    **options: Any,
+) -> Report:
+    """Runs the same texts and pictures through several backends, or two checkpoints, and compares every stage.
+
+    Args:
+        checkpoint: Folder or hub id of a whole CLIP.
+        backends: Which; every installed one when None. The first is the standard for the others.
+        dtype: "float32", "float64", "bfloat16" or "float16".
+        against: Another checkpoint, which becomes the standard; its own tokenizer and image processor are compared too.
+        texts: What to encode.
+        images: Pictures as `CLIPImageProcessor` takes them; three photographs of the package when None.
+        **options: ``subfolder``, ``revision``, ``cache_dir``, ``token``, ``local_files_only`` for ``checkpoint``.
+
+    Raises:
+        CheckpointError: A checkpoint cannot be read.
+        MissingBackendError: A named backend is not installed.
+        ValueError: There is nothing to compare, or an argument is wrong.
+    """
+    chosen = tuple(_backends.installed() if backends is None else [backends] if isinstance(backends, str) else backends)
+    kind = normal_dtype(dtype, "compare")
+    if kind not in BOUNDS:
+        raise bad_input(f"dtype must be one of {', '.join(BOUNDS)}", dtype, "Pass one of them")
+    if not chosen:
+        raise MissingBackendError("pt", cause="no framework is installed")
+    if len(chosen) < 2 and against is None:
+        raise bad_input(
+            "Two backends, or another checkpoint, are needed for a comparison",
+            chosen,
+            "Name more backends, or pass against=",
+        )
+    if images is None:
+        images = demo_photos()
+    source = Source.of(checkpoint, options)
+    if options:
+        raise bad_input("compare has no such options", sorted(options), "Remove them", TypeError)
+    contenders = [(source, backend) for backend in chosen]
+    if against is not None:
+        contenders.insert(0, (Source.of(against, {}), chosen[0]))
+
+    report = Report("", kind)
+    standard: dict[str, Any] | None = None
+    for place, (origin, backend) in enumerate(contenders):
+        name = backend if against is None else f"{origin} on {backend}"
+        found = _run(origin, backend, kind, texts, images)
+        if standard is None:
+            standard, report.standard = found, name
+        else:
+            report.comparisons += _compared(name, found, standard, kind, same=against is None or place == 0)
+    return report
+
+
+def assert_backends_agree(
+    checkpoint: str | os.PathLike[str], backends: Sequence[str] | None = None, dtype: Any = "float32", **options: Any
+) -> Report:
+    """Raises unless every backend computes the same from a checkpoint, at every stage.
+
+    Args:
+        checkpoint: Folder or hub id of a whole CLIP.
+        backends: Which; every installed one when None.
+        dtype: "float32", "float64", "bfloat16" or "float16".
+        **options: The other arguments of `compare`.
+
+    Returns:
+        The report, when they agree.
+
+    Raises:
+        AssertionError: They do not; the message names the first stage and tensor that diverges.
+    """
+    report = compare(checkpoint, backends, dtype=dtype, **options)
+    if not report.agrees:
+        raise AssertionError(report.explain())
+    return report
+
+
+def relative_difference(a: Any, b: Any) -> float:
+    """max|a - b| / max|b| in float64; infinite for other shapes and for what is not finite in one only."""
+    a, b = np.asarray(a, np.float64), np.asarray(b, np.float64)
+    if a.shape != b.shape or not (np.isfinite(a).all() and np.isfinite(b).all()):
+        return float("inf")
+    if not b.size:
+        return 0.0
+    return float(np.abs(a - b).max() / max(np.abs(b).max(), np.finfo(np.float64).tiny))
+
+
+def demo_photos() -> list[str]:
+    """Returns the paths of the photographs that ship with the package."""
+    folder = importlib.resources.files("clipmb").joinpath("data/photos")
+    return sorted(str(path) for path in folder.iterdir() if path.name.endswith((".jpg", ".png")))
+
+
+def _run(source: Source, backend: str, dtype: str, texts: Sequence[str], images: Sequence[Any]) -> dict[str, Any]:
+    engine = _backends.engine(backend).load(source, dtype=dtype)
+    try:
+        ids, mask, pixels = _inputs(source, engine.config, texts, images)
+        weights = engine.weights()
+        stages = engine.stages(ids, mask, pixels.astype(np.float64) if dtype == "float64" else pixels)
+        return {"ids": ids, "pixels": pixels, "weights": weights, "stages": stages}
+    finally:
+        engine.free()
+
+
+def _inputs(
+    source: Source, config: CLIPConfig, texts: Sequence[str], images: Sequence[Any]
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Returns ids, mask and pixels; a checkpoint whose tokenizer is missing gets random ids of its vocabulary."""
+    limit = config.text_config.max_position_embeddings
+    try:
+        processor = processor_for(source, config)
+    except CheckpointError:
+        rng = np.random.default_rng(0)
+        ids = rng.integers(0, config.text_config.vocab_size, (len(texts), limit))
+        mask = (np.arange(limit) < rng.integers(2, limit + 1, (len(texts), 1))).astype(np.int64)
+        processor = CLIPProcessor(_image_processor(config))
+    else:
+        tokens = processor.tokenizer(list(texts), padding=True, truncation=True, max_length=limit, return_tensors="np")
+        ids, mask = tokens["input_ids"], tokens["attention_mask"]
+    pixels = processor.image_processor(list(images), return_tensors="np")["pixel_values"]
+    return ids, mask, pixels
+
+
+def _image_processor(config: CLIPConfig) -> Any:
+    from clipmb.common.image_processor import CLIPImageProcessor
+
+    size = config.vision_config.image_size
+    return CLIPImageProcessor(size={"shortest_edge": size}, crop_size={"height": size, "width": size})
+
+
+def _compared(
+    name: str, found: dict[str, Any], standard: dict[str, Any], dtype: str, *, same: bool
+) -> Iterator[Comparison]:
+    """Compares the inputs exactly, the weights exactly, and the stages within the bounds of the dtype."""
+    for stage in ("ids", "pixels"):
+        equal = np.array_equal(found[stage], standard[stage])
+        difference = 0.0 if equal else max(relative_difference(found[stage], standard[stage]), np.finfo(float).tiny)
+        yield Comparison(name, stage, difference, 0.0, "" if equal else _where(found[stage], standard[stage]))
+    yield _weights(name, found["weights"], standard["weights"])
+    pooled, other = BOUNDS[dtype]
+    for stage, values in standard["stages"].items():
+        bound = pooled if stage.endswith((".pooled", ".projected")) else other
+        mine = found["stages"].get(stage)
+        difference = float("inf") if mine is None else relative_difference(mine, values)
+        detail = "" if difference <= bound else "no such stage" if mine is None else _where(mine, values)
+        yield Comparison(name, stage, difference, bound, detail)
+    for stage in found["stages"].keys() - standard["stages"].keys():
+        yield Comparison(name, stage, float("inf"), 0.0, "not a stage of the standard")
+
+
+def _weights(name: str, mine: dict[str, np.ndarray], standard: dict[str, np.ndarray]) -> Comparison:
+    """Compares all weights, which must be equal to the bit, and names the first that is not."""
+    for tensor, values in standard.items():
+        if tensor not in mine:
+            return Comparison(name, "weights", float("inf"), 0.0, f"{tensor} is missing")
+        if mine[tensor].shape != values.shape or mine[tensor].tobytes() != values.tobytes():
+            difference = max(relative_difference(mine[tensor], values), np.finfo(float).tiny)
+            return Comparison(name, "weights", difference, 0.0, f"{tensor}: {_where(mine[tensor], values)}")
+    if extra := mine.keys() - standard.keys():
+        return Comparison(name, "weights", float("inf"), 0.0, f"{min(extra)} is not in the standard")
+    return Comparison(name, "weights", 0.0, 0.0)
+
+
+def _where(mine: np.ndarray, standard: np.ndarray) -> str:
+    """Says where two arrays differ most."""
+    if mine.shape != standard.shape:
+        return f"shape {mine.shape} and not {standard.shape}"
+    a, b = np.asarray(mine, np.float64), np.asarray(standard, np.float64)
+    gaps = np.where(np.isfinite(a) & np.isfinite(b), np.abs(a - b), np.where(a == b, 0.0, np.inf))
+    place = tuple(int(i) for i in np.unravel_index(int(np.argmax(gaps)), gaps.shape))
+    return f"largest at {list(place)}: {a[place]:.9g} and not {b[place]:.9g}"
+
+
+def _plain(comparison: Comparison) -> dict[str, Any]:
+    fields = {**asdict(comparison), "agrees": comparison.agrees}
+    return {key: str(value) if value == float("inf") else value for key, value in fields.items()}
