@@ -1,0 +1,96 @@
+"""The Flax model behind numpy: what the pipeline, the command line and verification know of it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from clipmb.common import checks
+from clipmb.common.config import CLIPConfig
+from clipmb.common.outputs import stages
+from clipmb.flax.modeling import FlaxCLIPModel
+
+
+class Engine:
+    """A loaded CLIP that takes and gives numpy.
+
+    Args:
+        model: A whole CLIP.
+        compile: Compile both towers (jax.jit), anew for every shape.
+    """
+
+    backend = "flax"
+
+    def __init__(self, model: FlaxCLIPModel, *, compile: bool = False) -> None:
+        self.model = model
+        self.config: CLIPConfig = model.config
+        self._image: Callable[..., Any] = model.get_image_features
+        self._text: Callable[..., Any] = model.get_text_features
+        if compile:
+            self._image = jax.jit(self._image)
+            self._text = jax.jit(self._text)
+
+    @classmethod
+    def load(
+        cls, name_or_path: Any, *, dtype: Any = None, device: Any = None, compile: bool = False, **options: Any
+    ) -> Engine:
+        """Loads a checkpoint.
+
+        Args:
+            name_or_path: Folder or hub id.
+            dtype: "float32" (the default), "float16", "bfloat16" or "float64".
+            device: "cpu", "gpu", "tpu", such a name with a number ("gpu:1"), or a ``jax.Device``; JAX's default when
+                None.
+            compile: As in the constructor.
+            **options: As in ``from_pretrained``.
+        """
+        if isinstance(device, str):
+            platform, _, index = device.partition(":")
+            device = jax.devices(platform)[int(index or 0)]
+        with jax.default_device(device):
+            model = FlaxCLIPModel.from_pretrained(name_or_path, dtype=dtype, **options)
+        return cls(model, compile=compile)
+
+    @property
+    def logit_scale(self) -> float:
+        """The factor on cosine similarities."""
+        return float(np.exp(np.asarray(self.model.params["logit_scale"], np.float64)))
+
+    def image_features(self, pixel_values: np.ndarray) -> np.ndarray:
+        """(batch, channels, height, width) to (batch, proj), not normalised; float32, or float64 for such a model."""
+        return self._numpy(self._image(pixel_values=pixel_values, params=self.model.params))
+
+    def text_features(self, input_ids: np.ndarray, attention_mask: np.ndarray | None = None) -> np.ndarray:
+        """(batch, seq) to (batch, proj), not normalised; float32, or float64 for such a model."""
+        self._check(input_ids)
+        return self._numpy(self._text(input_ids=input_ids, attention_mask=attention_mask, params=self.model.params))
+
+    def stages(
+        self, input_ids: np.ndarray, attention_mask: np.ndarray | None, pixel_values: np.ndarray
+    ) -> dict[str, np.ndarray]:
+        """Returns what the model computes on the way, named as by `clipmb.common.outputs.stages`."""
+        output = self.model(input_ids, pixel_values, attention_mask, output_hidden_states=True, return_dict=True)
+        features = self.text_features(input_ids, attention_mask), self.image_features(pixel_values)
+        return {name: self._numpy(value) for name, value in stages(output, *features).items()}
+
+    def weights(self) -> dict[str, np.ndarray]:
+        """Returns every parameter by its canonical name, in canonical layout."""
+        return self.model._to_arrays()
+
+    def free(self) -> None:
+        """Lets go of the model and its memory."""
+        del self.model, self._image, self._text
+
+    def _check(self, input_ids: np.ndarray) -> None:
+        """Raises for ids outside the vocabulary, which the model cannot see under jit."""
+        size = self.config.text_config.vocab_size
+        if input_ids.size and not 0 <= input_ids.min() <= input_ids.max() < size:
+            raise checks.outside("input_ids", int(input_ids.min()), int(input_ids.max()), size)
+
+    @staticmethod
+    def _numpy(array: Any) -> np.ndarray:
+        return np.asarray(array if array.dtype in (jnp.float32, jnp.float64) else array.astype(jnp.float32))

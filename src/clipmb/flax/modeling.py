@@ -1,0 +1,543 @@
+"""CLIP in Flax: the former models, each a linen module with its config, its parameters and its files.
+
+Parameters are the nested dicts of the former msgpack files. ``dtype`` is what a model computes in; its parameters keep
+the dtype of the file (`to_bf16`, `to_fp16`, `to_fp32` change it) and are cast where they are used. Source of every
+behaviour not explained here: the Flax models of transformers 4.57.6 for the interface, its PyTorch models for values.
+`clipmb.flax.modules` says what becomes of ids outside the vocabulary under ``jax.jit``, and how to use NNX.
+"""
+
+from __future__ import annotations
+
+import math
+import zlib
+from collections.abc import Mapping
+from functools import partial
+from typing import Any, ClassVar
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax.core import unfreeze
+from flax.linen import Module
+from flax.traverse_util import flatten_dict, unflatten_dict
+from jax import Array
+
+from clipmb.common import checks
+from clipmb.common.config import BaseConfig, CLIPConfig, CLIPTextConfig, CLIPVisionConfig
+from clipmb.common.errors import bad_input
+from clipmb.common.outputs import (
+    BaseModelOutputWithPooling,
+    CLIPOutput,
+    CLIPTextModelOutput,
+    CLIPVisionModelOutput,
+    ImageClassifierOutput,
+)
+from clipmb.common.parameters import KINDS, Spec, nested, specs
+from clipmb.common.pretrained import PretrainedMixin, normal_dtype
+from clipmb.flax.modules import (
+    FlaxCLIPForImageClassificationModule,
+    FlaxCLIPModule,
+    FlaxCLIPTextModelWithProjectionModule,
+    FlaxCLIPTextModule,
+    FlaxCLIPVisionModelWithProjectionModule,
+    FlaxCLIPVisionModule,
+)
+from clipmb.flax.tensors import from_numpy, to_numpy
+
+Params = Mapping[str, Any]
+
+
+class FlaxCLIPPreTrainedModel(PretrainedMixin):
+    """What the six heads share: construction, files, parameters, checkpointing.
+
+    Args:
+        config: The config of the head.
+        input_shape: Accepted and unneeded: parameters follow from the config alone.
+        seed: Of the initialisation.
+        dtype: What the model computes in: float32, float16, bfloat16, or float64 (which needs ``jax_enable_x64``).
+        _do_init: Initialise the parameters. Otherwise the model has none and every call needs ``params=``.
+        gradient_checkpointing: As `enable_gradient_checkpointing`.
+    """
+
+    head = ""
+    config_class: ClassVar[type[BaseConfig]] = CLIPConfig
+    module_class: ClassVar[type[Module]]
+    base_model_prefix = "clip"
+    main_input_name = "input_ids"
+    framework = "flax"
+    supports_gradient_checkpointing = True
+    load_options: ClassVar[tuple[str, ...]] = ("seed", "input_shape", "_do_init", "gradient_checkpointing")
+
+    def __init__(
+        self,
+        config: BaseConfig,
+        input_shape: Any = None,
+        seed: int = 0,
+        dtype: Any = jnp.float32,
+        _do_init: bool = True,
+        *,
+        gradient_checkpointing: bool = False,
+    ) -> None:
+        if not isinstance(config, self.config_class):
+            raise checks.wrong_config(type(self).__name__, self.config_class, config)
+        self.config: Any = config
+        self.key = jax.random.PRNGKey(seed)
+        self.dtype = compute_dtype(dtype, type(self).__name__)
+        self.input_shape = input_shape
+        self.module: Module = self.module_class(config, self.dtype, gradient_checkpointing)
+        self._is_initialized = _do_init
+        self._params: dict[str, Any] = self.init_weights(self.key) if _do_init else {}
+
+    @classmethod
+    def _from_config(cls, config: BaseConfig, **options: Any) -> FlaxCLIPPreTrainedModel:
+        return cls(config, **options)
+
+    @classmethod
+    def _from_arrays(
+        cls,
+        config: Any,
+        arrays: dict[str, np.ndarray],
+        initialised: list[Spec],
+        dtype: str | None,
+        seed: int = 0,
+        input_shape: Any = None,
+        _do_init: bool = True,
+        gradient_checkpointing: bool = False,
+    ) -> Any:
+        model = cls(
+            config, input_shape, seed, dtype or "float32", _do_init=False, gradient_checkpointing=gradient_checkpointing
+        )
+        table = [spec for spec in specs(config, cls.head) if spec.name in arrays]
+        params = from_numpy(nested(arrays, table, "flax"))
+        if initialised:
+            params = model.init_weights(model.key, params=params)
+        if not _do_init:
+            return model, params
+        model._is_initialized = True
+        model._params = params
+        return model
+
+    @classmethod
+    def _canonical_array(cls, value: Any) -> np.ndarray:
+        return np.array(to_numpy(value))  # a copy: jax may share memory with what it is given
+
+    def _to_arrays(self, params: Params | None = None) -> dict[str, np.ndarray]:
+        leaves = self._checked(self.params if params is None else params)
+        return {
+            spec.name: KINDS[spec.kind].to_canonical(to_numpy(leaves[spec.path("flax")]))
+            for spec in specs(self.config, self.head)
+        }
+
+    def _checked(self, params: Params) -> dict[tuple[str, ...], Any]:
+        """Returns the leaves of a tree by path, once it fits the model."""
+        leaves = flatten_dict(unfreeze(params))
+        expected = flatten_dict(self.params_shape_tree)
+        problems = [f"missing: {'.'.join(path)}" for path in expected.keys() - leaves.keys()]
+        problems += [f"unexpected: {'.'.join(map(str, path))}" for path in leaves.keys() - expected.keys()]
+        problems += [
+            f"shape: {'.'.join(path)} is {np.shape(leaves[path])} and must be {leaf.shape}"
+            for path, leaf in expected.items()
+            if path in leaves and np.shape(leaves[path]) != leaf.shape
+        ]
+        if problems:
+            text = "\n  - ".join([f"params do not fit {type(self).__name__}. Problems:", *sorted(problems)])
+            raise ValueError(text)
+        return leaves
+
+    def init_weights(self, rng: Array, input_shape: Any = None, params: Params | None = None) -> dict[str, Any]:
+        """Draws parameters from their initial normal distributions.
+
+        Args:
+            rng: A key; the same one gives the same parameters whatever else is drawn.
+            input_shape: Accepted and unneeded.
+            params: A tree of which only what is missing is drawn.
+
+        Returns:
+            The whole tree, in float32 where it was drawn.
+        """
+        given = {} if params is None else flatten_dict(unfreeze(params))
+        table = specs(self.config, self.head)
+        arrays = {}
+        for spec in table:
+            shape, path = _shape(spec), spec.path("flax")
+            if path in given:
+                arrays[spec.name] = given[path]
+            elif spec.std:
+                key = jax.random.fold_in(rng, zlib.crc32(spec.name.encode()))
+                arrays[spec.name] = _normal(key, spec.mean, spec.std, shape)
+            else:
+                arrays[spec.name] = jnp.full(shape, spec.mean, jnp.float32)
+        return _tree(arrays, table)
+
+    @property
+    def params(self) -> dict[str, Any]:
+        """The parameters; what is assigned must fit the model."""
+        if not self._is_initialized:
+            raise bad_input(
+                "A model made with _do_init=False has no params",
+                type(self).__name__,
+                "Keep the params outside (init_weights makes them) and pass params= to every call",
+                shown=True,
+            )
+        return self._params
+
+    @params.setter
+    def params(self, params: Params) -> None:
+        if not self._is_initialized:
+            raise bad_input(
+                "A model made with _do_init=False keeps no params",
+                type(self).__name__,
+                "Pass params= to every call, or make the model with _do_init=True",
+                shown=True,
+            )
+        self._checked(params)
+        self._params = unfreeze(params)
+
+    @property
+    def required_params(self) -> set[tuple[str, ...]]:
+        """The path of every parameter."""
+        return {spec.path("flax") for spec in specs(self.config, self.head)}
+
+    @property
+    def params_shape_tree(self) -> dict[str, Any]:
+        """The shape of every parameter, as ``jax.ShapeDtypeStruct``."""
+        table = specs(self.config, self.head)
+        return _tree({spec.name: jax.ShapeDtypeStruct(_shape(spec), jnp.float32) for spec in table}, table)
+
+    def to_bf16(self, params: Params, mask: Any = None) -> Any:
+        """Returns the tree with its floating-point leaves in bfloat16; ``mask`` is True where, everywhere when None."""
+        return _cast(params, jnp.bfloat16, mask)
+
+    def to_fp16(self, params: Params, mask: Any = None) -> Any:
+        """Returns the tree with its floating-point leaves in float16; ``mask`` as in `to_bf16`."""
+        return _cast(params, jnp.float16, mask)
+
+    def to_fp32(self, params: Params, mask: Any = None) -> Any:
+        """Returns the tree with its floating-point leaves in float32; ``mask`` as in `to_bf16`."""
+        return _cast(params, jnp.float32, mask)
+
+    def num_parameters(self, exclude_embeddings: bool = False) -> int:
+        """Counts parameters."""
+        table = specs(self.config, self.head)
+        return sum(math.prod(spec.shape) for spec in table if not (exclude_embeddings and spec.kind == "embedding"))
+
+    def enable_gradient_checkpointing(self) -> None:
+        """Recomputes each block in the backward pass instead of keeping its intermediate results."""
+        self.module = self.module.clone(gradient_checkpointing=True)
+
+    def disable_gradient_checkpointing(self) -> None:
+        """Undoes `enable_gradient_checkpointing`."""
+        self.module = self.module.clone(gradient_checkpointing=False)
+
+    @property
+    def is_gradient_checkpointing(self) -> bool:
+        """Whether gradient checkpointing is on."""
+        return self.module.gradient_checkpointing  # type: ignore[attr-defined]
+
+    def set_attn_implementation(self, attn_implementation: str | dict[str, str]) -> None:
+        """Chooses "eager" or "sdpa" attention, for the whole or by tower."""
+        self.config.attn_implementation = attn_implementation
+
+    def _apply(
+        self, *inputs: Any, params: Params | None, dropout_rng: Array | None, train: bool, **options: Any
+    ) -> Any:
+        if train and dropout_rng is None and (rate := self._dropout()):
+            raise bad_input(
+                f"train=True needs dropout_rng, since attention_dropout is {rate}",
+                None,
+                "Pass dropout_rng=jax.random.key(0), a new key in every step",
+            )
+        rngs = None if dropout_rng is None else {"dropout": dropout_rng}
+        variables = {"params": self.params if params is None else params}
+        return self.module.apply(variables, *inputs, deterministic=not train, rngs=rngs, **options)
+
+    def _dropout(self) -> float:
+        towers = (getattr(self.config, name, self.config) for name in ("text_config", "vision_config"))
+        return max(getattr(tower, "attention_dropout", 0.0) for tower in towers)
+
+    def _pixels(self, pixel_values: Any, interpolate: bool) -> Any:
+        """Checks pictures and moves their channels last."""
+        pixel_values = _array(pixel_values)
+        checks.check_pixels(pixel_values, getattr(self.config, "vision_config", self.config), interpolate)
+        return pixel_values.transpose(0, 2, 3, 1)
+
+
+def compute_dtype(value: Any, owner: str) -> jnp.dtype:
+    """Returns the dtype that a model computes in.
+
+    Raises:
+        ValueError: It is not one that a model can have, or float64 without ``jax_enable_x64``.
+    """
+    dtype = jnp.dtype(normal_dtype(value, owner) or "float32")
+    if jax.dtypes.canonicalize_dtype(dtype) != dtype:
+        raise bad_input(
+            f"{owner} computes in {dtype} only with jax_enable_x64",
+            f"dtype={dtype}",
+            'Call jax.config.update("jax_enable_x64", True) first',
+            shown=True,
+        )
+    return dtype
+
+
+def _array(value: Any) -> Any:
+    return value if value is None or isinstance(value, Array) else np.asarray(value)
+
+
+def _shape(spec: Spec) -> tuple[int, ...]:
+    axes = KINDS[spec.kind].axes
+    return tuple(spec.shape[axis] for axis in axes) if axes else spec.shape
+
+
+@partial(jax.jit, static_argnums=3)
+def _normal(key: Array, mean: float, std: float, shape: tuple[int, ...]) -> Array:
+    return mean + std * jax.random.normal(key, shape, jnp.float32)
+
+
+def _tree(leaves: Mapping[str, Any], table: list[Spec]) -> dict[str, Any]:
+    """Arranges leaves that are in the framework's layout already; keys are canonical names."""
+    return unflatten_dict({spec.path("flax"): leaves[spec.name] for spec in table})
+
+
+def _cast(params: Params, dtype: Any, mask: Any) -> Any:
+    def cast(leaf: Any, chosen: bool = True) -> Any:
+        return leaf.astype(dtype) if chosen and jnp.issubdtype(leaf.dtype, jnp.floating) else leaf
+
+    return jax.tree.map(cast, params) if mask is None else jax.tree.map(cast, params, mask)
+
+
+class FlaxCLIPModel(FlaxCLIPPreTrainedModel):
+    """Both towers, their projections, and the similarity of every text with every image."""
+
+    head = "CLIPModel"
+    module_class = FlaxCLIPModule
+
+    def get_text_features(
+        self,
+        input_ids: Array | None = None,
+        attention_mask: Array | None = None,
+        position_ids: Array | None = None,
+        params: Params | None = None,
+        dropout_rng: Array | None = None,
+        train: bool = False,
+        output_attentions: bool | None = None,
+        output_hidden_states: bool | None = None,
+        return_dict: bool | None = None,
+    ) -> Array:
+        """Returns the projected text: (batch, seq) to (batch, proj), not normalised."""
+        return self._apply(
+            _array(input_ids),
+            _array(attention_mask),
+            _array(position_ids),
+            params=params,
+            dropout_rng=dropout_rng,
+            train=train,
+            output_attentions=output_attentions,
+            output_hidden_states=output_hidden_states,
+            method="get_text_features",
+        )
+
+    def get_image_features(
+        self,
+        pixel_values: Array | None = None,
+        params: Params | None = None,
+        dropout_rng: Array | None = None,
+        train: bool = False,
+        output_attentions: bool | None = None,
+        output_hidden_states: bool | None = None,
+        interpolate_pos_encoding: bool = False,
+        return_dict: bool | None = None,
+    ) -> Array:
+        """Returns the projected images: (batch, channels, height, width) to (batch, proj), not normalised."""
+        return self._apply(
+            self._pixels(pixel_values, interpolate_pos_encoding),
+            params=params,
+            dropout_rng=dropout_rng,
+            train=train,
+            output_attentions=output_attentions,
+            output_hidden_states=output_hidden_states,
+            interpolate_pos_encoding=interpolate_pos_encoding,
+            method="get_image_features",
+        )
+
+    def __call__(
+        self,
+        input_ids: Array | None = None,
+        pixel_values: Array | None = None,
+        attention_mask: Array | None = None,
+        position_ids: Array | None = None,
+        params: Params | None = None,
+        dropout_rng: Array | None = None,
+        train: bool = False,
+        output_attentions: bool | None = None,
+        output_hidden_states: bool | None = None,
+        return_dict: bool | None = None,
+        return_loss: bool | None = None,
+        interpolate_pos_encoding: bool = False,
+    ) -> CLIPOutput | tuple:
+        """Compares every text with every image.
+
+        Args:
+            input_ids: (texts, seq) integers.
+            pixel_values: (images, channels, height, width).
+            attention_mask: (texts, seq), 1 for tokens that may be looked at; all when None.
+            position_ids: (texts or 1, seq); 0, 1, … when None.
+            params: The parameters, instead of the model's own.
+            dropout_rng: A key for dropout; needed with ``train=True`` when ``attention_dropout`` is not 0.
+            train: Drop attention weights.
+            output_attentions: Also return every block's attention weights.
+            output_hidden_states: Also return every block's input and output.
+            return_dict: Return a `CLIPOutput`; otherwise a tuple of what is not None.
+            return_loss: Also return the contrastive loss, for as many texts as images, pair by pair.
+            interpolate_pos_encoding: Accept pictures of any size.
+
+        Raises:
+            ValueError: A shape or a value does not fit.
+        """
+        return self._apply(
+            _array(input_ids),
+            self._pixels(pixel_values, interpolate_pos_encoding),
+            _array(attention_mask),
+            _array(position_ids),
+            params=params,
+            dropout_rng=dropout_rng,
+            train=train,
+            output_attentions=output_attentions,
+            output_hidden_states=output_hidden_states,
+            return_dict=return_dict,
+            return_loss=return_loss,
+            interpolate_pos_encoding=interpolate_pos_encoding,
+        )
+
+
+class FlaxCLIPTextPreTrainedModel(FlaxCLIPPreTrainedModel):
+    """What the two text heads share."""
+
+    config_class = CLIPTextConfig
+
+    def __call__(
+        self,
+        input_ids: Array | None = None,
+        attention_mask: Array | None = None,
+        position_ids: Array | None = None,
+        params: Params | None = None,
+        dropout_rng: Array | None = None,
+        train: bool = False,
+        output_attentions: bool | None = None,
+        output_hidden_states: bool | None = None,
+        return_dict: bool | None = None,
+    ) -> BaseModelOutputWithPooling | CLIPTextModelOutput | tuple:
+        """Encodes texts; arguments as in `FlaxCLIPModel.__call__`."""
+        return self._apply(
+            _array(input_ids),
+            _array(attention_mask),
+            _array(position_ids),
+            params=params,
+            dropout_rng=dropout_rng,
+            train=train,
+            output_attentions=output_attentions,
+            output_hidden_states=output_hidden_states,
+            return_dict=return_dict,
+        )
+
+
+class FlaxCLIPTextModel(FlaxCLIPTextPreTrainedModel):
+    """The text tower alone."""
+
+    head = "CLIPTextModel"
+    module_class = FlaxCLIPTextModule
+
+
+class FlaxCLIPTextModelWithProjection(FlaxCLIPTextPreTrainedModel):
+    """The text tower with its projection."""
+
+    head = "CLIPTextModelWithProjection"
+    module_class = FlaxCLIPTextModelWithProjectionModule
+
+
+class FlaxCLIPVisionPreTrainedModel(FlaxCLIPPreTrainedModel):
+    """What the two vision heads share."""
+
+    config_class = CLIPVisionConfig
+    main_input_name = "pixel_values"
+
+    def __call__(
+        self,
+        pixel_values: Array | None = None,
+        params: Params | None = None,
+        dropout_rng: Array | None = None,
+        train: bool = False,
+        output_attentions: bool | None = None,
+        output_hidden_states: bool | None = None,
+        return_dict: bool | None = None,
+        interpolate_pos_encoding: bool = False,
+    ) -> BaseModelOutputWithPooling | CLIPVisionModelOutput | tuple:
+        """Encodes pictures; arguments as in `FlaxCLIPModel.__call__`."""
+        return self._apply(
+            self._pixels(pixel_values, interpolate_pos_encoding),
+            params=params,
+            dropout_rng=dropout_rng,
+            train=train,
+            output_attentions=output_attentions,
+            output_hidden_states=output_hidden_states,
+            return_dict=return_dict,
+            interpolate_pos_encoding=interpolate_pos_encoding,
+        )
+
+
+class FlaxCLIPVisionModel(FlaxCLIPVisionPreTrainedModel):
+    """The vision tower alone."""
+
+    head = "CLIPVisionModel"
+    module_class = FlaxCLIPVisionModule
+
+
+class FlaxCLIPVisionModelWithProjection(FlaxCLIPVisionPreTrainedModel):
+    """The vision tower with its projection."""
+
+    head = "CLIPVisionModelWithProjection"
+    module_class = FlaxCLIPVisionModelWithProjectionModule
+
+
+class FlaxCLIPForImageClassification(FlaxCLIPPreTrainedModel):
+    """The vision tower with a linear classifier over the mean of the patch states."""
+
+    head = "CLIPForImageClassification"
+    main_input_name = "pixel_values"
+    module_class = FlaxCLIPForImageClassificationModule
+
+    def __call__(
+        self,
+        pixel_values: Array | None = None,
+        labels: Array | None = None,
+        params: Params | None = None,
+        dropout_rng: Array | None = None,
+        train: bool = False,
+        output_attentions: bool | None = None,
+        output_hidden_states: bool | None = None,
+        return_dict: bool | None = None,
+        interpolate_pos_encoding: bool = False,
+    ) -> ImageClassifierOutput | tuple:
+        """Classifies pictures.
+
+        Args:
+            pixel_values: (batch, channels, height, width).
+            labels: (batch,) class indices, or (batch,) numbers for one label, or (batch, num_labels) numbers in [0, 1].
+            params: As in `FlaxCLIPModel.__call__`, like the arguments after it.
+            dropout_rng: As there.
+            train: As there.
+            output_attentions: As there.
+            output_hidden_states: As there.
+            return_dict: As there.
+            interpolate_pos_encoding: As there.
+        """
+        return self._apply(
+            self._pixels(pixel_values, interpolate_pos_encoding),
+            _array(labels),
+            params=params,
+            dropout_rng=dropout_rng,
+            train=train,
+            output_attentions=output_attentions,
+            output_hidden_states=output_hidden_states,
+            return_dict=return_dict,
+            interpolate_pos_encoding=interpolate_pos_encoding,
+        )

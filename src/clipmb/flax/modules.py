@@ -1,0 +1,817 @@
+# ruff: noqa: D102  (setup is what linen calls a constructor)
+"""The linen modules of CLIP: what computes. `clipmb.flax.modeling` wraps them in the former facade.
+
+Shapes: batch, seq (tokens, or patches + 1), width, heads, head_dim, patches, proj. Module and parameter names are those
+of the checkpoints. Source of every behaviour not explained here: the PyTorch models of transformers 4.57.6.
+
+Every module computes in its ``dtype``, whatever the dtype of its parameters, which are cast where they are used:
+``dtype=jnp.bfloat16`` gives what PyTorch gives for a model in bfloat16. Pictures are channels last here, as linen's
+convolution takes them and as the former modules did; the models of `clipmb.flax.modeling` take channels first.
+
+Ids outside an embedding table raise a ValueError where their values are known. Under ``jax.jit`` and the other
+transformations they are not: there such an id makes its whole row NaN, never a plausible number, and JAX's own check of
+indices reports it, at some cost and only where it is asked for::
+
+    from jax.experimental import checkify
+
+    features = checkify.checkify(lambda params, ids: model(ids, params=params), errors=checkify.index_checks)
+    error, output = jax.jit(features)(model.params, ids)
+    error.throw()  # raises for ids outside the vocabulary and positions outside the context
+
+For NNX, ``nnx.bridge.ToNNX(FlaxCLIPTextModule(config), rngs=nnx.Rngs(0)).lazy_init(ids)`` is an NNX module.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import linen as nn
+from jax import Array
+
+from clipmb.common import checks
+from clipmb.common.config import BaseConfig, CLIPConfig, CLIPTextConfig, CLIPVisionConfig
+from clipmb.common.errors import bad_input
+from clipmb.common.outputs import (
+    BaseModelOutput,
+    BaseModelOutputWithPooling,
+    CLIPOutput,
+    CLIPTextModelOutput,
+    CLIPVisionModelOutput,
+    ImageClassifierOutput,
+    ModelOutput,
+)
+from clipmb.common.parameters import specs
+
+for _type in ModelOutput.types:
+    jax.tree_util.register_pytree_with_keys(
+        _type,
+        lambda output: ([(jax.tree_util.DictKey(key), value) for key, value in output.items()], tuple(output)),
+        lambda keys, values, _type=_type: _type(zip(keys, values, strict=True)),
+        lambda output: (tuple(output.values()), tuple(output)),
+    )
+
+ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
+    "gelu": lambda x: jax.nn.gelu(x, approximate=False),
+    "gelu_10": lambda x: jax.nn.gelu(x, approximate=False).clip(-10, 10),
+    "gelu_accurate": lambda x: jax.nn.gelu(x, approximate=True),
+    "gelu_fast": lambda x: 0.5 * x * (1 + jnp.tanh(x * 0.7978845608 * (1 + 0.044715 * x * x))),
+    "gelu_new": lambda x: jax.nn.gelu(x, approximate=True),
+    "gelu_python": lambda x: jax.nn.gelu(x, approximate=False),
+    "gelu_python_tanh": lambda x: jax.nn.gelu(x, approximate=True),
+    "gelu_pytorch_tanh": lambda x: jax.nn.gelu(x, approximate=True),
+    "laplace": lambda x: 0.5 * (1 + jax.lax.erf((x - 0.707107) / (0.282095 * 2.0**0.5))),
+    "leaky_relu": jax.nn.leaky_relu,
+    "linear": lambda x: x,
+    "mish": jax.nn.mish,
+    "quick_gelu": lambda x: x * jax.nn.sigmoid(1.702 * x),
+    "relu": jax.nn.relu,
+    "relu2": lambda x: jnp.square(jax.nn.relu(x)),
+    "relu6": jax.nn.relu6,
+    "sigmoid": jax.nn.sigmoid,
+    "silu": jax.nn.silu,
+    "swish": jax.nn.silu,
+    "tanh": jnp.tanh,
+}
+
+
+def initial(config: BaseConfig, name: str) -> Callable[..., Array]:
+    """Returns the initialiser of a parameter, given the end of its canonical name: the weight table's distribution."""
+    if isinstance(config, CLIPConfig):
+        heads = ("CLIPModel", "CLIPForImageClassification")
+    else:
+        heads = (
+            "CLIPTextModelWithProjection" if isinstance(config, CLIPTextConfig) else "CLIPVisionModelWithProjection",
+        )
+
+    def draw(key: Array, shape: tuple[int, ...], dtype: Any = jnp.float32) -> Array:
+        spec = next(spec for head in heads for spec in specs(config, head) if spec.name.endswith(name))
+        return spec.mean + spec.std * jax.random.normal(key, shape, dtype)
+
+    return draw
+
+
+def statistics_dtype(dtype: Any) -> Any:
+    """Returns the dtype of softmax and norm statistics: float32 for 16 bits, else the dtype itself."""
+    return jnp.promote_types(dtype, jnp.float32)
+
+
+class FlaxCLIPLayerNorm(nn.Module):
+    """Layer normalisation with PyTorch's arithmetic: two passes over the row, statistics in at least float32."""
+
+    epsilon: float
+    dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, hidden_states: Array) -> Array:
+        """(..., width) to the same."""
+        width = hidden_states.shape[-1]
+        statistics = statistics_dtype(self.dtype)
+        scale = self.param("scale", nn.initializers.ones, (width,)).astype(self.dtype).astype(statistics)
+        bias = self.param("bias", nn.initializers.zeros, (width,)).astype(self.dtype).astype(statistics)
+        hidden_states = hidden_states.astype(statistics)
+        centred = hidden_states - hidden_states.mean(axis=-1, keepdims=True)
+        variance = jnp.square(centred).mean(axis=-1, keepdims=True)
+        return (centred * jax.lax.rsqrt(variance + self.epsilon) * scale + bias).astype(self.dtype)
+
+
+class FlaxCLIPAttention(nn.Module):
+    """Multi-head self-attention."""
+
+    config: CLIPTextConfig | CLIPVisionConfig
+    dtype: Any = jnp.float32
+
+    def setup(self) -> None:
+        config, width = self.config, self.config.hidden_size
+        self.num_heads = config.num_attention_heads
+        self.head_dim = config.head_dim
+        self.scale = config.head_dim**-0.5
+        self.dropout = nn.Dropout(config.attention_dropout)
+        self.k_proj = nn.Dense(width, dtype=self.dtype, kernel_init=initial(config, "k_proj.weight"))
+        self.v_proj = nn.Dense(width, dtype=self.dtype, kernel_init=initial(config, "v_proj.weight"))
+        self.q_proj = nn.Dense(width, dtype=self.dtype, kernel_init=initial(config, "q_proj.weight"))
+        self.out_proj = nn.Dense(width, dtype=self.dtype, kernel_init=initial(config, "out_proj.weight"))
+
+    def __call__(
+        self, hidden_states: Array, mask: Array | None, causal: bool, fused: bool, deterministic: bool
+    ) -> tuple[Array, Array | None]:
+        """Returns the context (batch, seq, width) and, unless fused, the weights (batch, heads, seq, seq)."""
+        batch, seq, width = hidden_states.shape
+        split = (batch, seq, self.num_heads, self.head_dim)
+        query = self.q_proj(hidden_states).reshape(split)  # (batch, seq, heads, head_dim)
+        key = self.k_proj(hidden_states).reshape(split)
+        value = self.v_proj(hidden_states).reshape(split)
+        if fused:
+            weights = None
+            context = jax.nn.dot_product_attention(
+                query, key, value, mask, scale=self.scale, is_causal=causal and mask is None
+            )
+        else:
+            scores = jnp.einsum("bqhd,bkhd->bhqk", query, key) * self.scale  # (batch, heads, seq, seq)
+            if mask is not None:
+                scores = scores + mask
+            statistics = statistics_dtype(scores.dtype)
+            weights = jax.nn.softmax(scores.astype(statistics), axis=-1).astype(query.dtype)
+            weights = self.dropout(weights, deterministic)
+            context = jnp.einsum("bhqk,bkhd->bqhd", weights, value)
+        context = context.reshape(batch, seq, width)
+        return self.out_proj(context), weights
+
+
+class FlaxCLIPMLP(nn.Module):
+    """The two-layer perceptron of a block."""
+
+    config: CLIPTextConfig | CLIPVisionConfig
+    dtype: Any = jnp.float32
+
+    def setup(self) -> None:
+        config = self.config
+        self.activation = ACTIVATIONS[config.hidden_act]
+        self.fc1 = nn.Dense(config.intermediate_size, dtype=self.dtype, kernel_init=initial(config, "fc1.weight"))
+        self.fc2 = nn.Dense(config.hidden_size, dtype=self.dtype, kernel_init=initial(config, "fc2.weight"))
+
+    def __call__(self, hidden_states: Array) -> Array:
+        """(batch, seq, width) to the same."""
+        return self.fc2(self.activation(self.fc1(hidden_states)))
+
+
+class FlaxCLIPEncoderLayer(nn.Module):
+    """One block: attention and perceptron, each behind a layer norm and beside a residual."""
+
+    config: CLIPTextConfig | CLIPVisionConfig
+    dtype: Any = jnp.float32
+
+    def setup(self) -> None:
+        self.self_attn = FlaxCLIPAttention(self.config, self.dtype)
+        self.layer_norm1 = FlaxCLIPLayerNorm(self.config.layer_norm_eps, self.dtype)
+        self.mlp = FlaxCLIPMLP(self.config, self.dtype)
+        self.layer_norm2 = FlaxCLIPLayerNorm(self.config.layer_norm_eps, self.dtype)
+
+    def __call__(
+        self, hidden_states: Array, mask: Array | None, causal: bool, fused: bool, deterministic: bool
+    ) -> tuple[Array, Array | None]:
+        """(batch, seq, width) to the same, and the attention weights unless fused."""
+        context, weights = self.self_attn(self.layer_norm1(hidden_states), mask, causal, fused, deterministic)
+        hidden_states = hidden_states + context
+        hidden_states = hidden_states + self.mlp(self.layer_norm2(hidden_states))
+        return hidden_states, weights
+
+
+class FlaxCLIPLayerCollection(nn.Module):
+    """The blocks under the names "0", "1", …, as the checkpoints have them."""
+
+    config: CLIPTextConfig | CLIPVisionConfig
+    dtype: Any = jnp.float32
+    gradient_checkpointing: bool = False
+
+    def setup(self) -> None:
+        layer = FlaxCLIPEncoderLayer
+        if self.gradient_checkpointing:
+            layer = nn.remat(layer, static_argnums=(3, 4, 5))  # causal, fused, deterministic
+        self.blocks = [layer(self.config, self.dtype, name=str(i)) for i in range(self.config.num_hidden_layers)]
+
+    def __call__(
+        self, hidden_states: Array, mask: Array | None, causal: bool, fused: bool, deterministic: bool
+    ) -> tuple[list[Array], list[Array | None]]:
+        """Returns the input and the output of each block, and the attention weights of each."""
+        states, attentions = [hidden_states], []
+        for layer in self.blocks:
+            hidden_states, weights = layer(hidden_states, mask, causal, fused, deterministic)
+            states.append(hidden_states)
+            attentions.append(weights)
+        return states, attentions
+
+
+class FlaxCLIPEncoder(nn.Module):
+    """The blocks of a tower."""
+
+    config: CLIPTextConfig | CLIPVisionConfig
+    dtype: Any = jnp.float32
+    gradient_checkpointing: bool = False
+
+    def setup(self) -> None:
+        self.layers = FlaxCLIPLayerCollection(self.config, self.dtype, self.gradient_checkpointing)
+
+    def __call__(
+        self,
+        hidden_states: Array,
+        attention_mask: Array | None = None,
+        causal: bool = False,
+        deterministic: bool = True,
+        output_attentions: bool | None = None,
+        output_hidden_states: bool | None = None,
+    ) -> BaseModelOutput:
+        """Runs the blocks over (batch, seq, width)."""
+        output_attentions = _default(output_attentions, self.config.output_attentions)
+        output_hidden_states = _default(output_hidden_states, self.config.output_hidden_states)
+        fused = self.config.attn_implementation != "eager"
+        if fused and output_attentions:
+            fused = False
+            checks.warn_once(checks.ATTENTIONS_NEED_EAGER)
+        # JAX's fused attention has no dropout, and its softmax is in float32 even for float64.
+        dropout = not deterministic and self.config.attention_dropout > 0
+        fused = fused and not dropout and hidden_states.dtype != jnp.float64
+        mask = None
+        if causal and (attention_mask is not None or not fused):
+            mask = attention_bias(attention_mask, hidden_states)
+        states, attentions = self.layers(hidden_states, mask, causal, fused, deterministic)
+        return BaseModelOutput(
+            last_hidden_state=states[-1],
+            hidden_states=tuple(states) if output_hidden_states else None,
+            attentions=tuple(attentions) if output_attentions else None,
+        )
+
+
+def attention_bias(attention_mask: Array | None, hidden_states: Array) -> Array:
+    """Returns what is added to the scores: 0 where a token may look, the dtype's minimum where it may not.
+
+    The minimum of the causal part and that of the padding are added, so that a key hidden by both is at minus infinity:
+    a row in which everything before it is padding shares its weight among the keys that only one of the two hides.
+    Source: transformers 4.57.6, PyTorch; its other frameworks differ from it at such rows.
+
+    Args:
+        attention_mask: (batch, seq), 1 for tokens that may be looked at; None for all.
+        hidden_states: (batch, seq, width), for the dtype.
+
+    Returns:
+        (batch or 1, 1, seq, seq) in the dtype of ``hidden_states``.
+    """
+    dtype, seq = hidden_states.dtype, hidden_states.shape[1]
+    lowest = jnp.array(jnp.finfo(dtype).min, dtype)
+    steps = jnp.arange(seq)
+    zero = jnp.zeros((), dtype)
+    bias = jnp.where(steps[:, None] < steps[None, :], lowest, zero)[None, None]  # (1, 1, seq, seq)
+    if attention_mask is not None:
+        bias = bias + jnp.where(attention_mask[:, None, None, :] == 1, zero, lowest)  # (batch, 1, seq, seq)
+    return bias
+
+
+class FlaxCLIPTextEmbeddings(nn.Module):
+    """Token plus position embeddings."""
+
+    config: CLIPTextConfig
+    dtype: Any = jnp.float32
+
+    def setup(self) -> None:
+        config, width = self.config, self.config.hidden_size
+        token, position = initial(config, "token_embedding.weight"), initial(config, "position_embedding.weight")
+        self.token_embedding = nn.Embed(config.vocab_size, width, self.dtype, embedding_init=token)
+        self.position_embedding = nn.Embed(config.max_position_embeddings, width, self.dtype, embedding_init=position)
+
+    def __call__(self, input_ids: Array, position_ids: Array | None = None) -> Array:
+        """(batch, seq) to (batch, seq, width)."""
+        tokens = _look_up(self.token_embedding, input_ids, "input_ids")  # (batch, seq, width)
+        if position_ids is None:
+            return tokens + self.position_embedding.embedding[: input_ids.shape[1]].astype(self.dtype)
+        return tokens + _look_up(self.position_embedding, position_ids, "position_ids")
+
+
+def _look_up(table: nn.Embed, ids: Array, field: str) -> Array:
+    ids = checked_ids(ids, table.num_embeddings, field)
+    return jnp.take(table.embedding, ids, axis=0, mode="fill", fill_value=jnp.nan).astype(table.dtype)
+
+
+def checked_ids(ids: Array, size: int, field: str) -> Array:
+    """Returns ids for a table of ``size`` rows; under a transformation those outside of it are at ``size`` or above.
+
+    Raises:
+        TypeError: They are not integers.
+        ValueError: Some lie outside, and this is not under a transformation.
+    """
+    if not jnp.issubdtype(ids.dtype, jnp.integer):
+        raise bad_input(f"{field} must be integers", str(ids.dtype), "Convert them", TypeError, shown=True)
+    if ids.size == 0:
+        return jnp.asarray(ids)
+    if not isinstance(ids, jax.core.Tracer):
+        low, high = int(ids.min()), int(ids.max())
+        if low < 0 or high >= size:
+            raise checks.outside(field, low, high, size)
+        return jnp.asarray(ids)
+    return jnp.where(ids < 0, size, ids)  # JAX would count negative ones from the end
+
+
+class FlaxCLIPVisionEmbeddings(nn.Module):
+    """Class token and patch embeddings plus position embeddings."""
+
+    config: CLIPVisionConfig
+    dtype: Any = jnp.float32
+
+    def setup(self) -> None:
+        config = self.config
+        width, size = config.hidden_size, (config.patch_size, config.patch_size)
+        self.class_embedding = self.param("class_embedding", initial(config, "class_embedding"), (width,))
+        self.patch_embedding = nn.Conv(
+            width,
+            size,
+            strides=size,
+            padding="VALID",
+            use_bias=False,
+            dtype=self.dtype,
+            kernel_init=initial(config, "patch_embedding.weight"),
+        )
+        position = initial(config, "position_embedding.weight")
+        self.position_embedding = nn.Embed(config.num_patches + 1, width, self.dtype, embedding_init=position)
+
+    def __call__(self, pixel_values: Array, interpolate_pos_encoding: bool = False) -> Array:
+        """(batch, height, width, channels) to (batch, patches + 1, width)."""
+        patches = self.patch_embedding(jnp.asarray(pixel_values, self.dtype))  # (batch, rows, columns, width)
+        batch, rows, columns, width = patches.shape
+        patches = patches.reshape(batch, rows * columns, width)  # (batch, patches, width)
+        class_token = jnp.broadcast_to(self.class_embedding.astype(self.dtype), (batch, 1, width))
+        positions = self.position_embedding.embedding.astype(self.dtype)  # (patches + 1, width)
+        if interpolate_pos_encoding:
+            positions = interpolate_positions(positions, rows, columns)
+        return jnp.concatenate([class_token, patches], axis=1) + positions
+
+
+def interpolate_positions(positions: Array, rows: int, columns: int) -> Array:
+    """Resizes the grid of position embeddings by bicubic interpolation (a = -0.75, half-pixel centres, no antialias).
+
+    Args:
+        positions: (patches + 1, width); the first is that of the class token and stays.
+        rows: Patches from top to bottom.
+        columns: Patches from left to right.
+
+    Returns:
+        (rows * columns + 1, width).
+    """
+    side = round((positions.shape[0] - 1) ** 0.5)
+    if rows == columns == side:
+        return positions
+    dtype, statistics = positions.dtype, statistics_dtype(positions.dtype)
+    grid = positions[1:].reshape(side, side, -1).astype(statistics)  # (side, side, width)
+    vertical, horizontal = (jnp.asarray(bicubic_weights(side, size), statistics) for size in (rows, columns))
+    grid = jnp.einsum("rs,ct,stw->rcw", vertical, horizontal, grid, precision="highest")
+    return jnp.concatenate([positions[:1], grid.reshape(rows * columns, -1).astype(dtype)])
+
+
+def bicubic_weights(size: int, new_size: int) -> np.ndarray:
+    """Returns the (new_size, size) matrix of a bicubic resize as PyTorch does it; `jax.image.resize` has another one.
+
+    Source: Keys, Cubic convolution interpolation for digital image processing (1981), with a = -0.75; taps beyond the
+    border repeat the border, as in torch.nn.functional.interpolate(mode="bicubic", align_corners=False).
+    """
+    a = -0.75
+    centres = (np.arange(new_size) + 0.5) * (size / new_size) - 0.5
+    weights = np.zeros((new_size, size))
+    for tap in range(-1, 3):
+        taps = np.floor(centres) + tap
+        x = np.abs(centres - taps)
+        inner = ((a + 2) * x - (a + 3)) * x * x + 1
+        outer = ((a * x - 5 * a) * x + 8 * a) * x - 4 * a
+        np.add.at(weights, (np.arange(new_size), taps.clip(0, size - 1).astype(int)), np.where(x <= 1, inner, outer))
+    return weights
+
+
+class FlaxCLIPTextTransformer(nn.Module):
+    """The text tower."""
+
+    config: CLIPTextConfig
+    dtype: Any = jnp.float32
+    gradient_checkpointing: bool = False
+
+    def setup(self) -> None:
+        self.embeddings = FlaxCLIPTextEmbeddings(self.config, self.dtype)
+        self.encoder = FlaxCLIPEncoder(self.config, self.dtype, self.gradient_checkpointing)
+        self.final_layer_norm = FlaxCLIPLayerNorm(self.config.layer_norm_eps, self.dtype)
+
+    def __call__(
+        self,
+        input_ids: Array | None = None,
+        attention_mask: Array | None = None,
+        position_ids: Array | None = None,
+        deterministic: bool = True,
+        output_attentions: bool | None = None,
+        output_hidden_states: bool | None = None,
+    ) -> BaseModelOutputWithPooling:
+        """Runs the tower over (batch, seq)."""
+        checks.check_text(input_ids, attention_mask, position_ids, self.config)
+        hidden_states = self.embeddings(input_ids, position_ids)
+        encoded = self.encoder(
+            hidden_states, attention_mask, True, deterministic, output_attentions, output_hidden_states
+        )
+        last_hidden_state = self.final_layer_norm(encoded.last_hidden_state)
+        return BaseModelOutputWithPooling(
+            last_hidden_state=last_hidden_state,
+            pooler_output=pool(last_hidden_state, input_ids, self.config.eos_token_id),
+            hidden_states=encoded.hidden_states,
+            attentions=encoded.attentions,
+        )
+
+
+def pool(last_hidden_state: Array, input_ids: Array, eos_token_id: int) -> Array:
+    """Takes the state at the end token of each row: (batch, seq, width) to (batch, width).
+
+    The end token is the first ``eos_token_id``, or the first token where there is none. The configs of the OpenAI
+    checkpoints say 2, which is not their end token: there it is the largest id of the row.
+    """
+    chosen = input_ids if eos_token_id == 2 else input_ids == eos_token_id
+    positions = jnp.argmax(chosen, axis=-1)  # (batch,)
+    return last_hidden_state[jnp.arange(positions.shape[0]), positions]
+
+
+class FlaxCLIPVisionTransformer(nn.Module):
+    """The vision tower."""
+
+    config: CLIPVisionConfig
+    dtype: Any = jnp.float32
+    gradient_checkpointing: bool = False
+
+    def setup(self) -> None:
+        self.embeddings = FlaxCLIPVisionEmbeddings(self.config, self.dtype)
+        self.pre_layrnorm = FlaxCLIPLayerNorm(self.config.layer_norm_eps, self.dtype)
+        self.encoder = FlaxCLIPEncoder(self.config, self.dtype, self.gradient_checkpointing)
+        self.post_layernorm = FlaxCLIPLayerNorm(self.config.layer_norm_eps, self.dtype)
+
+    def __call__(
+        self,
+        pixel_values: Array | None = None,
+        deterministic: bool = True,
+        output_attentions: bool | None = None,
+        output_hidden_states: bool | None = None,
+        interpolate_pos_encoding: bool = False,
+    ) -> BaseModelOutputWithPooling:
+        """Runs the tower over (batch, height, width, channels)."""
+        check_channels_last(pixel_values, self.config, interpolate_pos_encoding)
+        hidden_states = self.pre_layrnorm(self.embeddings(pixel_values, interpolate_pos_encoding))
+        encoded = self.encoder(hidden_states, None, False, deterministic, output_attentions, output_hidden_states)
+        return BaseModelOutputWithPooling(
+            last_hidden_state=encoded.last_hidden_state,
+            pooler_output=self.post_layernorm(encoded.last_hidden_state[:, 0]),
+            hidden_states=encoded.hidden_states,
+            attentions=encoded.attentions,
+        )
+
+
+def check_channels_last(pixels: Any, config: CLIPVisionConfig, interpolate: bool) -> None:
+    """Checks the shape of pictures given to a linen module.
+
+    Raises:
+        ValueError: It does not fit.
+    """
+    if pixels is not None:
+        shape = tuple(pixels.shape)
+        if len(shape) != 4 or shape[3] != config.num_channels:
+            raise bad_input(
+                f"The linen modules take pixel_values of shape (batch, height, width, {config.num_channels})",
+                shape,
+                "Transpose them, or call the model instead, which takes channels first",
+            )
+        pixels = jax.ShapeDtypeStruct((shape[0], shape[3], shape[1], shape[2]), jnp.float32)
+    checks.check_pixels(pixels, config, interpolate)
+
+
+class FlaxCLIPModule(nn.Module):
+    """Both towers, their projections, and the similarity of every text with every image."""
+
+    config: CLIPConfig
+    dtype: Any = jnp.float32
+    gradient_checkpointing: bool = False
+
+    def setup(self) -> None:
+        config, proj = self.config, self.config.projection_dim
+        self.text_model = FlaxCLIPTextTransformer(config.text_config, self.dtype, self.gradient_checkpointing)
+        self.vision_model = FlaxCLIPVisionTransformer(config.vision_config, self.dtype, self.gradient_checkpointing)
+        self.visual_projection = _projection(proj, self.dtype, initial(config, "visual_projection.weight"))
+        self.text_projection = _projection(proj, self.dtype, initial(config, "text_projection.weight"))
+        self.logit_scale = self.param("logit_scale", initial(config, "logit_scale"), ())
+
+    def get_text_features(
+        self,
+        input_ids: Array | None = None,
+        attention_mask: Array | None = None,
+        position_ids: Array | None = None,
+        deterministic: bool = True,
+        output_attentions: bool | None = None,
+        output_hidden_states: bool | None = None,
+    ) -> Array:
+        """Returns the projected text: (batch, seq) to (batch, proj), not normalised."""
+        output = self.text_model(
+            input_ids, attention_mask, position_ids, deterministic, output_attentions, output_hidden_states
+        )
+        return self.text_projection(output.pooler_output)
+
+    def get_image_features(
+        self,
+        pixel_values: Array | None = None,
+        deterministic: bool = True,
+        output_attentions: bool | None = None,
+        output_hidden_states: bool | None = None,
+        interpolate_pos_encoding: bool = False,
+    ) -> Array:
+        """Returns the projected images: (batch, height, width, channels) to (batch, proj), not normalised."""
+        output = self.vision_model(
+            pixel_values, deterministic, output_attentions, output_hidden_states, interpolate_pos_encoding
+        )
+        return self.visual_projection(output.pooler_output)
+
+    def __call__(
+        self,
+        input_ids: Array | None = None,
+        pixel_values: Array | None = None,
+        attention_mask: Array | None = None,
+        position_ids: Array | None = None,
+        deterministic: bool = True,
+        output_attentions: bool | None = None,
+        output_hidden_states: bool | None = None,
+        return_dict: bool | None = None,
+        return_loss: bool | None = None,
+        interpolate_pos_encoding: bool = False,
+    ) -> CLIPOutput | tuple:
+        """Compares every text with every image; arguments as in `FlaxCLIPModel.__call__`, but channels last."""
+        text_output = self.text_model(
+            input_ids, attention_mask, position_ids, deterministic, output_attentions, output_hidden_states
+        )
+        vision_output = self.vision_model(
+            pixel_values, deterministic, output_attentions, output_hidden_states, interpolate_pos_encoding
+        )
+        text_embeds = normalize(self.text_projection(text_output.pooler_output))  # (texts, proj)
+        image_embeds = normalize(self.visual_projection(vision_output.pooler_output))  # (images, proj)
+        logits_per_text = text_embeds @ image_embeds.T * jnp.exp(self.logit_scale.astype(self.dtype))  # (texts, images)
+        output = CLIPOutput(
+            loss=contrastive_loss(logits_per_text) if return_loss else None,
+            logits_per_image=logits_per_text.T,
+            logits_per_text=logits_per_text,
+            text_embeds=text_embeds,
+            image_embeds=image_embeds,
+            text_model_output=text_output,
+            vision_model_output=vision_output,
+        )
+        return _returned(output, return_dict, self.config)
+
+
+def _projection(width: int, dtype: Any, kernel_init: Callable[..., Array]) -> nn.Dense:
+    return nn.Dense(width, use_bias=False, dtype=dtype, kernel_init=kernel_init)
+
+
+def normalize(embeds: Array) -> Array:
+    """Scales rows to unit length; a row of zeros becomes NaN, as formerly."""
+    return embeds / jnp.sqrt(jnp.square(embeds).sum(axis=-1, keepdims=True))
+
+
+def contrastive_loss(logits_per_text: Array) -> Array:
+    """Mean of the cross-entropies of text against images and image against texts; (n, n) to ().
+
+    Source: CLIP, arXiv 2103.00020, figure 3.
+    """
+    texts, images = logits_per_text.shape
+    if texts != images:
+        raise checks.not_square(texts, images)
+    targets = jnp.arange(texts)
+    return (cross_entropy(logits_per_text, targets) + cross_entropy(logits_per_text.T, targets)) / 2
+
+
+def cross_entropy(logits: Array, targets: Array) -> Array:
+    """Mean cross-entropy of (n, classes) against (n,) class indices, of which -100 are passed over; ().
+
+    Source: torch.nn.functional.cross_entropy. Its statistics are in at least float32, its result in the dtype given.
+    """
+    counted = targets != -100
+    targets = checked_ids(jnp.where(counted, targets, 0), logits.shape[1], "labels")
+    logarithms = jax.nn.log_softmax(logits.astype(statistics_dtype(logits.dtype)), axis=-1)
+    chosen = jnp.take_along_axis(logarithms, targets[:, None], axis=1, mode="fill", fill_value=jnp.nan)[:, 0]
+    return (-jnp.where(counted, chosen, 0).sum() / counted.sum()).astype(logits.dtype)
+
+
+class FlaxCLIPTextModule(nn.Module):
+    """The text tower alone."""
+
+    config: CLIPTextConfig
+    dtype: Any = jnp.float32
+    gradient_checkpointing: bool = False
+
+    def setup(self) -> None:
+        self.text_model = FlaxCLIPTextTransformer(self.config, self.dtype, self.gradient_checkpointing)
+
+    def __call__(
+        self,
+        input_ids: Array | None = None,
+        attention_mask: Array | None = None,
+        position_ids: Array | None = None,
+        deterministic: bool = True,
+        output_attentions: bool | None = None,
+        output_hidden_states: bool | None = None,
+        return_dict: bool | None = None,
+    ) -> BaseModelOutputWithPooling | tuple:
+        """Encodes texts; arguments as in `FlaxCLIPModel.__call__`."""
+        output = self.text_model(
+            input_ids, attention_mask, position_ids, deterministic, output_attentions, output_hidden_states
+        )
+        return _returned(output, return_dict, self.config)
+
+
+class FlaxCLIPTextModelWithProjectionModule(nn.Module):
+    """The text tower with its projection."""
+
+    config: CLIPTextConfig
+    dtype: Any = jnp.float32
+    gradient_checkpointing: bool = False
+
+    def setup(self) -> None:
+        config = self.config
+        self.text_model = FlaxCLIPTextTransformer(config, self.dtype, self.gradient_checkpointing)
+        self.text_projection = _projection(config.projection_dim, self.dtype, initial(config, "text_projection.weight"))
+
+    def __call__(
+        self,
+        input_ids: Array | None = None,
+        attention_mask: Array | None = None,
+        position_ids: Array | None = None,
+        deterministic: bool = True,
+        output_attentions: bool | None = None,
+        output_hidden_states: bool | None = None,
+        return_dict: bool | None = None,
+    ) -> CLIPTextModelOutput | tuple:
+        """Encodes and projects texts; arguments as in `FlaxCLIPModel.__call__`."""
+        output = self.text_model(
+            input_ids, attention_mask, position_ids, deterministic, output_attentions, output_hidden_states
+        )
+        projected = CLIPTextModelOutput(
+            text_embeds=self.text_projection(output.pooler_output),
+            last_hidden_state=output.last_hidden_state,
+            hidden_states=output.hidden_states,
+            attentions=output.attentions,
+        )
+        return _returned(projected, return_dict, self.config)
+
+
+class FlaxCLIPVisionModule(nn.Module):
+    """The vision tower alone."""
+
+    config: CLIPVisionConfig
+    dtype: Any = jnp.float32
+    gradient_checkpointing: bool = False
+
+    def setup(self) -> None:
+        self.vision_model = FlaxCLIPVisionTransformer(self.config, self.dtype, self.gradient_checkpointing)
+
+    def __call__(
+        self,
+        pixel_values: Array | None = None,
+        deterministic: bool = True,
+        output_attentions: bool | None = None,
+        output_hidden_states: bool | None = None,
+        return_dict: bool | None = None,
+        interpolate_pos_encoding: bool = False,
+    ) -> BaseModelOutputWithPooling | tuple:
+        """Encodes pictures; arguments as in `FlaxCLIPModel.__call__`, but channels last."""
+        output = self.vision_model(
+            pixel_values, deterministic, output_attentions, output_hidden_states, interpolate_pos_encoding
+        )
+        return _returned(output, return_dict, self.config)
+
+
+class FlaxCLIPVisionModelWithProjectionModule(nn.Module):
+    """The vision tower with its projection."""
+
+    config: CLIPVisionConfig
+    dtype: Any = jnp.float32
+    gradient_checkpointing: bool = False
+
+    def setup(self) -> None:
+        config = self.config
+        self.vision_model = FlaxCLIPVisionTransformer(config, self.dtype, self.gradient_checkpointing)
+        self.visual_projection = _projection(
+            config.projection_dim, self.dtype, initial(config, "visual_projection.weight")
+        )
+
+    def __call__(
+        self,
+        pixel_values: Array | None = None,
+        deterministic: bool = True,
+        output_attentions: bool | None = None,
+        output_hidden_states: bool | None = None,
+        return_dict: bool | None = None,
+        interpolate_pos_encoding: bool = False,
+    ) -> CLIPVisionModelOutput | tuple:
+        """Encodes and projects pictures; arguments as in `FlaxCLIPModel.__call__`, but channels last."""
+        output = self.vision_model(
+            pixel_values, deterministic, output_attentions, output_hidden_states, interpolate_pos_encoding
+        )
+        projected = CLIPVisionModelOutput(
+            image_embeds=self.visual_projection(output.pooler_output),
+            last_hidden_state=output.last_hidden_state,
+            hidden_states=output.hidden_states,
+            attentions=output.attentions,
+        )
+        return _returned(projected, return_dict, self.config)
+
+
+class FlaxCLIPForImageClassificationModule(nn.Module):
+    """The vision tower with a linear classifier over the mean of the patch states."""
+
+    config: CLIPConfig
+    dtype: Any = jnp.float32
+    gradient_checkpointing: bool = False
+
+    def __post_init__(self) -> None:
+        if self.config.num_labels < 1:
+            raise bad_input("num_labels must be at least 1", self.config.num_labels, "Pass num_labels= or id2label=")
+        super().__post_init__()
+
+    def setup(self) -> None:
+        config = self.config
+        self.vision_model = FlaxCLIPVisionTransformer(config.vision_config, self.dtype, self.gradient_checkpointing)
+        kernel_init = initial(config, "classifier.weight")
+        self.classifier = nn.Dense(config.num_labels, dtype=self.dtype, kernel_init=kernel_init)
+
+    def __call__(
+        self,
+        pixel_values: Array | None = None,
+        labels: Array | None = None,
+        deterministic: bool = True,
+        output_attentions: bool | None = None,
+        output_hidden_states: bool | None = None,
+        return_dict: bool | None = None,
+        interpolate_pos_encoding: bool = False,
+    ) -> ImageClassifierOutput | tuple:
+        """Classifies pictures; arguments as in `FlaxCLIPForImageClassification.__call__`, but channels last."""
+        output = self.vision_model(
+            pixel_values, deterministic, output_attentions, output_hidden_states, interpolate_pos_encoding
+        )
+        logits = self.classifier(output.last_hidden_state[:, 1:].mean(axis=1))  # (batch, num_labels)
+        classified = ImageClassifierOutput(
+            loss=None if labels is None else classification_loss(logits, labels, self.config),
+            logits=logits,
+            hidden_states=output.hidden_states,
+            attentions=output.attentions,
+        )
+        return _returned(classified, return_dict, self.config)
+
+
+def classification_loss(logits: Array, labels: Array, config: CLIPConfig) -> Array:
+    """The loss that ``problem_type`` names, or else: one label: squares; integers: cross-entropy; numbers: binary."""
+    integers = not jnp.issubdtype(labels.dtype, jnp.floating)
+    kind = config.problem_type or (
+        "regression"
+        if config.num_labels == 1
+        else "single_label_classification"
+        if integers
+        else "multi_label_classification"
+    )
+    single = kind == "single_label_classification"
+    expected = logits.shape[:1] if single else logits.shape
+    if labels.size != np.prod(expected):
+        raise bad_input(
+            f"labels must have the shape {expected} for {kind}", tuple(labels.shape), "Pass matching labels"
+        )
+    if single:
+        return cross_entropy(logits, labels.reshape(-1))
+    dtype, statistics = logits.dtype, statistics_dtype(logits.dtype)
+    logits, labels = logits.astype(statistics), jnp.asarray(labels, dtype).astype(statistics)
+    if kind == "regression":
+        return jnp.square(logits - labels.reshape(logits.shape)).mean().astype(dtype)
+    labels = labels.reshape(logits.shape)
+    losses = jnp.maximum(logits, 0) - logits * labels + jnp.log1p(jnp.exp(-jnp.abs(logits)))
+    return losses.mean().astype(dtype)
+
+
+def _returned(output: ModelOutput, return_dict: bool | None, config: BaseConfig) -> Any:
+    return output if _default(return_dict, config.return_dict) else output.to_tuple()
+
+
+def _default(value: Any, default: Any) -> Any:
+    return default if value is None else value
