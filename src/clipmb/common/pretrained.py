@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from clipmb.common.checkpoint import fit, read_safetensors, write_safetensors
+from clipmb.common.checkpoint import OwnArrays, fit, read_safetensors, write_safetensors
 from clipmb.common.config import CONFIG_NAME, BaseConfig
 from clipmb.common.errors import CheckpointError, bad_input, one_of
 from clipmb.common.hub import Source
@@ -127,6 +127,8 @@ class PretrainedMixin:
         if dtype == "auto":
             dtype = config.dtype or next((array.dtype.name for array in arrays.values()), None)
         initialised = [spec for spec in table if spec.name in set(info.initialised)]
+        if state_dict is None:
+            arrays = OwnArrays(arrays)
         model = cls._from_arrays(config, arrays, initialised, dtype, **options)
         return (model, info.to_dict()) if output_loading_info else model
 

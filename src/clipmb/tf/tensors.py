@@ -13,6 +13,7 @@ import keras
 import numpy as np
 import tensorflow as tf
 
+from clipmb.common.checkpoint import OwnArrays
 from clipmb.common.errors import bad_input
 from clipmb.common.parameters import KINDS, Spec
 
@@ -35,10 +36,17 @@ def given(arrays: Mapping[str, np.ndarray]) -> Iterator[None]:
 
 def initializer(spec: Spec) -> Callable[..., tf.Tensor]:
     """Returns what makes the initial value of a parameter: its array if one is `given`, else its distribution."""
-    array = (_ARRAYS.get() or {}).get(spec.name)
-    if array is None:
+    arrays = _ARRAYS.get()
+    if arrays is None or spec.name not in arrays:
         return distribution(spec)
-    return lambda shape, dtype: from_numpy(array, dtype, KINDS[spec.kind].axes)
+
+    def loaded(shape: Any, dtype: str) -> tf.Tensor:
+        tensor = from_numpy(arrays[spec.name], dtype, KINDS[spec.kind].axes)
+        if isinstance(arrays, OwnArrays):
+            arrays.release(spec.name)
+        return tensor
+
+    return loaded
 
 
 def distribution(spec: Spec) -> keras.initializers.Initializer:

@@ -113,6 +113,25 @@ def map_file(path: Path) -> dict[str, np.ndarray]:
     return arrays
 
 
+class OwnArrays(dict[str, np.ndarray]):
+    """Arrays of mapped files to which nobody else has a reference, so that their memory can be given back early."""
+
+    def release(self, name: str) -> None:
+        """Takes the pages of an array out of memory; they are read from the file again when they are needed.
+
+        Without this, a framework that copies would hold the weights twice at the end of loading.
+        """
+        base = array = self[name]
+        while isinstance(base, np.ndarray | memoryview):
+            base = base.base if isinstance(base, np.ndarray) else base.obj
+        if not isinstance(base, mmap.mmap) or not hasattr(base, "madvise") or not array.flags.c_contiguous:
+            return
+        start = array.ctypes.data - np.frombuffer(base, np.uint8, 1).ctypes.data
+        first = -(-start // mmap.PAGESIZE) * mmap.PAGESIZE  # pages shared with a neighbour stay
+        if (length := (start + array.nbytes - first) // mmap.PAGESIZE * mmap.PAGESIZE) > 0:
+            base.madvise(mmap.MADV_DONTNEED, first, length)
+
+
 def write_safetensors(
     save: Transaction,
     arrays: Mapping[str, np.ndarray],
