@@ -122,6 +122,8 @@ def test_missing_weights_are_drawn_and_the_others_kept(caplog):
 def test_a_loaded_model_owns_its_weights():
     arrays = cases.random_arrays(PLAIN, "CLIPModel")
     before = {name: array.copy() for name, array in arrays.items()}
+    variables = {name: keras.Variable(array) for name, array in arrays.items()}
+    assert clipmb.tf.TFCLIPModel.from_pretrained(None, config=PLAIN, state_dict=variables).logit_scale.numpy() == 2
     model = clipmb.tf.TFCLIPModel.from_pretrained(None, config=PLAIN, state_dict=arrays)
     for weight in model.weights:
         weight.assign(weight * 0 + 7)
@@ -143,7 +145,9 @@ def test_dtypes_of_weights(dtype, tmp_path):
 def test_policies_of_keras():
     arrays = cases.random_arrays(PLAIN, "CLIPModel")
     load = clipmb.tf.TFCLIPModel.from_pretrained
-    mixed = load(None, config=PLAIN, state_dict=arrays, dtype_policy="mixed_bfloat16")
+    mixed = load(None, config=PLAIN, state_dict=arrays, dtype="mixed_bfloat16")
+    policy = keras.DTypePolicy("mixed_float16")
+    assert load(None, config=PLAIN, state_dict=arrays, dtype=policy).dtype_policy.name == policy.name
     assert {weight.dtype for weight in mixed.weights} == {"float32"}
     assert mixed.compute_dtype == "bfloat16"
     output, exact = mixed(BOTH, return_loss=True), build()(BOTH, return_loss=True)
@@ -411,9 +415,12 @@ def test_sizes_unknown_until_the_call_are_checked_at_the_call(model, jit_compile
     for shape in ((1, 3, 100, 4), (1, 3, 24, 24), (1, 1, 20, 20)):  # the first has as many patches
         with pytest.raises(tf.errors.InvalidArgumentError):
             graph(np.zeros(shape, np.float32))
-    texts = tf.function(model.get_text_features, input_signature=[tf.TensorSpec((None, None), tf.int64)])
-    with pytest.raises(tf.errors.InvalidArgumentError):
-        texts(np.ones((1, 14), np.int64))
+    spec = [tf.TensorSpec((None, None), tf.int64)] * 2
+    texts = tf.function(model.get_text_features, input_signature=spec, jit_compile=jit_compile)
+    assert relative(texts(*TEXTS.values()), model.get_text_features(TEXTS)) < 2e-6
+    for ids, mask in (((1, 14), (1, 14)), ((2, 5), (1, 5)), ((2, 5), (2, 1))):
+        with pytest.raises(tf.errors.InvalidArgumentError):
+            texts(np.ones(ids, np.int64), np.ones(mask, np.int64))
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
@@ -497,7 +504,8 @@ def test_dropout_draws_one_mask_for_each_row_and_head():
     ("attention", "mode"), [("eager", "eager"), ("eager", "graph"), ("sdpa", "eager"), ("sdpa", "xla")]
 )
 def test_gradient_checkpointing_recomputes_the_same(attention, mode, monkeypatch):
-    config = CLIPConfig({**TEXT, "attention_dropout": 0.3}, {**VISION, "attention_dropout": 0.3}, projection_dim=24)
+    text, vision = ({**part, "attention_dropout": 0.3, "num_hidden_layers": 2} for part in (TEXT, VISION))
+    config = CLIPConfig(text, vision, projection_dim=24)
     results, calls = [], []
     call = CLIPEncoderLayer.call
 
@@ -517,13 +525,13 @@ def test_gradient_checkpointing_recomputes_the_same(attention, mode, monkeypatch
         step = loss_gradients if mode == "eager" else tf.function(loss_gradients, jit_compile=mode == "xla")
         loss, gradients = step(model)
         results.append((loss, list(gradients.values())))
-        assert len(calls) == (10 if checkpointing else 5)
+        assert len(calls) == (8 if checkpointing else 4)
         calls.clear()
         loss_gradients(model, training=False)
-        assert len(calls) == 5
+        assert len(calls) == 4
         if checkpointing and mode == "graph":  # the recomputation is not merged with the first computation
             graph = step.get_concrete_function(model).graph
-            assert sum(op.type == "Erf" or op.type == "Sigmoid" for op in graph.get_operations()) == 10
+            assert sum(op.type == "Erf" or op.type == "Sigmoid" for op in graph.get_operations()) == 8
     assert_equal(*results, 0 if mode == "eager" else 1e-12)
     model.gradient_checkpointing_disable()
     assert not model.is_gradient_checkpointing
@@ -559,11 +567,11 @@ def test_fit_steps_along_the_gradient():
 def test_fit_in_mixed_precision_and_as_tuples():
     arrays = cases.random_arrays(PLAIN, "CLIPModel")
     model = clipmb.tf.TFCLIPModel.from_pretrained(
-        None, config=PLAIN, state_dict=arrays, dtype_policy="mixed_bfloat16", return_dict=False
+        None, config=PLAIN, state_dict=arrays, dtype="mixed_bfloat16", return_dict=False
     )
     model.gradient_checkpointing_enable()
     model.compile(keras.optimizers.SGD(0.01))
-    losses = model.fit(dataset(BOTH), epochs=3, shuffle=False, verbose=0).history["loss"]
+    losses = model.fit(BOTH, batch_size=2, epochs=3, shuffle=False, verbose=0).history["loss"]  # numpy, no dataset
     assert losses[2] < losses[0]
     assert model.logit_scale.dtype == "float32"
 
@@ -632,7 +640,7 @@ def test_the_vocabulary_grows_and_shrinks(tmp_path):
 @pytest.mark.parametrize("head", ["CLIPModel", "CLIPTextModelWithProjection", "CLIPForImageClassification"])
 def test_saved_models_serve_any_batch(head, tmp_path):
     model = build(head)
-    model.export_saved_model(tmp_path / "saved")
+    model.export(tmp_path / "saved")
     served = tf.saved_model.load(tmp_path / "saved").signatures
     for batch in (4, 1):
         inputs = {name: tf.cast(value, tf.int32 if value.dtype == np.int64 else tf.float32)

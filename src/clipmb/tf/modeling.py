@@ -456,6 +456,8 @@ class CLIPTextTransformer(Module):
         """Runs the tower over (batch, seq)."""
         with plain_errors():
             checks.check_text(input_ids, attention_mask, position_ids, self.config)
+        if attention_mask is not None:  # a mask of unknown shape must not be broadcast
+            attention_mask = tf.reshape(attention_mask, keras.ops.shape(input_ids))
         hidden_states = self.embeddings(input_ids, position_ids)
         encoded = self.encoder(
             hidden_states,
@@ -554,6 +556,13 @@ class TFCLIPPreTrainedModel(PretrainedMixin, keras.Model):
         self.config: Any = config
 
     @classmethod
+    def from_pretrained(cls, name_or_path: Any, *, dtype: Any = None, **options: Any) -> Any:
+        """As for every framework; ``dtype`` may also be a Keras policy, such as "mixed_bfloat16"."""
+        if isinstance(dtype, keras.DTypePolicy) or (isinstance(dtype, str) and dtype.startswith("mixed_")):
+            options["dtype_policy"], dtype = dtype, None
+        return super().from_pretrained(name_or_path, dtype=dtype, **options)
+
+    @classmethod
     def _from_config(cls, config: BaseConfig, **kwargs: Any) -> TFCLIPPreTrainedModel:
         return cls(config, **kwargs)
 
@@ -568,6 +577,10 @@ class TFCLIPPreTrainedModel(PretrainedMixin, keras.Model):
     ) -> TFCLIPPreTrainedModel:
         with given(arrays):
             return cls(config, dtype=dtype if dtype_policy is None else dtype_policy)
+
+    @classmethod
+    def _canonical_array(cls, value: Any) -> np.ndarray:
+        return value.numpy() if tf.is_tensor(value) or isinstance(value, keras.Variable) else np.asarray(value)
 
     def _to_arrays(self) -> dict[str, np.ndarray]:
         return {
@@ -777,6 +790,13 @@ class TFCLIPPreTrainedModel(PretrainedMixin, keras.Model):
         module = tf.Module()
         module.weights = [variable.value for variable in self.variables]
         tf.saved_model.save(module, os.fspath(folder), signatures=signatures)
+
+    def export(self, filepath: str | os.PathLike[str], format: str = "tf_saved_model", **options: Any) -> None:
+        """Keras' export, with the signatures of `export_saved_model` where none are given."""
+        if format == "tf_saved_model" and options.get("input_signature") is None:
+            self.export_saved_model(filepath)
+        else:
+            super().export(filepath, format, **options)
 
     def _returned(self, output: ModelOutput, return_dict: bool | None) -> Any:
         return output if _default(return_dict, self.config.return_dict) else output.to_tuple()
