@@ -32,7 +32,7 @@ from clipmb.common.outputs import (
     CLIPVisionModelOutput,
     ImageClassifierOutput,
 )
-from clipmb.common.parameters import KINDS, Spec, nested, specs
+from clipmb.common.parameters import KINDS, Spec, specs
 from clipmb.common.pretrained import PretrainedMixin, normal_dtype
 from clipmb.flax.modules import (
     FlaxCLIPForImageClassificationModule,
@@ -108,7 +108,7 @@ class FlaxCLIPPreTrainedModel(PretrainedMixin):
             config, input_shape, seed, dtype or "float32", _do_init=False, gradient_checkpointing=gradient_checkpointing
         )
         table = [spec for spec in specs(config, cls.head) if spec.name in arrays]
-        params = from_numpy(nested(arrays, table, "flax"))
+        params = _tree(from_numpy(arrays, table), table)
         if initialised:
             params = model.init_weights(model.key, params=params)
         if not _do_init:

@@ -2,43 +2,43 @@
 
 from __future__ import annotations
 
-import mmap
 from typing import Any
 
 import jax
 import ml_dtypes
 import numpy as np
 
+from clipmb.common.checkpoint import OwnArrays
+from clipmb.common.parameters import KINDS, Spec
+
 _CHUNK = 2**25  # bytes that are copied before their file's pages are given back
 
 
-def from_numpy(arrays: Any) -> Any:
-    """Puts a tree of arrays of any layout on the default device.
+def from_numpy(arrays: dict[str, np.ndarray], table: list[Spec]) -> dict[str, jax.Array]:
+    """Puts canonical arrays on the default device in linen's layouts, a few at a time.
 
-    The pages of mapped files are given back on the way, so that a file and its copy are never in memory together.
     Arrays of float64 become float32 unless ``jax_enable_x64`` is on, as everywhere in JAX.
+
+    Args:
+        arrays: Canonical name to array; the pages of `OwnArrays` are given back on the way.
+        table: The parameters wanted.
+
+    Returns:
+        Canonical name to array.
     """
-    leaves, structure = jax.tree.flatten(arrays)
-    placed: list[jax.Array] = []
-    while len(placed) < len(leaves):
-        start, size = len(placed), 0
-        end = start
-        while end < len(leaves) and size < _CHUNK:
-            size += leaves[end].nbytes
-            end += 1
-        placed += jax.block_until_ready(jax.device_put(leaves[start:end]))
-        for mapping in {id(found): found for leaf in leaves[start:end] if (found := _mapping(leaf))}.values():
-            mapping.madvise(mmap.MADV_DONTNEED)
-    return jax.tree.unflatten(structure, placed)
-
-
-def _mapping(array: np.ndarray) -> mmap.mmap | None:
-    owner: Any = array
-    while isinstance(owner, np.ndarray):
-        owner = owner.base
-    if isinstance(owner, memoryview):
-        owner = owner.obj
-    return owner if isinstance(owner, mmap.mmap) and hasattr(mmap, "MADV_DONTNEED") else None
+    placed: dict[str, jax.Array] = {}
+    chunk: list[Spec] = []
+    for spec in table:
+        chunk.append(spec)
+        if spec is not table[-1] and sum(arrays[part.name].nbytes for part in chunk) < _CHUNK:
+            continue
+        copies = jax.device_put([KINDS[part.kind].to_framework(arrays[part.name]) for part in chunk])
+        placed.update(zip([part.name for part in chunk], jax.block_until_ready(copies), strict=True))
+        if isinstance(arrays, OwnArrays):
+            for part in chunk:
+                arrays.release(part.name)
+        chunk = []
+    return placed
 
 
 def to_numpy(array: Any) -> np.ndarray:
