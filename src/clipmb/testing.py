@@ -7,19 +7,25 @@
 from __future__ import annotations
 
 import importlib.resources
+import json
 import os
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from typing import Any
 
+import ml_dtypes
 import numpy as np
+from safetensors.numpy import load_file
 
 from clipmb import backends as _backends
 from clipmb.common.config import CLIPConfig
 from clipmb.common.errors import CheckpointError, MissingBackendError, bad_input
 from clipmb.common.hub import Source
+from clipmb.common.image_processor import CLIPImageProcessor
 from clipmb.common.pretrained import normal_dtype
 from clipmb.common.processor import CLIPProcessor
+from clipmb.common.tokenizer import CLIPTokenizerFast
 from clipmb.pipeline import processor_for
 
 # Largest relative difference, max|a - b| / max|b|, by dtype: of projected and pooled vectors, and of everything else.
@@ -207,7 +213,8 @@ def _run(source: Source, backend: str, dtype: str, texts: Sequence[str], images:
     engine = _backends.engine(backend).load(source, dtype=dtype)
     try:
         ids, mask, pixels = _inputs(source, engine.config, texts, images)
-        weights = engine.weights()
+        # A framework may keep its parameters in the dtype of the file and cast them where it uses them.
+        weights = {name: array.astype(getattr(ml_dtypes, dtype, dtype)) for name, array in engine.weights().items()}
         stages = engine.stages(ids, mask, pixels.astype(np.float64) if dtype == "float64" else pixels)
         return {"ids": ids, "pixels": pixels, "weights": weights, "stages": stages}
     finally:
@@ -234,8 +241,6 @@ def _inputs(
 
 
 def _image_processor(config: CLIPConfig) -> Any:
-    from clipmb.common.image_processor import CLIPImageProcessor
-
     size = config.vision_config.image_size
     return CLIPImageProcessor(size={"shortest_edge": size}, crop_size={"height": size, "width": size})
 
@@ -286,3 +291,63 @@ def _where(mine: np.ndarray, standard: np.ndarray) -> str:
 def _plain(comparison: Comparison) -> dict[str, Any]:
     fields = {**asdict(comparison), "agrees": comparison.agrees}
     return {key: str(value) if value == float("inf") else value for key, value in fields.items()}
+
+
+def examine(backends: Sequence[str] | None = None) -> dict[str, Any]:
+    """Checks the installation against what transformers 4.57.6 computed, which ships with the package.
+
+    Args:
+        backends: Which must work; None examines every installed one and lists the others as not installed.
+
+    Returns:
+        ``ok``; ``tokens`` and ``pixels``: whether the shared parts give the recorded bits; ``backends``: for each
+        ``installed``, ``versions``, ``precision`` of float32 matrix products, ``device``, and ``correct``, ``stages``,
+        ``difference`` and ``first`` (the first wrong stage), or ``error``.
+    """
+    folder = Path(str(importlib.resources.files("clipmb").joinpath("data/golden")))
+    vectors = load_file(folder / "vectors.safetensors")
+    recorded = json.loads((folder / "tokens.json").read_text("utf-8"))
+    size = vectors["pixel_values"].shape[-1]
+    picture = vectors["picture"]
+    pixels = CLIPImageProcessor(size={"shortest_edge": size}, crop_size={"height": size, "width": size})(
+        [picture, picture[::-1, ::-1], 255 - picture], return_tensors="np"
+    )["pixel_values"]
+    tokens = CLIPTokenizerFast()(list(recorded), truncation=False)["input_ids"]
+    found: dict[str, Any] = {
+        "tokens": tokens == list(recorded.values()),
+        "pixels": np.array_equal(pixels, vectors["pixel_values"]),
+        "backends": {},
+    }
+    for name in _backends.BACKENDS if backends is None else backends:
+        present = name in _backends.installed()
+        if present or backends is not None:
+            found["backends"][name] = {"installed": present, **_examined(name, folder, vectors)}
+        else:
+            found["backends"][name] = {"installed": False}
+    entries = found["backends"].values()
+    found["ok"] = bool(found["tokens"] and found["pixels"]) and all(
+        e.get("correct", not e["installed"]) for e in entries
+    )
+    return found
+
+
+def _examined(backend: str, folder: Path, vectors: dict[str, np.ndarray]) -> dict[str, Any]:
+    try:
+        engine_class = _backends.engine(backend)
+        about = engine_class.environment()
+    except ImportError as error:
+        return {"error": str(error), "correct": False}
+    try:
+        engine = engine_class.load(folder)
+        stages = engine.stages(vectors["input_ids"], vectors["attention_mask"], vectors["pixel_values"])
+    except Exception as error:
+        return {**about, "error": f"{type(error).__name__}: {error}", "correct": False}
+    pooled, other = BOUNDS["float32"]
+    worst, first = 0.0, None
+    for stage, values in stages.items():  # in the order of computation
+        difference = relative_difference(values, vectors[f"stage.{stage}"])
+        worst = max(worst, difference)
+        if first is None and not difference <= (pooled if stage.endswith((".pooled", ".projected")) else other):
+            first = stage
+    complete = len(stages) == sum(name.startswith("stage.") for name in vectors)
+    return {**about, "correct": first is None and complete, "stages": len(stages), "difference": worst, "first": first}

@@ -30,6 +30,7 @@ def run(
     """Tell which label fits each picture."""
     names = [name.strip() for part in labels for name in part.split(",") if name.strip()]
     templates = template[0] if template and len(template) == 1 else template
+    common.load_framework(backend)
     from clipmb.pipeline import CLIPPipeline
 
     pipeline = CLIPPipeline.from_pretrained(model, backend=backend, dtype=dtype, device=device)

@@ -21,9 +21,12 @@ def run(
     as_json: common.Json = False,
 ) -> None:
     """Compare the backends, or two checkpoints, stage by stage: exit code 1 when they disagree."""
+    from clipmb import backends as known
     from clipmb import testing
 
-    chosen = None if backends is None else [name.strip() for name in backends.split(",") if name.strip()]
+    chosen = known.installed() if backends is None else [name.strip() for name in backends.split(",") if name.strip()]
+    for name in chosen:
+        common.load_framework(name)
     report = testing.compare(checkpoint, chosen, dtype=dtype, against=against)
     if as_json:
         typer.echo(json.dumps(report.to_dict(), indent=2))

@@ -48,6 +48,17 @@ class Engine:
         """
         return cls(CLIPModel.from_pretrained(name_or_path, dtype=dtype, device=device, **options), compile=compile)
 
+    @staticmethod
+    def environment() -> dict[str, Any]:
+        """Returns the versions, the default device, and the precision of float32 matrix products on it."""
+        cuda = torch.cuda.is_available()
+        precision = "TF32" if cuda and torch.backends.cuda.matmul.allow_tf32 else torch.get_float32_matmul_precision()
+        return {
+            "versions": {"torch": torch.__version__},
+            "device": torch.cuda.get_device_name() if cuda else "cpu",
+            "precision": precision,
+        }
+
     @property
     def logit_scale(self) -> float:
         """The factor on cosine similarities."""
