@@ -55,7 +55,7 @@ def tf(folder: Path) -> tuple[dict[str, Callable[..., Any]], dict[str, Callable[
             lambda i, m: model.get_text_features(input_ids=i, attention_mask=m), input_signature=[ids, ids]
         )
         both = tensorflow.function(
-            lambda i, m, p: model(dict(input_ids=i, attention_mask=m, pixel_values=p)).logits_per_image,
+            lambda i, m, p: model({"input_ids": i, "attention_mask": m, "pixel_values": p}).logits_per_image,
             input_signature=[ids, ids, pixels],
         )
         return {
