@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable
 from typing import Any
 
+import flax
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -12,6 +14,7 @@ import numpy as np
 from clipmb.common import checks
 from clipmb.common.config import CLIPConfig
 from clipmb.common.outputs import stages
+from clipmb.common.pretrained import normal_dtype
 from clipmb.flax.modeling import FlaxCLIPModel
 
 
@@ -51,9 +54,21 @@ class Engine:
         if isinstance(device, str):
             platform, _, index = device.partition(":")
             device = jax.devices(platform)[int(index or 0)]
-        with jax.default_device(device):
+        with jax.default_device(device), jax.enable_x64(normal_dtype(dtype, cls.__name__) == "float64"):
             model = FlaxCLIPModel.from_pretrained(name_or_path, dtype=dtype, **options)
         return cls(model, compile=compile)
+
+    @staticmethod
+    def environment() -> dict[str, Any]:
+        """Returns the versions, the default device, and the precision of float32 matrix products on it."""
+        device = jax.devices()[0]
+        # JAX's default is float32 on the CPU, TF32 on recent GPUs and bfloat16 passes on TPUs.
+        default = "highest" if device.platform == "cpu" else f"default of {device.platform}"
+        return {
+            "versions": {"jax": jax.__version__, "flax": flax.__version__},
+            "device": device.device_kind,
+            "precision": jax.config.jax_default_matmul_precision or default,
+        }
 
     @property
     def logit_scale(self) -> float:
@@ -62,20 +77,23 @@ class Engine:
 
     def image_features(self, pixel_values: np.ndarray) -> np.ndarray:
         """(batch, channels, height, width) to (batch, proj), not normalised; float32, or float64 for such a model."""
-        return self._numpy(self._image(pixel_values=pixel_values, params=self.model.params))
+        with self._exact():
+            return self._numpy(self._image(pixel_values=pixel_values, params=self.model.params))
 
     def text_features(self, input_ids: np.ndarray, attention_mask: np.ndarray | None = None) -> np.ndarray:
         """(batch, seq) to (batch, proj), not normalised; float32, or float64 for such a model."""
         self._check(input_ids)
-        return self._numpy(self._text(input_ids=input_ids, attention_mask=attention_mask, params=self.model.params))
+        with self._exact():
+            return self._numpy(self._text(input_ids=input_ids, attention_mask=attention_mask, params=self.model.params))
 
     def stages(
         self, input_ids: np.ndarray, attention_mask: np.ndarray | None, pixel_values: np.ndarray
     ) -> dict[str, np.ndarray]:
         """Returns what the model computes on the way, named as by `clipmb.common.outputs.stages`."""
-        output = self.model(input_ids, pixel_values, attention_mask, output_hidden_states=True, return_dict=True)
-        features = self.text_features(input_ids, attention_mask), self.image_features(pixel_values)
-        return {name: self._numpy(value) for name, value in stages(output, *features).items()}
+        with self._exact(), jax.default_matmul_precision("highest"):
+            output = self.model(input_ids, pixel_values, attention_mask, output_hidden_states=True, return_dict=True)
+            features = self.text_features(input_ids, attention_mask), self.image_features(pixel_values)
+            return {name: self._numpy(value) for name, value in stages(output, *features).items()}
 
     def weights(self) -> dict[str, np.ndarray]:
         """Returns every parameter by its canonical name, in canonical layout."""
@@ -84,6 +102,10 @@ class Engine:
     def free(self) -> None:
         """Lets go of the model and its memory."""
         del self.model, self._image, self._text
+
+    def _exact(self) -> contextlib.AbstractContextManager:
+        """Lets a model of float64 compute in float64, whatever ``jax_enable_x64`` says outside."""
+        return jax.enable_x64(True) if self.model.dtype == jnp.float64 else contextlib.nullcontext()
 
     def _check(self, input_ids: np.ndarray) -> None:
         """Raises for ids outside the vocabulary, which the model cannot see under jit."""

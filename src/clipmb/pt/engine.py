@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
@@ -82,8 +83,9 @@ class Engine:
         """Returns what the model computes on the way, named as by `clipmb.common.outputs.stages`."""
         ids, pixels = self._tensor(input_ids), self._tensor(pixel_values)
         mask = None if attention_mask is None else self._tensor(attention_mask)
-        output = self.model(ids, pixels, mask, output_hidden_states=True, return_dict=True)
-        features = self.model.get_text_features(ids, mask), self.model.get_image_features(pixels)
+        with _exact():
+            output = self.model(ids, pixels, mask, output_hidden_states=True, return_dict=True)
+            features = self.model.get_text_features(ids, mask), self.model.get_image_features(pixels)
         return {name: self._numpy(value) for name, value in stages(output, *features).items()}
 
     def weights(self) -> dict[str, np.ndarray]:
@@ -102,3 +104,16 @@ class Engine:
     @staticmethod
     def _numpy(tensor: torch.Tensor) -> np.ndarray:
         return to_numpy(tensor if tensor.dtype in (torch.float32, torch.float64) else tensor.float())
+
+
+@contextlib.contextmanager
+def _exact() -> Iterator[None]:
+    """Computes float32 products and convolutions in float32, not in TF32, within."""
+    before = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
+    torch.set_float32_matmul_precision("highest")
+    torch.backends.cudnn.allow_tf32 = False
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before[0])
+        torch.backends.cudnn.allow_tf32 = before[1]

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import gc
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
+import keras
 import numpy as np
 import tensorflow as tf
 
@@ -57,6 +58,17 @@ class Engine:
         engine._device = device
         return engine
 
+    @staticmethod
+    def environment() -> dict[str, Any]:
+        """Returns the versions, the default device, and the precision of float32 matrix products on it."""
+        gpus = tf.config.list_physical_devices("GPU")
+        tf32 = bool(gpus) and tf.config.experimental.tensor_float_32_execution_enabled()
+        return {
+            "versions": {"tensorflow": tf.__version__, "keras": keras.__version__},
+            "device": tf.config.experimental.get_device_details(gpus[0]).get("device_name", "gpu") if gpus else "cpu",
+            "precision": "TF32" if tf32 else "highest",
+        }
+
     @property
     def logit_scale(self) -> float:
         """The factor on cosine similarities."""
@@ -76,7 +88,7 @@ class Engine:
         self, input_ids: np.ndarray, attention_mask: np.ndarray | None, pixel_values: np.ndarray
     ) -> dict[str, np.ndarray]:
         """Returns what the model computes on the way, named as by `clipmb.common.outputs.stages`."""
-        with _placed(self._device):
+        with _placed(self._device), _exact():
             (ids, mask), pixels = self._ids(input_ids, attention_mask), self._pixels(pixel_values)
             output = self.model(ids, pixels, mask, output_hidden_states=True, return_dict=True)
             features = self.model.get_text_features(ids, mask), self.model.get_image_features(pixels)
@@ -102,6 +114,17 @@ class Engine:
     @staticmethod
     def _numpy(tensor: tf.Tensor) -> np.ndarray:
         return (tensor if tensor.dtype in (tf.float32, tf.float64) else tf.cast(tensor, tf.float32)).numpy()
+
+
+@contextlib.contextmanager
+def _exact() -> Iterator[None]:
+    """Computes float32 products in float32, not in TF32, within."""
+    before = tf.config.experimental.tensor_float_32_execution_enabled()
+    tf.config.experimental.enable_tensor_float_32_execution(False)
+    try:
+        yield
+    finally:
+        tf.config.experimental.enable_tensor_float_32_execution(before)
 
 
 def _placed(device: str | None) -> contextlib.AbstractContextManager:
