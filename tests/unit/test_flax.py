@@ -693,3 +693,12 @@ def test_modules_inside_other_modules():
     inner = {"vision_model": params["vision_model"]["vision_model"], "visual_projection": params["visual_projection"]}
     found = checker.apply({"params": params}, pixels.transpose(0, 2, 3, 1))
     assert relative(found, vision(pixels, params=inner).image_embeds) < 2e-6
+
+
+def test_ids_that_are_constants_of_someones_jit_are_checked(tmp_path):
+    model = flax.FlaxCLIPTextModel.from_pretrained(write_checkpoint(tmp_path, CONFIGS["plain"], "CLIPTextModel"))
+    good, bad = jnp.array([[97, 5, 98]]), jnp.array([[97, 99, 98]])
+    found = jax.jit(lambda params: model(good, params=params)[0])(model.params)
+    assert np.allclose(found, model(good)[0], atol=1e-6)
+    with pytest.raises(ValueError, match=r"\[0, 99\)"):
+        jax.jit(lambda params: model(bad, params=params)[0])(model.params)

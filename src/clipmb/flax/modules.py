@@ -326,7 +326,8 @@ def checked_ids(ids: Array, size: int, field: str) -> Array:
     if ids.size == 0:
         return jnp.asarray(ids)
     if not isinstance(ids, jax.core.Tracer):
-        low, high = int(ids.min()), int(ids.max())
+        values = np.asarray(ids)  # operations of JAX would be traced, where this is inside someone's jit
+        low, high = int(values.min()), int(values.max())
         if low < 0 or high >= size:
             raise checks.outside(field, low, high, size)
         return jnp.asarray(ids)

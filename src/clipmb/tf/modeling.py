@@ -119,10 +119,10 @@ class Embedding(keras.layers.Embedding):
         """(batch, seq) to (batch, seq, width); ``field`` names the ids in errors."""
         with plain_errors():
             check_range(ids, self.input_dim, field)
-        embedded = super().call(ids)
         if tf.executing_eagerly():
-            return embedded
+            return super().call(ids)
         inside = (ids >= 0) & (ids < self.input_dim)
+        embedded = super().call(tf.where(inside, ids, 0))  # so that no kernel raises before the check does
         return tf.where(inside[..., None], embedded, tf.constant(np.nan, embedded.dtype))  # for XLA, which cannot raise
 
 
@@ -131,9 +131,10 @@ def check_range(ids: Tensor, size: int, field: str) -> None:
     if not ids.dtype.is_integer:
         raise bad_input(f"{field} must be integers", ids.dtype.name, "Pass int32 or int64", TypeError, shown=True)
     if tf.executing_eagerly():
-        if tf.size(ids) and not 0 <= (low := int(tf.reduce_min(ids))) <= (high := int(tf.reduce_max(ids))) < size:
-            high = int(tf.reduce_max(ids))
-            raise checks.outside(field, low, high, size)
+        if tf.size(ids):
+            low, high = int(tf.reduce_min(ids)), int(tf.reduce_max(ids))
+            if not 0 <= low <= high < size:
+                raise checks.outside(field, low, high, size)
     else:
         message = f"{field} must lie in [0, {size}). Received:"
         tf.debugging.Assert(tf.reduce_all((ids >= 0) & (ids < size)), [message, ids], summarize=16)
