@@ -22,10 +22,18 @@ for _name in ALL_BACKENDS:  # torch before tensorflow: the other order can crash
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Deselects tests marked for a backend that is not named."""
+    """Deselects tests of a backend that is not named, and comparisons of several where one is."""
     left_out = [
-        item for item in items if any(mark.args[0] not in BACKENDS for mark in item.iter_markers(name="backend"))
+        item
+        for item in items
+        if any(mark.args[0] not in BACKENDS for mark in item.iter_markers(name="backend"))
+        or (len(BACKENDS) < 2 and (item.get_closest_marker("several") or _is_empty(item)))
     ]
     if left_out:
         config.hook.pytest_deselected(items=left_out)
         items[:] = [item for item in items if item not in left_out]
+
+
+def _is_empty(item: pytest.Item) -> bool:
+    """Whether a test is parametrised over nothing, as one over the backends beside the first may be."""
+    return any("empty parameter set" in mark.kwargs.get("reason", "") for mark in item.iter_markers(name="skip"))

@@ -144,8 +144,10 @@ def test_a_state_dict_is_copied(tmp_path):
     assert equal(model.params, before)
 
 
+@pytest.mark.backend("pt")
 def test_torch_tensors_in_a_state_dict():
-    torch = pytest.importorskip("torch")
+    import torch
+
     arrays = random_arrays(CONFIG.text_config, "CLIPTextModel")
     tensors = {name: torch.nn.Parameter(torch.from_numpy(array).bfloat16()) for name, array in arrays.items()}
     model = flax.FlaxCLIPTextModel.from_pretrained(None, config=CONFIG.text_config, state_dict=tensors)

@@ -17,7 +17,6 @@ from clipmb.common.saving import Transaction
 
 TEXT = {"hidden_size": 32, "intermediate_size": 56, "num_hidden_layers": 2, "num_attention_heads": 4}
 CONFIG = CLIPConfig({**TEXT, "hidden_act": "gelu"}, VISION, projection_dim=24)
-several = pytest.mark.skipif(len(BACKENDS) < 2, reason="compares backends, and CLIPMB_TEST_BACKENDS names one")
 
 
 @pytest.fixture(scope="module")
@@ -34,7 +33,7 @@ def changed(folder, config=CONFIG, **changes):
     return folder
 
 
-@several
+@pytest.mark.several
 @pytest.mark.parametrize("dtype", ["float32", "float64", "bfloat16"])
 def test_backends_agree(folder, dtype):
     report = testing.assert_backends_agree(folder, backends=BACKENDS, dtype=dtype)
@@ -48,7 +47,7 @@ def test_backends_agree(folder, dtype):
     assert "agree" in report.explain()
 
 
-@several
+@pytest.mark.several
 def test_backends_agree_without_a_tokenizer(tmp_path):
     report = testing.assert_backends_agree(
         write_checkpoint(tmp_path, CONFIGS["stress"]), backends=BACKENDS, dtype="float64"
@@ -109,7 +108,7 @@ def test_nothing_to_compare(folder):
         testing.compare(folder, backends=BACKENDS[:1], against=folder, colour="red")
 
 
-@several
+@pytest.mark.several
 def test_verify(folder):
     done = clipmb("verify", folder, "--backends", ",".join(BACKENDS))
     assert (done.returncode, done.stderr) == (0, "")
