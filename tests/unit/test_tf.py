@@ -3,28 +3,24 @@
 from __future__ import annotations
 
 import collections
-import os
 import subprocess
 import sys
 
 import cases
+import keras
 import numpy as np
 import pytest
+import tensorflow as tf
 from cases import ALL_HEADS, CONFIGS, STRESS, TEXT, VISION, inputs_of, relative
 
+import clipmb.tf
 from clipmb.common import checks
 from clipmb.common.checkpoint.safetensors import map_file
 from clipmb.common.config import CLIPConfig, CLIPTextConfig
 from clipmb.common.outputs import CLIPOutput, ModelOutput
 from clipmb.common.parameters import specs
-
-os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
-keras = pytest.importorskip("keras")
-tf = pytest.importorskip("tensorflow")
-
-import clipmb.tf  # noqa: E402
-from clipmb.tf.engine import Engine  # noqa: E402
-from clipmb.tf.modeling import CLIPEncoderLayer, bicubic  # noqa: E402
+from clipmb.tf.engine import Engine
+from clipmb.tf.modeling import CLIPEncoderLayer, bicubic
 
 pytestmark = pytest.mark.filterwarnings(
     "ignore:__array__ implementation doesn't accept a copy:DeprecationWarning",  # Keras' variables under numpy 2
