@@ -47,7 +47,7 @@ for _type in ModelOutput.types:
 
 
 def quick_gelu(x: Tensor) -> Tensor:
-    """x * sigmoid(1.702 x); one temporary instead of three where no gradient is needed."""
+    """X * sigmoid(1.702 x); one temporary instead of three where no gradient is needed."""
     if x.requires_grad:
         return x * torch.sigmoid(1.702 * x)
     gate = 1.702 * x
