@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 
 from clipmb import CLIPPipeline, backends
-from clipmb.cli.common import table
+from clipmb.cli.common import load_framework, table
 
 LABELS = ["a cat", "a cup of coffee", "an astronaut", "a rocket"]
 
@@ -37,6 +37,7 @@ def main() -> None:
     photos = [path for path in photos if path.endswith((".jpg", ".png"))]
     found = {}
     for backend in backends.installed():
+        load_framework(backend)
         pipeline = CLIPPipeline.from_pretrained(model, backend=backend)
         start = time.perf_counter()
         found[backend] = pipeline.classify(photos, LABELS)
