@@ -16,7 +16,8 @@ class Source:
     """Where a checkpoint, config, tokenizer or processor comes from.
 
     Attributes:
-        name_or_path: A local folder, or a hub id such as ``openai/clip-vit-base-patch32``.
+        name_or_path: A local folder, a local file of weights such as ``ViT-B-32.pt``, or a hub id such as
+            ``openai/clip-vit-base-patch32``. A file is a source that holds nothing but itself.
         subfolder: A folder inside it.
         revision: Branch, tag or commit on the hub.
         cache_dir: Where downloads are kept; huggingface_hub's default when None.
@@ -54,10 +55,18 @@ class Source:
         return os.path.join(self.name_or_path, self.subfolder) if self.subfolder else self.name_or_path
 
     @property
-    def folder(self) -> Path | None:
-        """The local folder, or None when the source is on the hub."""
+    def file(self) -> Path | None:
+        """The local file, when the source is a single file instead of a folder; else None."""
         path = Path(self.name_or_path)
-        return path / self.subfolder if path.is_dir() else None
+        return path if not self.subfolder and path.is_file() else None
+
+    @property
+    def folder(self) -> Path | None:
+        """The local folder, the folder of a single file, or None when the source is on the hub."""
+        path = Path(self.name_or_path)
+        if path.is_dir():
+            return path / self.subfolder
+        return path.parent if self.file else None
 
     def find(self, name: str) -> Path | None:
         """Returns the local path of one file, downloading it when needed; None when the source has no such file.
@@ -70,7 +79,7 @@ class Source:
             if folder.is_dir():
                 finish(folder)
             path = folder / name
-            return path if path.is_file() else None
+            return path if path.is_file() and (self.file is None or name == self.file.name) else None
         self._require_hub_id()
         return self._download(name)
 
@@ -90,6 +99,8 @@ class Source:
         folder = self.folder
         if folder is None:
             return ""
+        if self.file is not None:
+            return " It is a single file; its folder may hold what is missing, so try that."
         if not folder.is_dir():
             return f" The folder has no subfolder {self.subfolder!r}."
         return f" Its files: {', '.join(sorted(path.name for path in folder.iterdir())[:20]) or 'none'}."
