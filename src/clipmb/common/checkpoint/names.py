@@ -92,18 +92,30 @@ def canonical(tensors: Mapping[str, np.ndarray], framework: str, origin: object)
         if new in found:
             twice.append(f"{new}: {found[new]} and {name}")
         found[new] = name
-        makers[new] = partial(_in_layout, maker, known[1], name, origin) if known else maker
+        makers[new] = in_canonical(maker, known[1], name, origin) if known else maker
     if twice:
         raise CheckpointError(f"{origin} has two tensors for one parameter:", twice)
     made = Deferred(makers)
     return made if isinstance(tensors, Deferred) else dict(made)
 
 
-def _in_layout(maker: Maker, kind: str, name: str, origin: object) -> np.ndarray:
-    array, row = maker(), KINDS[kind]
-    if row.axes and array.ndim != len(row.axes):
-        raise CheckpointError(f"{origin} has a tensor that is no {kind}:", [f"{name} is {array.shape}"])
-    return row.to_canonical(array)
+def in_canonical(maker: Maker, kind: str, name: str, origin: object) -> Maker:
+    """Returns what makes an array of Keras or linen in the canonical layout.
+
+    Args:
+        maker: Makes the array.
+        kind: Key of `KINDS`.
+        name: Of the array in the file, for the message of the CheckpointError that a wrong number of axes is.
+        origin: The file.
+    """
+
+    def make() -> np.ndarray:
+        array, row = maker(), KINDS[kind]
+        if row.axes and array.ndim != len(row.axes):
+            raise CheckpointError(f"{origin} has a tensor that is no {kind}:", [f"{name} is {array.shape}"])
+        return row.to_canonical(array)
+
+    return make
 
 
 def in_framework(arrays: Mapping[str, np.ndarray], spec: Spec) -> Maker:
