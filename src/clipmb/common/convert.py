@@ -24,6 +24,7 @@ from clipmb import __version__
 from clipmb.common.checkpoint import OwnArrays, fit, formats
 from clipmb.common.checkpoint.fitting import canonical_names
 from clipmb.common.checkpoint.sharding import to_json
+from clipmb.common.checkpoint.shown import names_in
 from clipmb.common.checkpoint.streaming import stand_in, write_stream
 from clipmb.common.config import CONFIG_NAME, BaseConfig, CLIPConfig, CLIPTextConfig, CLIPVisionConfig, read_json
 from clipmb.common.errors import CheckpointError, ClipmbError, bad_input, one_of
@@ -97,8 +98,9 @@ class Conversion:
 class _Weights(Mapping[str, np.ndarray]):
     """The canonical arrays of a source in the dtype of the result, each made when it is asked for."""
 
-    def __init__(self, tensors: Mapping[str, np.ndarray], mapping: list[Mapped]) -> None:
+    def __init__(self, tensors: Mapping[str, np.ndarray], names: dict[str, str], mapping: list[Mapped]) -> None:
         self._tensors = tensors
+        self._names = names  # canonical to those in tensors
         self._mapped = {entry.canonical: entry for entry in mapping}
 
     def __getitem__(self, name: str) -> np.ndarray:
@@ -106,13 +108,12 @@ class _Weights(Mapping[str, np.ndarray]):
 
     def original(self, name: str) -> np.ndarray:
         """Returns the canonical array in the dtype of the source."""
-        entry = self._mapped[name]
-        return self._tensors[entry.source].reshape(entry.shape)
+        return self._tensors[self._names[name]].reshape(self._mapped[name].shape)
 
     def release(self, name: str) -> None:
         """Takes the pages of a mapped array out of memory."""
         if isinstance(self._tensors, dict):
-            OwnArrays({name: self._tensors[self._mapped[name].source]}).release(name)
+            OwnArrays({name: self._tensors[self._names[name]]}).release(name)
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._mapped)
@@ -176,7 +177,7 @@ def convert(
     folder = Path(dst)
     _require_free(folder, source, overwrite)
     loaded = formats.load(source, variant)
-    plan = _plan(source, folder, loaded, to, dtype, head)
+    plan, names = _plan(source, folder, loaded, to, dtype, head)
     if check is not None and plan.head != "CLIPModel":
         raise bad_input(
             "Only a whole CLIP runs through the backends", plan.head, "Leave the check (--verify) out; tensors are "
@@ -184,7 +185,7 @@ def convert(
         )  # fmt: skip
     if dry_run:
         return plan
-    weights = _Weights(loaded.tensors, plan.mapping)
+    weights = _Weights(loaded.tensors, names, plan.mapping)
     created = not folder.exists()
     try:
         with Transaction(folder) as save:
@@ -210,7 +211,7 @@ def convert(
                     "name": str(source),
                     "commit": source.commit(),
                     "format": plan.source_format,
-                    "files": _hashes(source, sorted({*loaded.files, *copied})),
+                    "files": _hashes(source, sorted({*loaded.files, *copied, CONFIG_NAME})),
                 },
                 "result": {
                     "format": to,
@@ -291,8 +292,12 @@ def _belongs(name: str) -> bool:
 
 def _plan(
     source: Source, folder: Path, loaded: formats.Loaded, to: str, dtype: str | None, head: str | None
-) -> Conversion:
-    """Chooses head and config, and maps every parameter; nothing but names, shapes and dtypes is looked at."""
+) -> tuple[Conversion, dict[str, str]]:
+    """Chooses head and config, and maps every parameter; nothing but names, shapes and dtypes is looked at.
+
+    Returns:
+        The conversion, and canonical names to those in ``loaded``.
+    """
     decisions = dict(loaded.decisions)
     path = source.find(CONFIG_NAME)
     if path is None and loaded.config is None:
@@ -317,22 +322,16 @@ def _plan(
             error.problems or [str(error)],
         ) from None
     names = canonical_names(seen, head)
-    module = formats.module_of(to)
-    targets = _names_in(module, table)
-    origins = _names_in(formats.module_of(loaded.format), table)
+    shown = names_in(decisions.get("dialect", loaded.format).partition(",")[0], table)
+    shown |= {canonical: name for canonical, name in names.items() if name != canonical}
+    targets = names_in(to, table)
     mapping = [
-        Mapped(names[s.name], s.name, targets.get(s.name, s.name), s.shape, dtype or seen[names[s.name]].dtype.name)
-        for s in table
+        Mapped(shown[s.name], s.name, targets[s.name], s.shape, dtype or seen[names[s.name]].dtype.name) for s in table
     ]
-    del origins
-    if left := sorted(seen.keys() - {entry.source for entry in mapping}):
+    if left := sorted(seen.keys() - {names[spec.name] for spec in table}):
         decisions["left out"] = f"{', '.join(left)}: not part of {head}"
     _explain_config(config, origin, decisions)
-    return Conversion(source, folder, loaded.format, to, head, config, mapping, decisions)
-
-
-def _names_in(module: Any, table: list[Any]) -> dict[str, str]:
-    return getattr(module, "names_of", lambda _: {})(table)
+    return Conversion(source, folder, loaded.format, to, head, config, mapping, decisions), names
 
 
 def _head(fields: dict[str, Any], names: Mapping[str, str], origin: str) -> tuple[str, str]:
@@ -420,8 +419,8 @@ def _write_processors(save: Transaction, source: Source, plan: Conversion) -> li
         try:
             tokenizer_of(source, text).save_pretrained(save.path(""))
             plan.decisions["tokenizer"] = "CLIP's own: the source has none, and its vocabulary has the size of CLIP's"
-        except CheckpointError as error:
-            plan.decisions["tokenizer"] = f"none: {error}"
+        except CheckpointError:
+            plan.decisions["tokenizer"] = f"none: the source has none, and {text.vocab_size} tokens are not CLIP's own"
     if has_vision and isinstance(vision, CLIPVisionConfig) and not has_image_processor(source):
         image_processor_of(source, vision).save_pretrained(save.path(""))
         plan.decisions["image processor"] = f"CLIP's, for pictures of {vision.image_size}: the source has none"
