@@ -55,6 +55,7 @@ def read_h5(path: Path) -> Deferred:
         raise
     except Exception as error:  # h5py raises nearly every type for damaged files
         raise CheckpointError(f"{path} is not a readable HDF5 file: {type(error).__name__}: {error}") from error
+    walk.find_overlaps()
     if walk.unpacked > _MAX_RATIO * size + _ALLOWANCE:
         walk.problems.append(f"compressed arrays of {walk.unpacked} bytes in a file of {size}")
     if walk.problems:
@@ -77,7 +78,8 @@ class _Walk:
         self.seen: set[int] = set()
         self.makers: dict[str, Maker] = {}
         self.problems: list[str] = []
-        self.unpacked = 0  # bytes of arrays that are not in the file as they are
+        self.regions: list[tuple[int, int, str]] = []  # of arrays that are in the file as they are
+        self.unpacked = 0  # bytes of the others
         with open(path, "rb") as file:
             self.content = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
 
@@ -121,6 +123,7 @@ class _Walk:
         if layout == h5d.CONTIGUOUS and bytes_:
             if offset is None or offset + bytes_ > self.size:
                 return f"claims {bytes_} bytes, which the file does not have"
+            self.regions.append((offset, offset + bytes_, where))
             if as_is:
                 dtype = _BFLOAT16 if stored == _OPAQUE else stored
                 self.makers[where] = partial(_mapped, self.content, dtype, shape, offset)
@@ -133,6 +136,13 @@ class _Walk:
         self.unpacked += bytes_
         self.makers[where] = partial(_read, self.path, where)
         return None
+
+    def find_overlaps(self) -> None:
+        """Reports arrays that share bytes, as they do when the place of one is damaged: HDF5 has no checksum of it."""
+        self.regions.sort()
+        for (_, end, before), (start, _, where) in zip(self.regions, self.regions[1:], strict=False):
+            if start < end:
+                self.problems.append(f"{where} lies inside {before}")
 
 
 def _mapped(content: mmap.mmap, dtype: np.dtype, shape: tuple[int, ...], offset: int) -> np.ndarray:

@@ -73,7 +73,7 @@ def write(
     Raises:
         MissingBackendError: h5py is not installed.
     """
-    instance = re.sub(r"(?<=[a-z])(?=[A-Z])", "_", f"TF{head}").lower()  # tfclip_model, tfclip_text_model, …
+    instance = re.sub(r"(?<=.)(?=[A-Z][a-z])", "_", f"TF{head}").lower()  # tfclip_model, tfclip_text_model, …
     tensors = Deferred(
         {tf_name(spec): partial(_stored, in_framework(arrays, spec)) for spec in _in_order(specs(config, head))}
     )
