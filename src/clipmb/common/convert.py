@@ -21,7 +21,7 @@ import ml_dtypes
 import numpy as np
 
 from clipmb import __version__
-from clipmb.common.checkpoint import OwnArrays, fit, formats
+from clipmb.common.checkpoint import OwnArrays, fit, formats, openai
 from clipmb.common.checkpoint.fitting import canonical_names
 from clipmb.common.checkpoint.sharding import to_json
 from clipmb.common.checkpoint.shown import names_in
@@ -322,6 +322,8 @@ def _plan(
             error.problems or [str(error)],
         ) from None
     names = canonical_names(seen, head)
+    if to in ("openai", "open_clip"):
+        openai.need_whole(head, to)
     shown = names_in(decisions.get("dialect", loaded.format).partition(",")[0], table)
     shown |= {canonical: name for canonical, name in names.items() if name != canonical}
     targets = names_in(to, table)

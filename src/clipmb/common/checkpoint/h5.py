@@ -7,9 +7,10 @@ transformers write them, are mapped instead of read.
 from __future__ import annotations
 
 import importlib
+import io
 import math
 import mmap
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -174,15 +175,50 @@ def write_h5(
 
     Raises:
         MissingBackendError: h5py is not installed.
+        OSError: The file cannot be written.
     """
-    with _h5py().File(path, "w") as file:
-        for where in arrays:
-            array = np.require(arrays[where], requirements="C")
-            bfloat16 = array.dtype == _BFLOAT16
-            dataset = file.create_dataset(where, data=array.view(_OPAQUE) if bfloat16 else array)
-            if bfloat16:
-                dataset.attrs["dtype"] = "bfloat16"
-        for where, values in (attributes or {}).items():
-            group = file.require_group(where) if where else file
-            for name, value in values.items():
-                group.attrs[name] = value
+    h5py = _h5py()
+    with open(path, "w+b", buffering=0) as disk:
+        kept = _Kept(disk)
+        with h5py.File(kept, "w") as file:
+            for where in arrays:
+                if kept.error is not None:
+                    break
+                array = np.require(arrays[where], requirements="C")
+                bfloat16 = array.dtype == _BFLOAT16
+                dataset = file.create_dataset(where, data=array.view(_OPAQUE) if bfloat16 else array)
+                if bfloat16:
+                    dataset.attrs["dtype"] = "bfloat16"
+            for where, values in (attributes or {}).items():
+                group = file.require_group(where) if where else file
+                for name, value in values.items():
+                    group.attrs[name] = value
+    if kept.error is not None:
+        raise kept.error
+
+
+class _Kept:
+    """A file for HDF5 to write to, whose first error is kept for later: HDF5 crashes when closing meets a full disk."""
+
+    def __init__(self, file: io.FileIO) -> None:
+        self._file = file
+        self.seek, self.tell, self.read, self.readinto = file.seek, file.tell, file.read, file.readinto
+        self.flush = file.flush
+        self.error: OSError | None = None
+
+    def write(self, data: Any) -> int:
+        rest = memoryview(data).cast("B")
+        while rest and self.error is None:
+            rest = rest[self._tried(lambda rest=rest: self._file.write(rest)) :]
+        return len(data)
+
+    def truncate(self, size: int) -> int:
+        self._tried(lambda: self._file.truncate(size))
+        return size
+
+    def _tried(self, action: Callable[[], int | None]) -> int:
+        try:
+            return action() or 0
+        except OSError as error:
+            self.error = self.error or error
+            return 0

@@ -77,7 +77,7 @@ def _write_file(path: Path, outline: Mapping[str, np.ndarray], arrays: Mapping[s
         file.write(struct.pack("<Q", len(text)) + text)
         for name in names:
             array = np.ascontiguousarray(arrays[name], outline[name].dtype)
-            file.write(memoryview(array.reshape(-1).view(np.uint8)))
+            file.write(array.reshape(-1).view(np.uint8).data)
             del array
             if release is not None:
                 release(name)
