@@ -34,7 +34,10 @@ from clipmb.common.saving import Transaction
 __all__ = ["names_of", "read", "write"]
 
 FILE = "open_clip_model.safetensors"
-_NAMES = (FILE, "open_clip_pytorch_model.safetensors", "open_clip_pytorch_model.bin", "pytorch_model.bin", "model.pt")
+_NAMES = (
+    FILE, "open_clip_pytorch_model.safetensors", "open_clip_pytorch_model.bin", "model.safetensors",
+    "pytorch_model.bin", "model.pt",
+)  # fmt: skip
 _MODEL_KEYS = {"embed_dim", "vision_cfg", "text_cfg"}
 
 # What open_clip takes where its config is silent, as far as it concerns a CLIP.

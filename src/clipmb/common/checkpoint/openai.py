@@ -117,7 +117,7 @@ def from_canonical(arrays: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
         if target is None:
             problems.append(f"{name} has no place in the format")
         elif ".attn.in_proj_" in target:
-            stem, part, leaf = name.rsplit(".", 2)
+            stem, _, leaf = name.rsplit(".", 2)
             parts = [f"{stem}.{part}.{leaf}" for part in _QKV]
             if missing := [part for part in parts if part not in arrays]:
                 problems.append(f"{missing[0]} is missing")
@@ -240,8 +240,8 @@ def read(source: Source, variant: str | None = None) -> Loaded | None:
     Returns:
         The weights under canonical names, and the config, inferred from the shapes, unless there is a ``config.json``
         of a CLIP. None when there is no such file or an ``open_clip_config.json``, or nothing tells the file from
-        open_clip's: there is no ``config.json``, the metadata of the release (``input_resolution`` …) is missing, and it
-        is no TorchScript archive.
+        open_clip's: there is no ``config.json``, the metadata of the release (``input_resolution`` …) is missing, and
+        it is no TorchScript archive.
 
     Raises:
         CheckpointError: The file is damaged or hostile, or of a ResNet.

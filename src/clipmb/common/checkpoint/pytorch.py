@@ -40,7 +40,7 @@ def read(source: Source, variant: str | None = None) -> Loaded | None:
         return None if is_openai(pickled.layouts()) else Loaded("pytorch", pickled.arrays(), [path.name])
     if (path := source.find(index)) is not None:
         tensors, files = read_shards(source, path, _read_file)
-        return Loaded("pytorch", tensors, files)
+        return Loaded("pytorch", tensors, [*files, path.name])
     return None
 
 
@@ -66,12 +66,12 @@ def write(
         max_shard_size: Bytes, or text such as "5GB" or "200MiB".
 
     Returns:
-        The names of the files, without the index.
+        The names of the files, the index among them.
 
     Raises:
         MissingBackendError: PyTorch is not installed.
     """
-    return write_shards(
+    files = write_shards(
         save,
         arrays,
         lambda path, names: write_pickle({name: arrays[name] for name in names}, path),
@@ -79,3 +79,4 @@ def write(
         index=_INDEX,
         max_shard_size=max_shard_size,
     )
+    return files if len(files) == 1 else [*files, _INDEX]

@@ -16,6 +16,7 @@ from safetensors.numpy import save_file
 
 from clipmb.common.checkpoint.formats import Loaded
 from clipmb.common.checkpoint.names import canonical, dialect_of
+from clipmb.common.checkpoint.openai import is_openai
 from clipmb.common.checkpoint.sharding import parse_size as parse_size
 from clipmb.common.checkpoint.sharding import read_shards, write_shards
 from clipmb.common.checkpoint.sharding import to_json as to_json
@@ -39,7 +40,7 @@ _DTYPES = {
 
 
 def read(source: Source, variant: str | None = None) -> Loaded | None:
-    """Maps the safetensors weights of a source; None when it has none.
+    """Maps the safetensors weights of a source; None when it has none, or those of open_clip.
 
     The files that the former TensorFlow and Flax models wrote are recognised by their names and given canonical ones.
 
@@ -54,6 +55,8 @@ def read(source: Source, variant: str | None = None) -> Loaded | None:
     if found is None:
         return None
     tensors, files = found
+    if is_openai(tensors):
+        return None  # open_clip's, which needs its config
     dialect = dialect_of(tensors)
     decisions = {} if dialect == "pt" else {"dialect": f"{dialect}, from the tensors' names"}
     return Loaded("safetensors", canonical(tensors, dialect, source), files, decisions=decisions)
