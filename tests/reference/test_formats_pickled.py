@@ -6,6 +6,7 @@ import json
 
 import numpy as np
 import pytest
+import transformers
 from cases import ALL_HEADS, CONFIGS, config_of, image_inputs, random_arrays, relative, text_inputs
 from conftest import BACKENDS
 
@@ -27,7 +28,6 @@ CONFIG = CONFIGS["plain"]
 
 
 def theirs(head: str) -> type:
-    transformers = pytest.importorskip("transformers", "4.57", exc_type=ImportError)
     return getattr(transformers, head)
 
 

@@ -6,6 +6,7 @@ import io
 import json
 import os
 import pickle
+import re
 import struct
 import sys
 import tracemalloc
@@ -164,8 +165,10 @@ def refused(path: Path, match: str | None = None) -> None:
     """The file is a CheckpointError, and little memory was taken to find that out."""
     tracemalloc.start()
     try:
-        with pytest.raises(CheckpointError, match=match):
+        with pytest.raises(CheckpointError) as caught:
             read(path)
+        text = str(caught.value).replace(str(path), "")  # the folder has the name of the test
+        assert match is None or re.search(match, text), text
         assert tracemalloc.get_traced_memory()[1] < 20_000_000
     finally:
         tracemalloc.stop()
@@ -284,7 +287,7 @@ def test_overlapping_entries(tmp_path):
     entry = content.rindex(second.filename.encode())
     struct.pack_into("<I", content, entry - 4, first.header_offset)
     path.write_bytes(content)
-    refused(path, "overlap|name")
+    refused(path, "overlap")
 
 
 @pytest.mark.parametrize(
@@ -367,8 +370,11 @@ def test_claims_of_storages(tmp_path):
     torch.save({"a": torch.arange(12.0)}, path, _use_new_zipfile_serialization=False)
     content = path.read_bytes()
     assert b"K\x0cN" in content
-    path.write_bytes(content.replace(b"K\x0cN", b"\x8a\x06\0\0\0\0\0\x01N"))
-    refused(path, "elements|too short")
+    content = content.replace(b"K\x0cN", b"\x8a\x06\0\0\0\0\0\x01N")
+    path.write_bytes(content)
+    refused(path, "has 12 elements")
+    path.write_bytes(content.replace(struct.pack("<q", 12), struct.pack("<q", 2**40)))
+    refused(path, "bytes too short")
 
 
 def test_legacy_files_whose_numbers_disagree(tmp_path):

@@ -337,7 +337,7 @@ def _cast(array: np.ndarray, dtype: type) -> np.ndarray:
 
 
 def _same(a: np.ndarray, b: np.ndarray) -> bool:
-    return np.array_equal(a.astype(np.float64), b.astype(np.float64), equal_nan=True)
+    return a.dtype == b.dtype or np.array_equal(a.astype(np.float64), b.astype(np.float64), equal_nan=True)
 
 
 def _inexpressible(config: BaseConfig) -> list[str]:
