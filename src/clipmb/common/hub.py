@@ -168,7 +168,7 @@ class Source:
                         revision=self.revision,
                         cache_dir=self.cache_dir,
                         token=self.token,
-                        local_files_only=self.local_files_only,
+                        local_files_only=self.local_files_only or "_offline" in self.__dict__,
                         force_download=self.force_download and not attempt,
                     )
                     return Path(path)
@@ -186,7 +186,7 @@ class Source:
         import huggingface_hub
         from huggingface_hub import constants, errors
 
-        if not (self.local_files_only or constants.HF_HUB_OFFLINE):
+        if not (self.local_files_only or constants.HF_HUB_OFFLINE or "_offline" in self.__dict__):
             try:
                 with self._explained(f"The list of files of {self}"):
                     tree = huggingface_hub.HfApi().list_repo_tree(
@@ -208,6 +208,7 @@ class Source:
 
     def _not_cached(self, name: str, error: Exception) -> None:
         """Without the network: None when the cache holds this repository without this file, else the error."""
+        self.__dict__["_offline"] = True  # do not try again for each further file
         if self._snapshot() is None:
             raise CheckpointError(
                 f"{name} of {self} is not in the local cache, and the hub cannot be reached{_OR_OFFLINE}"
@@ -258,6 +259,8 @@ class Source:
 
 def _was_cut(error: BaseException | None) -> bool:
     """Whether a connection broke, which a further attempt may survive; an answer of the hub is none of these."""
-    packages = {cls.__module__.split(".")[0] for cls in type(error).__mro__}
     answered = getattr(error, "response", None) is not None
-    return not answered and (isinstance(error, ConnectionError) or bool(packages & {"requests", "httpx", "urllib3"}))
+    of_http = any(
+        cls.__module__.startswith(("requests", "urllib3", "httpx", "httpcore")) for cls in type(error).__mro__
+    )
+    return not answered and (isinstance(error, ConnectionError) or of_http)
