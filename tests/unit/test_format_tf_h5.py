@@ -280,6 +280,10 @@ def many_small_bombs(file: h5py.File, folder: Path) -> None:
         file.create_dataset(f"clip/x{i}:0", data=np.zeros(2**18, "f4"), compression="gzip")
 
 
+def huge_chunk(file: h5py.File, folder: Path) -> None:
+    file.create_dataset("clip/x:0", (4,), "f4", chunks=(2**24,), maxshape=(None,))
+
+
 def unknown_filter(file: h5py.File, folder: Path) -> None:
     file.create_dataset("clip/x:0", data=np.zeros(99, "f4"), compression="lzf")
 
@@ -292,7 +296,8 @@ HOSTILE = {
     external_link: "link", soft_link: "link", dangling_link: "link", loop: "second name", second_name: "second name",
     virtual: "another file", external_storage: "another file", objects: "type object", structure: "values of type",
     named_type: "neither", no_shape: "no shape", unwritten_terabytes: "claims", sparse_terabytes: "compressed arrays",
-    bomb: "compressed arrays", many_small_bombs: "compressed arrays", unknown_filter: "filters", nesting: "deeper",
+    bomb: "compressed arrays", many_small_bombs: "compressed arrays",
+    huge_chunk: "compressed arrays", unknown_filter: "filters", nesting: "deeper",
 }  # fmt: skip
 
 
@@ -323,19 +328,22 @@ def test_every_problem_of_a_file_is_listed(tmp_path):
     assert len(caught.value.problems) == 2
 
 
-def test_arrays_that_share_bytes_are_refused(tmp_path):
+@pytest.mark.parametrize(
+    ("place", "message"), [("of another", "lies inside"), ("behind the end", "claims 64 bytes|invalid dataset size")]
+)
+def test_arrays_at_a_wrong_place_are_refused(tmp_path, place, message):
     """The place of an array is 8 bytes without a checksum; damage to it must not give the weights of another array."""
     path = tmp_path / "tf_model.h5"
     with h5py.File(path, "w") as file:
         first = file.create_dataset("clip/a:0", data=np.arange(16, dtype="f4")).id
         second = file.create_dataset("clip/b:0", data=np.ones(16, "f4")).id
         file.flush()
-        places = first.get_offset(), second.get_offset()
+        old, new = first.get_offset(), second.get_offset()
     content = path.read_bytes()
-    old, new = (place.to_bytes(8, "little") for place in places)
-    assert content.count(old) == 1
-    path.write_bytes(content.replace(old, new))
-    with pytest.raises(CheckpointError, match="lies inside"):
+    new = new if place == "of another" else len(content) - 32
+    assert content.count(old.to_bytes(8, "little")) == 1
+    path.write_bytes(content.replace(old.to_bytes(8, "little"), new.to_bytes(8, "little")))
+    with pytest.raises(CheckpointError, match=message):
         read_h5(path)
 
 
