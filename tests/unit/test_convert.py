@@ -13,10 +13,13 @@ import ml_dtypes
 import numpy as np
 import pytest
 from cases import ALL_HEADS, CONFIGS, config_of, random_arrays, write_checkpoint
+from conftest import BACKENDS
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+import clipmb
 from clipmb import CheckpointError, CLIPConfig, CLIPProcessor, convert
+from clipmb.common import pretrained
 from clipmb.common.checkpoint import fit, formats
 from clipmb.common.convert import RECORD_NAME, check_record
 from clipmb.common.hub import Source
@@ -114,6 +117,15 @@ def test_dtypes_round_to_nearest(folders, tmp_path, format, dtype):
     assert equal(
         weights_of(tmp_path / "whole", "CLIPModel"), {name: a.astype(np.float32) for name, a in expected.items()}
     )
+
+
+def test_between_the_two_halves(folders, tmp_path):
+    convert(folders["CLIPModel", "safetensors"], tmp_path / "a", dtype="float16")
+    done = convert(tmp_path / "a", tmp_path / "b", dtype="bfloat16")
+    assert 0.0 < done.record["verification"]["largest_difference"] < 2.0**-8
+    kind = np.dtype(ml_dtypes.bfloat16)
+    expected = {n: a.astype(np.float16).astype(kind) for n, a in random_arrays(CONFIG, "CLIPModel").items()}
+    assert equal(weights_of(tmp_path / "b", "CLIPModel"), expected)
 
 
 @pytest.mark.parametrize("format", FORMATS)
@@ -534,6 +546,48 @@ def test_a_full_disk_leaves_what_was_there(source, tmp_path, format):
     assert done.returncode == 0, done.stderr
     assert "cannot be written, and is as it was" in done.stdout, done.stderr
     assert content(folder) == before
+
+
+# -- models -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("format", FORMATS)
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_every_backend_reads_every_format_directly(folders, backend, format, caplog):
+    folder = folders["CLIPModel", format]
+    name = {"pt": "CLIPModel", "tf": "TFCLIPModel", "flax": "FlaxCLIPModel"}[backend]
+    pretrained._told.clear()
+    for _ in range(2):
+        model = getattr(clipmb, name).from_pretrained(folder)
+        found = {name: np.asarray(array) for name, array in model._to_arrays().items()}
+        assert equal(found, random_arrays(CONFIG, "CLIPModel"))
+    told = [record for record in caplog.records if "clipmb convert" in record.getMessage()]
+    assert len(told) == (format != "safetensors")
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_every_backend_reads_openais_file_without_a_config(folders, backend):
+    (file,) = (path for path in folders["CLIPModel", "openai"].iterdir() if path.suffix == ".pt")
+    name = {"pt": "CLIPModel", "tf": "TFCLIPModel", "flax": "FlaxCLIPModel"}[backend]
+    model = getattr(clipmb, name).from_pretrained(file)
+    assert model.config.vision_config.num_attention_heads == 2
+    tower = name.replace("CLIPModel", "CLIPVisionModelWithProjection")
+    vision = getattr(clipmb, tower).from_pretrained(file)
+    assert type(vision.config).__name__ == "CLIPVisionConfig"
+    expected = random_arrays(CONFIG, "CLIPModel")
+    assert all((np.asarray(array) == expected[name]).all() for name, array in vision._to_arrays().items())
+
+
+def test_weights_without_any_config_say_what_is_missing(folders, tmp_path):
+    from clipmb.common.pretrained import PretrainedMixin
+
+    class Model(PretrainedMixin):
+        config_class, head = CLIPConfig, "CLIPModel"
+
+    weights = folders["CLIPModel", "flax-msgpack"] / "flax_model.msgpack"
+    (tmp_path / "flax_model.msgpack").write_bytes(weights.read_bytes())
+    with pytest.raises(CheckpointError, match=r"config\.json.*flax_model\.msgpack"):
+        Model.from_pretrained(tmp_path)
 
 
 # -- imports ----------------------------------------------------------------------------------------------------------

@@ -13,6 +13,7 @@ import os
 import platform
 import sys
 from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -188,7 +189,8 @@ def convert(
     weights = _Weights(loaded.tensors, names, plan.mapping)
     created = not folder.exists()
     try:
-        with Transaction(folder) as save:
+        with ThreadPoolExecutor(1) as aside, Transaction(folder) as save:
+            hashes = aside.submit(_hashes, source, sorted(loaded.files))  # while the weights are written and compared
             if overwrite:
                 save.remove(*(path.name for path in folder.iterdir() if _belongs(path.name)))
             outline = {e.canonical: stand_in(e.shape, _numpy(e.dtype)) for e in plan.mapping}
@@ -211,7 +213,7 @@ def convert(
                     "name": str(source),
                     "commit": source.commit(),
                     "format": plan.source_format,
-                    "files": _hashes(source, sorted({*loaded.files, *copied, CONFIG_NAME})),
+                    "files": {**hashes.result(), **_hashes(source, sorted({*copied, CONFIG_NAME}))},
                 },
                 "result": {
                     "format": to,
@@ -473,12 +475,16 @@ def _difference(got: np.ndarray, expected: np.ndarray, original: np.ndarray) -> 
         if not np.array_equal(mine.view(bits), rounded.view(bits)):
             return np.inf, "has other values than the source"
         if rounded.dtype != exact.dtype:
-            before, after = exact.astype(np.float64), rounded.astype(np.float64)
-            finite = np.isfinite(before)
-            if not np.isfinite(after[finite]).all():
-                return np.inf, f"has values too large for {expected.dtype}, such as {np.abs(before[finite]).max():.3g}"
-            gap = max(gap, float(np.abs(after[finite] - before[finite]).max(initial=0.0)))
-            scale = max(scale, float(np.abs(before[finite]).max(initial=0.0)))
+            # The difference of a number and its rounding is exact in the wider of their dtypes.
+            wide = np.float64 if np.float64 in (exact.dtype, rounded.dtype) else np.float32
+            before, after = exact.astype(wide, copy=False), rounded.astype(wide, copy=False)
+            if not np.isfinite(after).all():
+                finite = np.isfinite(before)
+                before, after = before[finite], after[finite]
+                if not np.isfinite(after).all():
+                    return np.inf, f"has values too large for {expected.dtype}, such as {np.abs(before).max():.3g}"
+            gap = max(gap, float(np.abs(after - before).max(initial=0.0)))
+            scale = max(scale, float(np.abs(before).max(initial=0.0)))
     return gap / scale if scale else 0.0, ""
 
 
