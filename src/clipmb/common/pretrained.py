@@ -194,7 +194,7 @@ def read_weights(source: Source, variant: str | None = None) -> Mapping[str, np.
     Raises:
         CheckpointError: There are none, or they cannot be read.
     """
-    return _load(source, variant).tensors
+    return load_weights(source, variant).tensors
 
 
 def _weights_and_config(source: Source, variant: str | None) -> tuple[Mapping[str, np.ndarray], BaseConfig]:
@@ -203,14 +203,15 @@ def _weights_and_config(source: Source, variant: str | None) -> tuple[Mapping[st
     Raises:
         CheckpointError: There is no config either, or the weights cannot be read.
     """
-    loaded = _load(source, variant)
+    loaded = load_weights(source, variant)
     if loaded.config is None:
         source.require(CONFIG_NAME)  # raises, with the list of what is there
         raise CheckpointError(f"{source} has no {CONFIG_NAME}.")
     return loaded.tensors, loaded.config
 
 
-def _load(source: Source, variant: str | None) -> formats.Loaded:
+def load_weights(source: Source, variant: str | None = None) -> formats.Loaded:
+    """Does as `read_weights`, and returns the format, files and config of the weights with them."""
     loaded = formats.load(source, variant)
     if loaded.format != "safetensors" and str(source) not in _told:
         _told.add(str(source))
