@@ -14,7 +14,7 @@ from clipmb.common.errors import CheckpointError, one_of
 from clipmb.common.hub import Source
 
 # In the order in which a source is searched: name of the format to its module in this package. A module has
-#   read(source, variant) -> Loaded | None    None when the source has no files of the format; content decides, not names
+#   read(source, variant) -> Loaded | None    None when the source has no files of the format; content decides
 #   write(save, arrays, config, head, *, max_shard_size) -> list[str]   into a Transaction; returns the file names
 FORMATS = {
     "safetensors": "safetensors",
@@ -33,8 +33,8 @@ class Loaded:
 
     Attributes:
         format: Key of `FORMATS`.
-        tensors: Name to array: canonical names in any of the dialects that `fit` takes. Values may be made when they are
-            asked for, so that a file is never in memory whole; asking twice may read twice.
+        tensors: Name to array: canonical names in any of the dialects that `fit` takes. Values may be made when they
+            are asked for, so that a file is never in memory whole; asking twice may read twice.
         files: Names of the files that hold them, relative to the source.
         config: The config, where the format carries one of its own or it was inferred from shapes; else None, and
             ``config.json`` is the config.
@@ -69,4 +69,6 @@ def load(source: Source, variant: str | None = None) -> Loaded:
         if (loaded := module_of(name).read(source, variant)) is not None:
             return loaded
     wanted = f" of variant {variant!r}" if variant else ""
-    raise CheckpointError(f"{source} has no weights{wanted} in any of the formats {', '.join(FORMATS)}.{source.listing()}")
+    raise CheckpointError(
+        f"{source} has no weights{wanted} in any of the formats {', '.join(FORMATS)}.{source.listing()}"
+    )
