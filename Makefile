@@ -9,13 +9,16 @@ export CLIPMB_REQUIRE_REFERENCE   ?= 1
 export CLIPMB_TRANSFORMERS5_PYTHON ?= $(CURDIR)/$(V5)/bin/python
 export TF_CPP_MIN_LOG_LEVEL       ?= 3
 
-.PHONY: demo test lint format bench docs clean
+.PHONY: demo test fuzz lint format bench docs clean
 
 demo: $(VENV)/.installed
 	$(BIN)/python examples/demo.py
 
 test: $(VENV)/.installed $(V5)/.installed
 	$(BIN)/python -m pytest $(ARGS)
+
+fuzz: $(VENV)/.installed
+	$(BIN)/python tests/fuzz/fuzz_readers.py $(ARGS)
 
 lint: $(VENV)/.installed
 	$(BIN)/ruff format --check .

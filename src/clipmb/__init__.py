@@ -14,6 +14,7 @@ _PUBLIC = {
     "clipmb.common.tokenizer": ("BatchEncoding", "CLIPTokenizer", "CLIPTokenizerFast"),
     "clipmb.common.image_processor": ("CLIPFeatureExtractor", "CLIPImageProcessor"),
     "clipmb.common.processor": ("CLIPProcessor",),
+    "clipmb.common.convert": ("convert",),
     "clipmb.pipeline": ("CLIPPipeline",),
     "clipmb.pt": (
         "CLIPForImageClassification", "CLIPModel", "CLIPPreTrainedModel", "CLIPTextModel",

@@ -12,11 +12,9 @@ import numpy as np
 
 from clipmb import backends
 from clipmb.common.config import CLIPConfig
-from clipmb.common.errors import CheckpointError, bad_input, one_of
+from clipmb.common.errors import bad_input, one_of
 from clipmb.common.hub import Source
-from clipmb.common.image_processor import CLIPImageProcessor
-from clipmb.common.processor import CLIPProcessor
-from clipmb.common.tokenizer import CLIPTokenizerFast
+from clipmb.common.processor import CLIPProcessor, image_processor_of, tokenizer_of
 from clipmb.common.zero_shot import class_embeddings, softmax, unit
 
 logger = logging.getLogger("clipmb")
@@ -230,22 +228,7 @@ def processor_for(source: Source, config: CLIPConfig) -> CLIPProcessor:
     Raises:
         CheckpointError: There is no tokenizer and the vocabulary is not CLIP's.
     """
-    text, vision = config.text_config, config.vision_config
-    if any(source.find(name) for name in ("vocab.json", "tokenizer.json")):
-        tokenizer = CLIPTokenizerFast.from_pretrained(source)
-    elif text.vocab_size == CLIPConfig().text_config.vocab_size:
-        tokenizer = CLIPTokenizerFast()
-    else:
-        raise CheckpointError(
-            f"{source} has no tokenizer, and its vocabulary of {text.vocab_size} tokens is not CLIP's own. "
-            "Put vocab.json and merges.txt, or tokenizer.json, beside the weights."
-        )
-    if any(source.find(name) for name in ("preprocessor_config.json", "processor_config.json")):
-        image_processor = CLIPImageProcessor.from_pretrained(source)
-    else:
-        size = vision.image_size
-        image_processor = CLIPImageProcessor(size={"shortest_edge": size}, crop_size={"height": size, "width": size})
-    return CLIPProcessor(image_processor, tokenizer)
+    return CLIPProcessor(image_processor_of(source, config.vision_config), tokenizer_of(source, config.text_config))
 
 
 def _batches(items: list, size: int, what: str, progress: bool) -> Iterator[tuple[int, list]]:

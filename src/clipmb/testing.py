@@ -112,11 +112,11 @@ class Report:
 
 
 def compare(
-    checkpoint: str | os.PathLike[str],
+    checkpoint: str | os.PathLike[str] | Source,
     backends: Sequence[str] | str | None = None,
     *,
     dtype: Any = "float32",
-    against: str | os.PathLike[str] | None = None,
+    against: str | os.PathLike[str] | Source | None = None,
     texts: Sequence[str] = TEXTS,
     images: Sequence[Any] | None = None,
     **options: Any,
@@ -191,6 +191,31 @@ def assert_backends_agree(
     if not report.agrees:
         raise AssertionError(report.explain())
     return report
+
+
+def verify_conversion(source: Source, result: Source, dtype: str) -> dict[str, Any]:
+    """Runs the source of a conversion and its result through every installed backend; for `clipmb.convert`'s ``check``.
+
+    Args:
+        source: What was converted, run on the first installed backend.
+        result: What was written, run on each.
+        dtype: In which to compute: that of the result, so that rounding to it is no difference.
+
+    Returns:
+        ``contenders``, ``dtype``, and the largest ``difference`` of a stage, for the record.
+
+    Raises:
+        CheckpointError: They disagree; the message names the first stage and tensor that diverges.
+        MissingBackendError: No backend is installed.
+    """
+    report = compare(result, _backends.installed(), dtype=dtype if dtype in BOUNDS else "float32", against=source)
+    if not report.agrees:
+        raise CheckpointError(f"The conversion changes what is computed; nothing was written. {report.explain()}")
+    return {
+        "contenders": _backends.installed(),
+        "dtype": report.dtype,
+        "difference": max(comparison.difference for comparison in report.comparisons),
+    }
 
 
 def relative_difference(a: Any, b: Any) -> float:

@@ -16,7 +16,7 @@ from safetensors.numpy import load_file, save_file
 
 from clipmb import CheckpointError, CLIPConfig
 from clipmb.common.checkpoint import fit, read_safetensors, write_safetensors
-from clipmb.common.checkpoint.safetensors import parse_size
+from clipmb.common.checkpoint.sharding import parse_size
 from clipmb.common.hub import Source
 from clipmb.common.parameters import KINDS, nested, specs
 from clipmb.common.saving import Transaction

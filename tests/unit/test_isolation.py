@@ -27,6 +27,7 @@ LAYERS = [
     {"parameters"},
     {"checkpoint"},
     {"pretrained", "tokenizer", "image_processor", "processor"},
+    {"convert"},
 ]
 
 

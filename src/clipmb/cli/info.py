@@ -14,7 +14,7 @@ from clipmb.common.config import CONFIG_NAME, CLIPConfig, CLIPTextConfig, CLIPVi
 from clipmb.common.errors import CheckpointError
 from clipmb.common.hub import Source
 from clipmb.common.parameters import is_known
-from clipmb.common.pretrained import read_weights
+from clipmb.common.pretrained import load_weights
 
 _CONFIGS = {config.model_type: config for config in (CLIPConfig, CLIPTextConfig, CLIPVisionConfig)}
 
@@ -31,7 +31,7 @@ def run(
         typer.echo(json.dumps(found, indent=2))
         return
     facts = [[key, str(value)] for key, value in found["config"].items()]
-    common.table(f"{model}: {found['head']}", ["config", "value"], facts)
+    common.table(f"{model}: {found['head']}, {found['format']}", ["config", "value"], facts)
     counts = [[part, f"{entry['tensors']:,}", f"{entry['parameters']:,}"] for part, entry in found["parts"].items()]
     counts.append(["total", f"{found['tensors']:,}", f"{found['parameters']:,}"])
     common.table(f"dtype {', '.join(found['dtypes'])}", ["part", "tensors", "parameters"], counts, right=(1, 2))
@@ -44,13 +44,16 @@ def describe(source: Source) -> dict[str, Any]:
     Raises:
         CheckpointError: It has no readable config and weights, or is not a CLIP.
     """
-    path = source.require(CONFIG_NAME)
-    fields = read_json(path)
+    path = source.find(CONFIG_NAME)
+    loaded = load_weights(source)
+    if path is None and loaded.config is None:
+        path = source.require(CONFIG_NAME)  # raises, with the list of what is there
+    fields = loaded.config.to_dict() if path is None and loaded.config is not None else read_json(path)
     kind = fields.get("model_type", "clip")
     if kind not in _CONFIGS:
         raise CheckpointError(f"{source} holds a model of type {kind!r}; CLIP's types are {', '.join(_CONFIGS)}.")
     config = _CONFIGS[kind].from_dict(fields)
-    tensors = read_weights(source)
+    tensors = loaded.tensors
     head = (
         config.architectures
         or [{"clip": "CLIPModel"}.get(kind, "CLIPTextModel" if "text" in kind else "CLIPVisionModel")]
@@ -65,12 +68,13 @@ def describe(source: Source) -> dict[str, Any]:
     return {
         "model": str(source),
         "head": head,
+        "format": loaded.format,
         "config": _facts(config),
         "parameters": sum(entry["parameters"] for entry in parts.values()),
         "tensors": len(names),
         "dtypes": sorted({tensors[name].dtype.name for name in names.values()}),
         "parts": parts,
-        "files": _files(path.parent),
+        "files": _files(source, path),
     }
 
 
@@ -91,5 +95,10 @@ def _facts(config: Any) -> dict[str, Any]:
     return {key: getattr(config, key) for key in keys if hasattr(config, key)}
 
 
-def _files(folder: Path) -> dict[str, int]:
-    return {path.name: path.stat().st_size for path in sorted(folder.iterdir()) if path.is_file()}
+def _files(source: Source, config: Path | None) -> dict[str, int]:
+    """Returns the bytes of the files beside the config, which on the hub are those in the cache."""
+    if config is None:
+        found = [path for name in source.names() if (path := source.find(name)) is not None]
+    else:
+        found = [path for path in config.parent.iterdir() if path.is_file()]
+    return {path.name: path.stat().st_size for path in sorted(found)}

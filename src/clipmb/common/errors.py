@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
-_PIP = {"pt": "torch", "tf": "tensorflow", "flax": "flax"}
+_PIP = {"pt": "torch", "tf": "tensorflow", "flax": "flax", "convert": "h5py"}
 
 
 class ClipmbError(Exception):

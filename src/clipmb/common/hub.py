@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+from collections.abc import Iterator
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -10,13 +12,17 @@ from typing import Any
 from clipmb.common.errors import CheckpointError, bad_input
 from clipmb.common.saving import finish
 
+_ATTEMPTS = 4  # of a download whose connection breaks
+_OR_OFFLINE = " (or local_files_only or HF_HUB_OFFLINE is set). Connect once, or pass a local folder."
+
 
 @dataclass(frozen=True)
 class Source:
     """Where a checkpoint, config, tokenizer or processor comes from.
 
     Attributes:
-        name_or_path: A local folder, or a hub id such as ``openai/clip-vit-base-patch32``.
+        name_or_path: A local folder, a local file of weights such as ``ViT-B-32.pt``, or a hub id such as
+            ``openai/clip-vit-base-patch32``. A file is a source that holds nothing but itself.
         subfolder: A folder inside it.
         revision: Branch, tag or commit on the hub.
         cache_dir: Where downloads are kept; huggingface_hub's default when None.
@@ -54,10 +60,18 @@ class Source:
         return os.path.join(self.name_or_path, self.subfolder) if self.subfolder else self.name_or_path
 
     @property
-    def folder(self) -> Path | None:
-        """The local folder, or None when the source is on the hub."""
+    def file(self) -> Path | None:
+        """The local file, when the source is a single file instead of a folder; else None."""
         path = Path(self.name_or_path)
-        return path / self.subfolder if path.is_dir() else None
+        return path if not self.subfolder and path.is_file() else None
+
+    @property
+    def folder(self) -> Path | None:
+        """The local folder, the folder of a single file, or None when the source is on the hub."""
+        path = Path(self.name_or_path)
+        if path.is_dir():
+            return path / self.subfolder
+        return path.parent if self.file else None
 
     def find(self, name: str) -> Path | None:
         """Returns the local path of one file, downloading it when needed; None when the source has no such file.
@@ -70,9 +84,41 @@ class Source:
             if folder.is_dir():
                 finish(folder)
             path = folder / name
-            return path if path.is_file() else None
+            return path if path.is_file() and (self.file is None or name == self.file.name) else None
         self._require_hub_id()
-        return self._download(name)
+        if "/" not in name and name not in self.__dict__.get("_names", (name,)):
+            return None
+        path = self._download(name)
+        if path is None:  # one listing instead of one request for each further file that may not be there
+            with contextlib.suppress(CheckpointError):
+                self.names()
+        return path
+
+    def names(self) -> list[str]:
+        """Lists the files of the folder, those of its subfolders not included.
+
+        On the hub this is one request, made once; without the network it is what the cache holds.
+
+        Raises:
+            CheckpointError: The source itself cannot be had.
+        """
+        if self.file is not None:
+            return [self.file.name]
+        folder = self.folder
+        if folder is not None:
+            if not folder.is_dir():
+                return []
+            finish(folder)
+            return sorted(path.name for path in folder.iterdir() if path.is_file())
+        self._require_hub_id()
+        if "_names" not in self.__dict__:
+            self.__dict__["_names"] = self._listed()
+        return self.__dict__["_names"]
+
+    def commit(self) -> str | None:
+        """Returns the commit on the hub that the cached files are of; None for a local folder."""
+        snapshot = None if self.folder is not None else self._snapshot()
+        return None if snapshot is None else snapshot.name
 
     def require(self, *names: str) -> Path:
         """Returns the first of these files that exists.
@@ -86,10 +132,14 @@ class Source:
         raise CheckpointError(f"{self} has none of the files {', '.join(names)}.{self.listing()}")
 
     def listing(self) -> str:
-        """Says what a local folder holds, as a sentence for error messages."""
+        """Says what the source holds, as a sentence for error messages."""
         folder = self.folder
         if folder is None:
-            return ""
+            names = ", ".join(self.__dict__.get("_names", ())[:20])
+            offline = " in the cache, and the hub cannot be reached" if "_offline" in self.__dict__ else ""
+            return f" Its files{offline}: {names}." if names else ""
+        if self.file is not None:
+            return " It is a single file; its folder may hold what is missing, so try that."
         if not folder.is_dir():
             return f" The folder has no subfolder {self.subfolder!r}."
         return f" Its files: {', '.join(sorted(path.name for path in folder.iterdir())[:20]) or 'none'}."
@@ -108,21 +158,84 @@ class Source:
         import huggingface_hub
         from huggingface_hub import errors
 
+        for attempt in range(_ATTEMPTS):
+            try:
+                with self._explained(f"{name} of {self}"):
+                    path = huggingface_hub.hf_hub_download(
+                        self.name_or_path,
+                        name,
+                        subfolder=self.subfolder or None,
+                        revision=self.revision,
+                        cache_dir=self.cache_dir,
+                        token=self.token,
+                        local_files_only=self.local_files_only or "_offline" in self.__dict__,
+                        force_download=self.force_download and not attempt,
+                    )
+                    return Path(path)
+            except errors.LocalEntryNotFoundError as error:
+                return self._not_cached(name, error)
+            except errors.EntryNotFoundError:
+                return None
+            except CheckpointError as error:
+                if not _was_cut(error.__cause__) or attempt == _ATTEMPTS - 1:
+                    raise  # otherwise the next attempt goes on where this one was cut
+        return None
+
+    def _listed(self) -> list[str]:
+        """Asks the hub which files there are, or the cache when the hub cannot be reached."""
+        import huggingface_hub
+        from huggingface_hub import constants, errors
+
+        if not (self.local_files_only or constants.HF_HUB_OFFLINE or "_offline" in self.__dict__):
+            try:
+                with self._explained(f"The list of files of {self}"):
+                    tree = huggingface_hub.HfApi().list_repo_tree(
+                        self.name_or_path, self.subfolder or None, revision=self.revision, token=self.token
+                    )
+                    files = [entry.path for entry in tree if isinstance(entry, huggingface_hub.hf_api.RepoFile)]
+                    return sorted(name.rsplit("/", 1)[-1] for name in files)
+            except errors.EntryNotFoundError:
+                return []  # there is no such subfolder
+            except CheckpointError as error:
+                if self._snapshot() is None or not _was_cut(error.__cause__):
+                    raise
+        snapshot = self._snapshot()
+        if snapshot is None:
+            raise CheckpointError(f"{self} is not in the local cache, and the hub cannot be reached{_OR_OFFLINE}")
+        self.__dict__["_offline"] = True
+        folder = snapshot / self.subfolder
+        return sorted(path.name for path in folder.iterdir() if path.is_file()) if folder.is_dir() else []
+
+    def _not_cached(self, name: str, error: Exception) -> None:
+        """Without the network: None when the cache holds this repository without this file, else the error."""
+        self.__dict__["_offline"] = True  # do not try again for each further file
+        if self._snapshot() is None:
+            raise CheckpointError(
+                f"{name} of {self} is not in the local cache, and the hub cannot be reached{_OR_OFFLINE}"
+            ) from error
+
+    def _snapshot(self) -> Path | None:
+        """The folder of the cache that holds this revision; None when nothing of it is cached."""
+        import huggingface_hub
+
         try:
-            path = huggingface_hub.hf_hub_download(
-                self.name_or_path,
-                name,
-                subfolder=self.subfolder or None,
-                revision=self.revision,
-                cache_dir=self.cache_dir,
-                token=self.token,
-                local_files_only=self.local_files_only,
-                force_download=self.force_download,
+            return Path(
+                huggingface_hub.snapshot_download(
+                    self.name_or_path, revision=self.revision, cache_dir=self.cache_dir, local_files_only=True
+                )
             )
-        except errors.LocalEntryNotFoundError as error:
-            return self._cached_elsewhere(name, error)
-        except errors.EntryNotFoundError:
+        except (OSError, ValueError):  # LocalEntryNotFoundError among them
             return None
+
+    @contextlib.contextmanager
+    def _explained(self, what: str) -> Iterator[None]:
+        """Turns the errors of huggingface_hub into a `CheckpointError`, except those about a single file."""
+        from huggingface_hub import errors
+
+        try:
+            yield
+        except (errors.LocalEntryNotFoundError, errors.EntryNotFoundError):
+            raise
         except errors.GatedRepoError as error:
             raise CheckpointError(
                 f"{self} is gated. Ask for access on its page, then pass token= or run `hf auth login`."
@@ -137,25 +250,17 @@ class Source:
         except errors.HFValidationError as error:
             raise CheckpointError(f"{self} is neither a local folder nor a valid hub id.") from error
         except Exception as error:
-            raise CheckpointError(f"{name} of {self} cannot be downloaded: {type(error).__name__}: {error}") from error
-        return Path(path)
+            if getattr(getattr(error, "response", None), "status_code", None) in (401, 403):
+                raise CheckpointError(
+                    f"{what}: the hub refuses the access token. Pass another token=, or False for none."
+                ) from error
+            raise CheckpointError(f"{what} cannot be downloaded: {type(error).__name__}: {error}") from error
 
-    def _cached_elsewhere(self, name: str, error: Exception) -> None:
-        """Without the network: None when the cache holds this repository without this file, else the error."""
-        import huggingface_hub
 
-        known = huggingface_hub.try_to_load_from_cache(
-            self.name_or_path, "config.json", cache_dir=self.cache_dir, revision=self.revision
-        )
-        inside = huggingface_hub.try_to_load_from_cache(
-            self.name_or_path,
-            f"{self.subfolder}/config.json" if self.subfolder else "config.json",
-            cache_dir=self.cache_dir,
-            revision=self.revision,
-        )
-        if name != "config.json" and (isinstance(known, str) or isinstance(inside, str)):
-            return
-        raise CheckpointError(
-            f"{name} of {self} is not in the local cache, and the hub cannot be reached "
-            "(or local_files_only is set). Connect once, or pass a local folder."
-        ) from error
+def _was_cut(error: BaseException | None) -> bool:
+    """Whether a connection broke, which a further attempt may survive; an answer of the hub is none of these."""
+    answered = getattr(error, "response", None) is not None
+    of_http = any(
+        cls.__module__.startswith(("requests", "urllib3", "httpx", "httpcore")) for cls in type(error).__mro__
+    )
+    return not answered and (isinstance(error, ConnectionError) or of_http)

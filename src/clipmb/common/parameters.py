@@ -8,7 +8,7 @@ the axes depend on the framework, and both only on the parameter's kind. `KINDS`
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -40,6 +40,8 @@ class Kind(NamedTuple):
         """Returns a view in the canonical layout: the inverse of `to_framework`."""
         return array.transpose(tuple(int(axis) for axis in np.argsort(self.axes))) if self.axes else array
 
+
+TABLE_VERSION = 1  # raised when a name, a kind or an order of axes changes; recorded by conversions
 
 KINDS = {
     "linear": Kind("weight", "kernel", "kernel", (1, 0)),  # (out, in) -> (in, out)
@@ -178,12 +180,40 @@ def is_known(name: str) -> bool:
     return re.sub(r"\.layers\.\d+\.", ".layers.0.", name) in _KNOWN
 
 
-def _known_names() -> Iterable[str]:
+def _known_specs() -> Iterable[Spec]:
     config = CLIPConfig({"num_hidden_layers": 1}, {"num_hidden_layers": 1})
-    return (spec.name for head in ("CLIPModel", "CLIPForImageClassification") for spec in specs(config, head))
+    return (spec for head in ("CLIPModel", "CLIPForImageClassification") for spec in specs(config, head))
 
 
-_KNOWN = frozenset(_known_names())
+_KNOWN = {spec.name: spec for spec in _known_specs()}
+_PATHS = {framework: {spec.path(framework): spec for spec in _KNOWN.values()} for framework in ("pt", "tf", "flax")}
+
+
+def known_specs() -> list[Spec]:
+    """Lists the parameters of all heads of one block per tower; only names and kinds mean something."""
+    return list(_KNOWN.values())
+
+
+def find(path: Sequence[str], framework: str) -> tuple[str, str] | None:
+    """Finds the parameter at an attribute path of a framework: the inverse of `Spec.path`.
+
+    Args:
+        path: Such as ``("text_model", "encoder", "layers", "11", "mlp", "fc1", "kernel")``.
+        framework: "pt", "tf" or "flax".
+
+    Returns:
+        Canonical name and key of `KINDS`; None when no head of any size has such a parameter.
+    """
+    blocks = [i for i, part in enumerate(path) if re.fullmatch(r"0|[1-9][0-9]{0,8}", part)]
+    spec = _PATHS[framework].get(tuple("0" if i in blocks else part for i, part in enumerate(path)))
+    if spec is None:
+        return None
+    return (at_block(spec.name, int(path[blocks[0]])) if blocks else spec.name), spec.kind
+
+
+def at_block(name: str, block: int) -> str:
+    """Returns the name that a parameter of block 0 has in another block."""
+    return name.replace(".layers.0.", f".layers.{block}.")
 
 
 def nested(arrays: dict[str, Any], table: Iterable[Spec], framework: str) -> dict[str, Any]:

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any, ClassVar
 
 import numpy as np
 
-from clipmb.common.checkpoint import OwnArrays, fit, read_safetensors, write_safetensors
+from clipmb.common.checkpoint import OwnArrays, fit, formats, write_safetensors
 from clipmb.common.config import CONFIG_NAME, BaseConfig
 from clipmb.common.errors import CheckpointError, bad_input, one_of
 from clipmb.common.hub import Source
@@ -17,6 +17,7 @@ from clipmb.common.parameters import Spec, specs
 from clipmb.common.saving import Transaction
 
 logger = logging.getLogger("clipmb")
+_told: set[str] = set()  # the sources whose format was already remarked on
 
 DTYPES = ("float32", "float16", "bfloat16", "float64")
 # Options of the former libraries that chose among file formats or loaders; there is one loader now, which needs none.
@@ -63,14 +64,15 @@ class PretrainedMixin:
         state_dict: Mapping[str, Any] | None = None,
         **options: Any,
     ) -> Any:
-        """Loads a model from a folder or the hub, whichever framework wrote it.
+        """Loads a model from a folder, a single file or the hub, whichever framework wrote it and in which format.
 
         A single tower loads from a checkpoint of the whole; a checkpoint that lacks something the model has, or has
         something that no CLIP has, is an error that lists all of it.
 
         Args:
-            name_or_path: Folder or hub id; None with ``config`` and ``state_dict``.
-            config: A config, or where to read one, instead of the checkpoint's own.
+            name_or_path: Folder, file of weights or hub id; None with ``config`` and ``state_dict``.
+            config: A config, or where to read one, instead of the checkpoint's own, which is its ``config.json``, or
+                without that file what its format holds or its shapes imply.
             dtype: "float32", "float16", "bfloat16", "float64" (or the framework's object for one), or "auto" for that
                 of the file. The default is the framework's: float32 in PyTorch and TensorFlow.
             torch_dtype: The former name of ``dtype``.
@@ -92,6 +94,9 @@ class PretrainedMixin:
             options.pop(name, None)
         dtype = normal_dtype(torch_dtype if dtype is None else dtype, cls.__name__)
         source = None if name_or_path is None else Source.of(name_or_path, options)
+        tensors: Mapping[str, np.ndarray] | None = None
+        if config is None and state_dict is None and source is not None and source.find(CONFIG_NAME) is None:
+            tensors, config = _weights_and_config(source, variant)
         config, options = cls._config_for(source, config, options)
         if unknown := options.keys() - set(cls.load_options):
             raise bad_input(
@@ -102,16 +107,14 @@ class PretrainedMixin:
                 shown=True,
             )
         if state_dict is not None:
-            tensors: Mapping[str, np.ndarray] = {
-                name: cls._canonical_array(value) for name, value in state_dict.items()
-            }
+            tensors = {name: cls._canonical_array(value) for name, value in state_dict.items()}
         elif source is None:
             raise bad_input(
                 "Without a folder or hub id a state_dict is needed",
                 name_or_path,
                 "Pass a name, or config= and state_dict=",
             )
-        else:
+        elif tensors is None:
             tensors = read_weights(source, variant)
         table = specs(config, cls.head)
         arrays, info = fit(
@@ -177,25 +180,64 @@ class PretrainedMixin:
                 "Models are written as safetensors", "safe_serialization=False", "Convert the saved folder", shown=True
             )
         arrays = self._to_arrays(**options)
-        fields = self.config.to_dict()
-        fields["architectures"] = [self.head]
-        dtypes = {array.dtype.name for array in arrays.values()}
-        fields["dtype"] = dtypes.pop() if len(dtypes) == 1 else fields.get("dtype", "float32")
+        content = config_text(self.config, self.head, (array.dtype.name for array in arrays.values()))
         with Transaction(folder) as save:
-            save.write(CONFIG_NAME, type(self.config).from_dict(fields).to_json_string())
+            save.write(CONFIG_NAME, content)
             write_safetensors(save, arrays, max_shard_size=max_shard_size, variant=variant)
 
 
-def read_weights(source: Source, variant: str | None = None) -> dict[str, np.ndarray]:
-    """Reads the weights of a source: name in the file to array.
+def read_weights(source: Source, variant: str | None = None) -> Mapping[str, np.ndarray]:
+    """Reads the weights of a source, in any format: name in the file to array.
+
+    A source without safetensors is remarked on once in the log, with the command that converts it.
 
     Raises:
         CheckpointError: There are none, or they cannot be read.
     """
-    if (tensors := read_safetensors(source, variant)) is not None:
-        return tensors
-    wanted = f"model.{variant}.safetensors" if variant else "model.safetensors"
-    raise CheckpointError(f"{source} has no {wanted} and no index of shards.{source.listing()}")
+    return load_weights(source, variant).tensors
+
+
+def _weights_and_config(source: Source, variant: str | None) -> tuple[Mapping[str, np.ndarray], BaseConfig]:
+    """Reads a source that has no ``config.json``: its format has a config of its own, or the shapes imply one.
+
+    Raises:
+        CheckpointError: There is no config either, or the weights cannot be read.
+    """
+    loaded = load_weights(source, variant)
+    if loaded.config is None:
+        source.require(CONFIG_NAME)  # raises, with the list of what is there
+        raise CheckpointError(f"{source} has no {CONFIG_NAME}.")
+    return loaded.tensors, loaded.config
+
+
+def load_weights(source: Source, variant: str | None = None) -> formats.Loaded:
+    """Does as `read_weights`, and returns the format, files and config of the weights with them."""
+    loaded = formats.load(source, variant)
+    if loaded.format != "safetensors" and str(source) not in _told:
+        _told.add(str(source))
+        logger.warning(
+            "%s has no safetensors; its %s files are read, which is slower. To convert them once: "
+            "clipmb convert %s NEW_FOLDER --to safetensors",
+            source,
+            loaded.format,
+            source,
+        )
+    return loaded
+
+
+def config_text(config: BaseConfig, head: str, dtypes: Iterable[str]) -> str:
+    """Returns the text of the ``config.json`` of saved weights.
+
+    Args:
+        config: The head's config.
+        head: Key of `HEADS`, which becomes the architecture.
+        dtypes: Of the weights; a single one becomes the config's, several leave what it says.
+    """
+    fields = config.to_dict()
+    fields["architectures"] = [head]
+    names = set(dtypes)
+    fields["dtype"] = names.pop() if len(names) == 1 else fields.get("dtype", "float32")
+    return type(config).from_dict(fields).to_json_string()
 
 
 def normal_dtype(value: Any, owner: str) -> str | None:

@@ -11,7 +11,8 @@ from typing import Any, NoReturn
 from PIL import Image
 
 from clipmb.common.batch import BatchFeature
-from clipmb.common.errors import bad_input
+from clipmb.common.config import CLIPTextConfig, CLIPVisionConfig, read_json
+from clipmb.common.errors import CheckpointError, bad_input
 from clipmb.common.hub import Source
 from clipmb.common.image_processor import FILE, PROCESSOR_FILE, CLIPImageProcessor, refuse_push, write_json
 from clipmb.common.pixels import is_array
@@ -31,6 +32,8 @@ _ARGUMENTS = {
 }
 _IMAGE_SETTINGS = _arguments(CLIPImageProcessor)
 _TOKENIZER_FILES = ("tokenizer.json", "vocab.json", "merges.txt", "special_tokens_map.json", "added_tokens.json")
+# Every file of a tokenizer and of an image processor that clipmb or transformers writes.
+PROCESSOR_FILES = (*_TOKENIZER_FILES, "tokenizer_config.json", FILE, PROCESSOR_FILE)
 
 
 class CLIPProcessor:
@@ -188,6 +191,49 @@ class CLIPProcessor:
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}:\n- image_processor: {self.image_processor!r}\n- tokenizer: {self.tokenizer!r}"
+
+
+def tokenizer_of(source: Source, config: CLIPTextConfig) -> CLIPTokenizerFast:
+    """Loads the tokenizer of a checkpoint; a checkpoint without one gets CLIP's own.
+
+    Raises:
+        CheckpointError: There is none and the vocabulary is not CLIP's.
+    """
+    if has_tokenizer(source):
+        return CLIPTokenizerFast.from_pretrained(source)
+    if config.vocab_size == CLIPTextConfig().vocab_size:
+        return CLIPTokenizerFast()
+    raise CheckpointError(
+        f"{source} has no tokenizer, and its vocabulary of {config.vocab_size} tokens is not CLIP's own. "
+        "Put vocab.json and merges.txt, or tokenizer.json, beside the weights."
+    )
+
+
+def image_processor_of(source: Source, config: CLIPVisionConfig) -> CLIPImageProcessor:
+    """Loads the image processor of a checkpoint; one without gets CLIP's, in its size and with open_clip's colours.
+
+    Raises:
+        CheckpointError: A file is not readable.
+    """
+    if has_image_processor(source):
+        return CLIPImageProcessor.from_pretrained(source)
+    size = config.image_size
+    colours = {}
+    if (path := source.find("open_clip_config.json")) is not None:
+        settings = read_json(path).get("preprocess_cfg")
+        given = settings if isinstance(settings, dict) else {}
+        colours = {f"image_{key}": given[key] for key in ("mean", "std") if given.get(key)}
+    return CLIPImageProcessor(size={"shortest_edge": size}, crop_size={"height": size, "width": size}, **colours)
+
+
+def has_tokenizer(source: Source) -> bool:
+    """Whether a checkpoint has the files of a tokenizer."""
+    return any(source.find(name) for name in ("tokenizer.json", "vocab.json"))
+
+
+def has_image_processor(source: Source) -> bool:
+    """Whether a checkpoint has the settings of an image processor."""
+    return any(source.find(name) for name in (FILE, PROCESSOR_FILE))
 
 
 def _is_image_like(value: Any) -> bool:

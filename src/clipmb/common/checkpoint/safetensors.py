@@ -5,18 +5,23 @@ from __future__ import annotations
 import math
 import mmap
 import os
-import re
 import struct
 from collections.abc import Mapping
-from pathlib import Path, PurePosixPath, PureWindowsPath
+from pathlib import Path
 
 import ml_dtypes
 import numpy as np
 import safetensors
 from safetensors.numpy import save_file
 
-from clipmb.common.config import read_json
-from clipmb.common.errors import CheckpointError, bad_input
+from clipmb.common.checkpoint.formats import Loaded
+from clipmb.common.checkpoint.names import canonical, dialect_of
+from clipmb.common.checkpoint.openai import is_openai
+from clipmb.common.checkpoint.sharding import parse_size as parse_size
+from clipmb.common.checkpoint.sharding import read_shards, write_shards
+from clipmb.common.checkpoint.sharding import to_json as to_json
+from clipmb.common.config import BaseConfig
+from clipmb.common.errors import CheckpointError
 from clipmb.common.hub import Source
 from clipmb.common.saving import Transaction
 
@@ -32,7 +37,40 @@ _DTYPES = {
     "U8": np.dtype(np.uint8),
     "BOOL": np.dtype(np.bool_),
 }
-_UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
+
+
+def read(source: Source, variant: str | None = None) -> Loaded | None:
+    """Maps the safetensors weights of a source; None when it has none, or those of open_clip.
+
+    The files that the former TensorFlow and Flax models wrote are recognised by their names and given canonical ones.
+
+    Raises:
+        CheckpointError: A file is damaged, a shard is missing, or the index names a path outside the folder.
+    """
+    if source.file is not None:
+        single = source.file.name if source.file.suffix == ".safetensors" else None
+        found = None if single is None else (map_file(source.file), [single])
+    else:
+        found = _read_folder(source, variant)
+    if found is None:
+        return None
+    tensors, files = found
+    if is_openai(tensors):
+        return None  # open_clip's, which needs its config
+    dialect = dialect_of(tensors)
+    decisions = {} if dialect == "pt" else {"dialect": f"{dialect}, from the tensors' names"}
+    return Loaded("safetensors", canonical(tensors, dialect, source), files, decisions=decisions)
+
+
+def _read_folder(source: Source, variant: str | None) -> tuple[dict[str, np.ndarray], list[str]] | None:
+    name = f"model.{variant}.safetensors" if variant else "model.safetensors"
+    index = f"model.safetensors.index.{variant}.json" if variant else "model.safetensors.index.json"
+    if (path := source.find(name)) is not None:
+        return map_file(path), [name]
+    if (path := source.find(index)) is not None:
+        tensors, files = read_shards(source, path, map_file)
+        return tensors, [*files, index]
+    return None
 
 
 def read_safetensors(source: Source, variant: str | None = None) -> dict[str, np.ndarray] | None:
@@ -43,42 +81,13 @@ def read_safetensors(source: Source, variant: str | None = None) -> dict[str, np
         variant: As in ``model.fp16.safetensors``.
 
     Returns:
-        Name in the file to array. The arrays are private mappings: writing to one copies the page and leaves the file.
+        Canonical name to array. The arrays are private mappings: writing to one copies the page and leaves the file.
 
     Raises:
         CheckpointError: A file is damaged, a shard is missing, or the index names a path outside the folder.
     """
-    name = f"model.{variant}.safetensors" if variant else "model.safetensors"
-    index = f"model.safetensors.index.{variant}.json" if variant else "model.safetensors.index.json"
-    if (path := source.find(name)) is not None:
-        return map_file(path)
-    if (path := source.find(index)) is not None:
-        return _map_shards(source, path)
-    return None
-
-
-def _map_shards(source: Source, index: Path) -> dict[str, np.ndarray]:
-    weight_map = read_json(index).get("weight_map")
-    if not isinstance(weight_map, dict) or not all(isinstance(file, str) for file in weight_map.values()):
-        raise CheckpointError(f"{index} must have a weight_map from tensor names to file names.")
-    files = sorted(set(weight_map.values()))
-    escaping = [repr(file) for file in files if not _stays_inside(file)]
-    if escaping:
-        raise CheckpointError(f"{index} names files outside its folder; it is not read:", escaping)
-    paths = {file: source.find(file) for file in files}
-    if missing := [file for file, path in paths.items() if path is None]:
-        raise CheckpointError(f"{source} lacks shards that {index.name} names:", missing)
-    shards = {file: map_file(path) for file, path in paths.items() if path is not None}
-    if absent := [f"{name} in {file}" for name, file in weight_map.items() if name not in shards[file]]:
-        raise CheckpointError(f"{source} lacks tensors that {index.name} names:", absent)
-    return {name: shards[file][name] for name, file in weight_map.items()}
-
-
-def _stays_inside(file: str) -> bool:
-    if not file or "\0" in file:
-        return False
-    paths = (PurePosixPath(file), PureWindowsPath(file))
-    return not any(path.is_absolute() or path.drive or path.root or ".." in path.parts for path in paths)
+    loaded = read(source, variant)
+    return None if loaded is None else dict(loaded.tensors)
 
 
 def map_file(path: Path) -> dict[str, np.ndarray]:
@@ -132,6 +141,19 @@ class OwnArrays(dict[str, np.ndarray]):
             base.madvise(mmap.MADV_DONTNEED, first, length)
 
 
+def write(
+    save: Transaction,
+    arrays: Mapping[str, np.ndarray],
+    config: BaseConfig,
+    head: str,
+    *,
+    max_shard_size: int | str = "5GB",
+) -> list[str]:
+    """Writes canonical arrays; returns the names of the files, the index among them."""
+    files = write_safetensors(save, arrays, max_shard_size=max_shard_size)
+    return files if len(files) == 1 else [*files, "model.safetensors.index.json"]
+
+
 def write_safetensors(
     save: Transaction,
     arrays: Mapping[str, np.ndarray],
@@ -148,58 +170,22 @@ def write_safetensors(
         variant: As in ``model.fp16.safetensors``.
 
     Returns:
-        The names of the files.
+        The names of the files, without the index.
     """
-    limit = parse_size(max_shard_size)
-    shards: list[dict[str, np.ndarray]] = [{}]
-    room = limit
-    for name, array in arrays.items():
-        if array.nbytes > room and shards[-1]:
-            shards.append({})
-            room = limit
-        shards[-1][name] = array
-        room -= array.nbytes
     dot = f".{variant}" if variant else ""
-    single, index = f"model{dot}.safetensors", f"model.safetensors.index{dot}.json"
-    if len(shards) == 1:
-        files = [single]
-    else:
-        files = [f"model{dot}-{i + 1:05d}-of-{len(shards):05d}.safetensors" for i in range(len(shards))]
-        content = {
-            "metadata": {
-                "total_size": sum(array.nbytes for array in arrays.values()),
-                "total_parameters": sum(array.size for array in arrays.values()),
-            },
-            "weight_map": {name: file for file, shard in zip(files, shards, strict=True) for name in shard},
-        }
-        save.write(index, to_json(content))
-    for file, shard in zip(files, shards, strict=True):
-        contiguous = {name: np.require(array, requirements="C") for name, array in shard.items()}
-        save_file(contiguous, save.path(file), metadata={"format": "pt"})
-    old = re.compile(rf"model{re.escape(dot)}-\d{{5}}-of-\d{{5}}\.safetensors")
-    save.remove(single, index, *(path.name for path in save.folder.iterdir() if old.fullmatch(path.name)))
-    return files
 
+    def write_file(path: Path, names: list[str]) -> None:
+        contiguous = {name: np.require(arrays[name], requirements="C") for name in names}
+        save_file(contiguous, path, metadata={"format": "pt"})
 
-def to_json(content: dict) -> str:
-    """Returns the text of a JSON file: indented by 2, sorted, with a newline at its end."""
-    import json
-
-    return json.dumps(content, indent=2, sort_keys=True) + "\n"
-
-
-def parse_size(size: int | str) -> int:
-    """Reads a size in bytes from a number or from text such as "5GB" (10^9) or "5GiB" (2^30).
-
-    Raises:
-        ValueError: It is not a positive size.
-    """
-    if isinstance(size, int) and not isinstance(size, bool) and size > 0:
-        return size
-    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([a-z]*)\s*", size, re.IGNORECASE) if isinstance(size, str) else None
-    if match is not None and match[2].upper() in _UNITS and float(match[1]) > 0:
-        return max(1, int(float(match[1]) * _UNITS[match[2].upper()]))
-    raise bad_input("A size must be a positive number of bytes, or text like '5GB'", size, "Pass one of them")
+    return write_shards(
+        save,
+        arrays,
+        write_file,
+        single=f"model{dot}.safetensors",
+        index=f"model.safetensors.index{dot}.json",
+        max_shard_size=max_shard_size,
+    )
 
 
 def file_sizes(source: Source, names: list[str]) -> dict[str, int]:

@@ -1,0 +1,335 @@
+"""``flax_model.msgpack``, single or in shards, as the Flax models of transformers 4 wrote and read it.
+
+The file is a msgpack map of maps, by attribute; its leaves are flax.serialization's: extension 1 is an array, itself
+msgpack of (shape, name of the dtype, bytes), extension 3 the same for a scalar, extension 2 a complex number, and an
+array of more than `CHUNK` bytes is a map that is marked as one and holds its parts. That is so little of msgpack that
+it is read and written here, which no library does without copying: arrays are views of the mapped file, and a file is
+written one array at a time.
+
+Source: flax.serialization of Flax 0.10; https://github.com/msgpack/msgpack/blob/master/spec.md.
+"""
+
+from __future__ import annotations
+
+import math
+import mmap
+import struct
+from collections.abc import Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any, BinaryIO, cast
+
+import ml_dtypes
+import numpy as np
+
+from clipmb.common.checkpoint.formats import Loaded
+from clipmb.common.checkpoint.names import Deferred, Maker, canonical, in_framework
+from clipmb.common.checkpoint.sharding import read_shards, write_shards
+from clipmb.common.config import BaseConfig
+from clipmb.common.errors import CheckpointError
+from clipmb.common.hub import Source
+from clipmb.common.parameters import specs
+from clipmb.common.saving import Transaction
+
+CHUNK = 2**30  # bytes of an array above which Flax divides it
+_FILE = "flax_model.msgpack"
+_INDEX = "flax_model.msgpack.index.json"
+_CHUNKED = "__msgpack_chunked_array__"
+_ARRAY, _COMPLEX, _SCALAR = 1, 2, 3
+_DTYPES = {
+    np.dtype(name).name: np.dtype(name)
+    for name in (
+        "float64",
+        "float32",
+        "float16",
+        ml_dtypes.bfloat16,
+        "int64",
+        "int32",
+        "int16",
+        "int8",
+        "uint8",
+        "bool",
+    )
+}
+_MAX_DEPTH, _MAX_KEY, _MAX_NODES, _MAX_AXES = 32, 1024, 200_000, 8
+# First byte of each kind of value that has a length after it: (struct format of the length, what it counts).
+_LENGTHS = {
+    0xC4: ("B", "bin"), 0xC5: (">H", "bin"), 0xC6: (">I", "bin"),
+    0xC7: ("B", "ext"), 0xC8: (">H", "ext"), 0xC9: (">I", "ext"),
+    0xD9: ("B", "str"), 0xDA: (">H", "str"), 0xDB: (">I", "str"),
+    0xDC: (">H", "array"), 0xDD: (">I", "array"), 0xDE: (">H", "map"), 0xDF: (">I", "map"),
+}  # fmt: skip
+_NUMBERS = {
+    0xCA: ">f", 0xCB: ">d", 0xCC: "B", 0xCD: ">H", 0xCE: ">I", 0xCF: ">Q",
+    0xD0: "b", 0xD1: ">h", 0xD2: ">i", 0xD3: ">q",
+}  # fmt: skip
+
+
+def read(source: Source, variant: str | None = None) -> Loaded | None:
+    """Maps the weights of a source; None when it has none in this format, which has no variants.
+
+    Raises:
+        CheckpointError: A file is damaged or hostile, or a shard is missing.
+    """
+    name = _FILE if source.file is None else source.file.name
+    if variant is not None or not name.endswith(".msgpack"):
+        return None
+    tensors: Mapping[str, np.ndarray]
+    if (path := source.find(name)) is not None:
+        tensors, files = Deferred(read_tree(path)), [name]
+    elif source.file is None and (path := source.find(_INDEX)) is not None:
+        makers, files = read_shards(source, path, read_tree)
+        tensors, files = Deferred(makers), [*files, _INDEX]
+    else:
+        return None
+    return Loaded("flax-msgpack", canonical(tensors, "flax", source), files)
+
+
+def read_tree(path: Path) -> dict[str, Maker]:
+    """Lists the arrays of a file: attributes joined by "/" to what makes the array, which is a view where it can be.
+
+    Raises:
+        CheckpointError: The file is damaged, or holds what no checkpoint needs: values other than arrays, attributes
+            twice, more nesting or more values than any model has.
+    """
+    with open(path, "rb") as file:
+        try:
+            content = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
+        except ValueError as error:
+            raise CheckpointError(f"{path} is empty.") from error
+    reader = _Reader(content, path)
+    tree = reader.value(0)
+    if reader.position != len(content):
+        raise reader.damaged("more after its end")
+    if not isinstance(tree, dict):
+        raise reader.damaged("no map of parameters")
+    makers: dict[str, Maker] = {}
+    _flatten(tree, "", makers, reader)
+    return makers
+
+
+def _flatten(tree: dict[str, Any], prefix: str, makers: dict[str, Maker], reader: _Reader) -> None:
+    for key, value in tree.items():
+        if isinstance(value, dict) and _CHUNKED in value:
+            value = reader.joined(value)
+        name = f"{prefix}{key}"
+        if isinstance(value, dict):
+            _flatten(value, f"{name}/", makers, reader)
+        elif not callable(value):
+            raise reader.damaged(f"a value that is no array: {name[:200]}")
+        elif name in makers:
+            raise reader.damaged(f"a parameter twice: {name[:200]}")
+        else:
+            makers[name] = cast(Maker, value)
+
+
+class _View:
+    """An array inside the mapped file; called, it makes the array."""
+
+    def __init__(self, content: mmap.mmap, dtype: np.dtype, shape: tuple[int, ...], offset: int) -> None:
+        self.content, self.dtype, self.shape, self.offset = content, dtype, shape, offset
+
+    def __call__(self) -> np.ndarray:
+        array = np.frombuffer(self.content, self.dtype, math.prod(self.shape), self.offset).reshape(self.shape)
+        return array if array.flags.aligned else array.copy()
+
+
+class _Reader:
+    """Goes over a mapped file without copying arrays, and stops at the first thing that no checkpoint has."""
+
+    def __init__(self, content: mmap.mmap, path: Path) -> None:
+        self.content, self.path, self.position, self.nodes = content, path, 0, 0
+
+    def damaged(self, what: str) -> CheckpointError:
+        return CheckpointError(f"{self.path} is not a readable msgpack file of Flax: it has {what}.")
+
+    def take(self, count: int) -> int:
+        """Moves on by so many bytes, and returns where they begin."""
+        start = self.position
+        if count > len(self.content) - start:
+            raise self.damaged(f"{len(self.content) - start} bytes where {count} should be, at byte {start}")
+        self.position = start + count
+        return start
+
+    def number(self, form: str) -> Any:
+        (number,) = struct.unpack_from(form, self.content, self.take(struct.calcsize(form)))
+        return number
+
+    def header(self) -> tuple[str, Any]:
+        """Reads what kind of value comes next, and its length or, for a scalar, its value."""
+        self.nodes += 1
+        if self.nodes > _MAX_NODES:
+            raise self.damaged(f"more than {_MAX_NODES} values")
+        first = self.number("B")
+        if first < 0x80 or first >= 0xE0:
+            return "int", first if first < 0x80 else first - 0x100
+        if first < 0xC0:
+            kind, bits = ("map", 0x0F) if first < 0x90 else ("array", 0x0F) if first < 0xA0 else ("str", 0x1F)
+            return kind, first & bits
+        if first in _LENGTHS:
+            form, kind = _LENGTHS[first]
+            return kind, self.number(form)
+        if 0xD4 <= first <= 0xD8:
+            return "ext", 1 << (first - 0xD4)
+        if first in _NUMBERS:
+            return "float" if first < 0xCC else "int", self.number(_NUMBERS[first])
+        if first in (0xC2, 0xC3):
+            return "bool", first == 0xC3
+        raise self.damaged(f"the byte {first:#x} at {self.position - 1}, which stands for no value of a checkpoint")
+
+    def value(self, depth: int) -> Any:
+        """Reads a value: a dict, something that makes an array, or True, the mark of a chunked array."""
+        kind, size = self.header()
+        if kind == "map":
+            if depth > _MAX_DEPTH:
+                raise self.damaged(f"maps nested deeper than {_MAX_DEPTH}")
+            tree: dict[str, Any] = {}
+            for _ in range(size):
+                key = self.text()
+                if key in tree:
+                    raise self.damaged(f"a key twice: {key[:200]!r}")
+                tree[key] = self.value(depth + 1)
+            return tree
+        if kind == "ext":
+            return self.extension(size)
+        if kind in ("int", "bool"):
+            return size
+        raise self.damaged(f"a {kind} where a map or an array should be, at byte {self.position}")
+
+    def text(self) -> str:
+        kind, size = self.header()
+        if kind not in ("str", "bin") or size > _MAX_KEY:
+            raise self.damaged(f"a {kind} of {size} where a name should be, at byte {self.position}")
+        start = self.take(size)
+        try:
+            return self.content[start : start + size].decode("utf-8")
+        except UnicodeDecodeError as error:
+            raise self.damaged(f"a name that is no UTF-8, at byte {start}") from error
+
+    def extension(self, size: int) -> Maker:
+        code = self.number("b")
+        end = self.position + size
+        if size > len(self.content) - self.position:
+            raise self.damaged(f"{len(self.content) - self.position} bytes where {size} should be")
+        if code == _COMPLEX:
+            made: Maker = partial(np.asarray, self.complex())
+        elif code in (_ARRAY, _SCALAR):
+            made = self.array()
+        else:
+            raise self.damaged(f"an extension of the unknown type {code}")
+        if self.position != end:
+            raise self.damaged(f"an extension of another length than it says, at byte {end}")
+        return made
+
+    def complex(self) -> complex:
+        if self.header() != ("array", 2):
+            raise self.damaged("a complex number that is none")
+        (real, x), (imaginary, y) = self.header(), self.header()
+        if real != "float" or imaginary != "float":
+            raise self.damaged("a complex number that is none")
+        return complex(x, y)
+
+    def array(self) -> _View:
+        if self.header() != ("array", 3):
+            raise self.damaged(f"an array that is not shape, dtype and bytes, at byte {self.position}")
+        kind, axes = self.header()
+        if kind != "array" or axes > _MAX_AXES:
+            raise self.damaged(f"an impossible shape, at byte {self.position}")
+        shape = tuple(self.axis() for _ in range(axes))
+        name = self.text()
+        if name not in _DTYPES:
+            raise self.damaged(f"an array of dtype {name[:50]!r}; there may be {', '.join(_DTYPES)}")
+        kind, size = self.header()
+        if kind not in ("bin", "str") or not size or size != math.prod(shape) * _DTYPES[name].itemsize:
+            raise self.damaged(f"{size} bytes for an array of shape {shape} and dtype {name}")
+        return _View(self.content, _DTYPES[name], shape, self.take(size))
+
+    def axis(self) -> int:
+        kind, size = self.header()
+        if kind != "int" or size < 0:
+            raise self.damaged(f"an impossible shape, at byte {self.position}")
+        return size
+
+    def joined(self, value: dict[str, Any]) -> Maker:
+        """Joins an array that was divided."""
+        try:
+            shape = tuple(value["shape"][str(i)] for i in range(len(value["shape"])))
+            chunks = [value["chunks"][str(i)] for i in range(len(value["chunks"]))]
+        except (KeyError, TypeError) as error:
+            raise self.damaged("a divided array without its shape or a part") from error
+        if not all(isinstance(axis, int) and axis >= 0 for axis in shape) or not chunks:
+            raise self.damaged("a divided array of an impossible shape")
+        if not all(isinstance(chunk, _View) and len(chunk.shape) == 1 for chunk in chunks):
+            raise self.damaged("a divided array whose parts are no arrays of one axis")
+        if len({chunk.dtype for chunk in chunks}) > 1 or sum(chunk.shape[0] for chunk in chunks) != math.prod(shape):
+            raise self.damaged(f"a divided array whose parts do not make the shape {shape}")
+        return lambda: np.concatenate([chunk() for chunk in chunks]).reshape(shape)
+
+
+def write(
+    save: Transaction,
+    arrays: Mapping[str, np.ndarray],
+    config: BaseConfig,
+    head: str,
+    *,
+    max_shard_size: int | str = "5GB",
+) -> list[str]:
+    """Writes canonical arrays; returns the names of the files, the index among them."""
+    table = sorted(specs(config, head), key=lambda spec: spec.path("flax"))
+    tensors = Deferred({"/".join(spec.path("flax")): in_framework(arrays, spec) for spec in table})
+
+    def write_file(path: Path, names: list[str]) -> None:
+        with open(path, "wb") as file:
+            _write_tree(file, [(tuple(name.split("/")), name) for name in names], tensors)
+
+    files = write_shards(save, tensors, write_file, single=_FILE, index=_INDEX, max_shard_size=max_shard_size)
+    return files if len(files) == 1 else [*files, _INDEX]
+
+
+def _write_tree(file: BinaryIO, entries: list[tuple[tuple[str, ...], str]], tensors: Mapping[str, np.ndarray]) -> None:
+    """Writes the map of some names, which have the paths given with them, below their common parent."""
+    children: dict[str, list[tuple[tuple[str, ...], str]]] = {}
+    for (key, *rest), name in entries:
+        children.setdefault(key, []).append((tuple(rest), name))
+    file.write(_map(len(children)))
+    for key, inside in children.items():
+        file.write(_text(key))
+        if inside[0][0]:
+            _write_tree(file, inside, tensors)
+        else:
+            _write_leaf(file, tensors[inside[0][1]])
+
+
+def _write_leaf(file: BinaryIO, array: np.ndarray) -> None:
+    if array.nbytes <= CHUNK:
+        _write_array(file, array)
+        return
+    flat, step = np.ascontiguousarray(array).reshape(-1), max(1, CHUNK // array.itemsize)
+    parts = range(0, flat.size, step)
+    file.write(_map(3) + _text(_CHUNKED) + b"\xc3" + _text("shape") + _map(array.ndim))
+    for axis, size in enumerate(array.shape):
+        file.write(_text(str(axis)) + _integer(size))
+    file.write(_text("chunks") + _map(len(parts)))
+    for i, start in enumerate(parts):
+        file.write(_text(str(i)))
+        _write_array(file, flat[start : start + step])
+
+
+def _write_array(file: BinaryIO, array: np.ndarray) -> None:
+    inside = b"\x93" + bytes([0x90 | array.ndim]) + b"".join(map(_integer, array.shape)) + _text(array.dtype.name)
+    inside += struct.pack(">BI", 0xC6, array.nbytes)
+    file.write(struct.pack(">BIb", 0xC9, len(inside) + array.nbytes, _ARRAY) + inside)
+    file.write(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)
+
+
+def _map(size: int) -> bytes:
+    return bytes([0x80 | size]) if size < 16 else struct.pack(">BH", 0xDE, size)
+
+
+def _text(text: str) -> bytes:
+    encoded = text.encode()
+    return (bytes([0xA0 | len(encoded)]) if len(encoded) < 32 else struct.pack("BB", 0xD9, len(encoded))) + encoded
+
+
+def _integer(number: int) -> bytes:
+    return bytes([number]) if number < 128 else struct.pack(">BI", 0xCE, number)

@@ -1,0 +1,224 @@
+"""HDF5 files, read as if they came from an enemy: nothing outside the file, nothing larger than it, no objects.
+
+h5py is imported when the first file is opened. Arrays that lie in the file as they are, which is how Keras and
+transformers write them, are mapped instead of read.
+"""
+
+from __future__ import annotations
+
+import importlib
+import io
+import math
+import mmap
+from collections.abc import Callable, Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+
+from clipmb.common.checkpoint.names import Deferred, Maker
+from clipmb.common.errors import CheckpointError, MissingBackendError
+
+_SIGNATURE = b"\x89HDF\r\n\x1a\n"
+_DTYPES = (
+    "float64", "float32", "float16", "int64", "int32", "int16", "int8", "uint64", "uint32", "uint16", "uint8", "bool",
+)  # fmt: skip
+_BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
+_OPAQUE = np.dtype("V2")  # how HDF5, which has no bfloat16, holds one
+_FILTERS = (1, 2, 3)  # deflate, shuffle, Fletcher's checksum; others would load plugins
+_MAX_OBJECTS, _MAX_DEPTH = 100_000, 32
+_MAX_RATIO, _ALLOWANCE = 16, 1 << 20  # of what compressed arrays may be larger than the file
+
+
+def is_h5(path: Path) -> bool:
+    """Tells whether a file begins as HDF5 files do."""
+    with open(path, "rb") as file:
+        return file.read(len(_SIGNATURE)) == _SIGNATURE
+
+
+def read_h5(path: Path) -> Deferred:
+    """Lists the arrays of a file: path inside the file to array, made when it is asked for.
+
+    Raises:
+        CheckpointError: The file is damaged, or holds what no checkpoint needs: links, data outside itself, objects,
+            unknown compression, arrays that are larger than the file allows.
+        MissingBackendError: h5py is not installed.
+    """
+    h5py = _h5py()
+    size = path.stat().st_size
+    try:
+        with h5py.File(path, "r", locking=False) as file:
+            walk = _Walk(h5py, path, size)
+            walk.group(file, "", 0)
+    except CheckpointError:
+        raise
+    except Exception as error:  # h5py raises nearly every type for damaged files
+        raise CheckpointError(f"{path} is not a readable HDF5 file: {type(error).__name__}: {error}") from error
+    walk.find_overlaps()
+    if walk.unpacked > _MAX_RATIO * size + _ALLOWANCE:
+        walk.problems.append(f"compressed arrays of {walk.unpacked} bytes in a file of {size}")
+    if walk.problems:
+        raise CheckpointError(f"{path} holds what no checkpoint needs; it is not read:", walk.problems)
+    return Deferred(walk.makers)
+
+
+def _h5py() -> Any:
+    try:
+        return importlib.import_module("h5py")
+    except ImportError as error:
+        raise MissingBackendError("convert", cause=str(error)) from error
+
+
+class _Walk:
+    """One pass over a file, which looks at every object before anything of it is read."""
+
+    def __init__(self, h5py: Any, path: Path, size: int) -> None:
+        self.h5py, self.path, self.size = h5py, path, size
+        self.seen: set[int] = set()
+        self.makers: dict[str, Maker] = {}
+        self.problems: list[str] = []
+        self.regions: list[tuple[int, int, str]] = []  # of arrays that are in the file as they are
+        self.unpacked = 0  # bytes of the others
+        with open(path, "rb") as file:
+            self.content = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
+
+    def group(self, group: Any, prefix: str, depth: int) -> None:
+        """Collects the arrays of a group and of those inside it."""
+        if depth > _MAX_DEPTH:
+            raise CheckpointError(f"{self.path} nests groups deeper than {_MAX_DEPTH}; it is not read.")
+        for name in group:
+            where = f"{prefix}{name}"
+            if not isinstance(group.get(name, getlink=True), self.h5py.HardLink):
+                self.problems.append(f"{where} is a link to elsewhere")
+                continue
+            item = group[name]
+            address = self.h5py.h5o.get_info(item.id).addr
+            if address in self.seen:
+                self.problems.append(f"{where} is a second name of another object")
+                continue
+            self.seen.add(address)
+            if len(self.seen) > _MAX_OBJECTS:
+                raise CheckpointError(f"{self.path} has more than {_MAX_OBJECTS} objects; it is not read.")
+            if isinstance(item, self.h5py.Group):
+                self.group(item, f"{where}/", depth + 1)
+            elif (problem := self.dataset(item, where)) is not None:
+                self.problems.append(f"{where} {problem}")
+
+    def dataset(self, item: Any, where: str) -> str | None:
+        """Adds an array, or says what is wrong with it."""
+        if not isinstance(item, self.h5py.Dataset):
+            return "is neither a group nor an array"
+        stored, shape = item.dtype, item.shape
+        if shape is None:
+            return "has no shape"
+        if stored != _OPAQUE and stored.name not in _DTYPES:
+            return f"has values of type {stored}"
+        plist, h5d = item.id.get_create_plist(), self.h5py.h5d
+        layout, bytes_ = plist.get_layout(), math.prod(shape) * stored.itemsize
+        if layout == h5d.VIRTUAL or plist.get_external_count():
+            return "lies in another file"
+        offset = item.id.get_offset()
+        as_is = stored == _OPAQUE or item.id.get_type() == self.h5py.h5t.py_create(stored)
+        if layout == h5d.CONTIGUOUS and bytes_:
+            if offset is None or offset + bytes_ > self.size:
+                return f"claims {bytes_} bytes, which the file does not have"
+            self.regions.append((offset, offset + bytes_, where))
+            if as_is:
+                dtype = _BFLOAT16 if stored == _OPAQUE else stored
+                self.makers[where] = partial(_mapped, self.content, dtype, shape, offset)
+                return None
+        if layout == h5d.CHUNKED:
+            filters = [plist.get_filter(i)[0] for i in range(plist.get_nfilters())]
+            if unknown := [number for number in filters if number not in _FILTERS]:
+                return f"is compressed by the unknown filters {unknown}"
+            bytes_ = max(bytes_, math.prod(plist.get_chunk()) * stored.itemsize)
+        self.unpacked += bytes_
+        self.makers[where] = partial(_read, self.path, where)
+        return None
+
+    def find_overlaps(self) -> None:
+        """Reports arrays that share bytes, as they do when the place of one is damaged: HDF5 has no checksum of it."""
+        self.regions.sort()
+        for (_, end, before), (start, _, where) in zip(self.regions, self.regions[1:], strict=False):
+            if start < end:
+                self.problems.append(f"{where} lies inside {before}")
+
+
+def _mapped(content: mmap.mmap, dtype: np.dtype, shape: tuple[int, ...], offset: int) -> np.ndarray:
+    array = np.frombuffer(content, dtype, math.prod(shape), offset).reshape(shape)
+    if not dtype.isnative:
+        return array.astype(dtype.newbyteorder("="))
+    return array if array.flags.aligned else array.copy()
+
+
+def _read(path: Path, where: str) -> np.ndarray:
+    try:
+        with _h5py().File(path, "r", locking=False) as file:
+            array = np.asarray(file[where][()])
+    except Exception as error:
+        raise CheckpointError(f"{path} is damaged at {where}: {type(error).__name__}: {error}") from error
+    return array.view(_BFLOAT16) if array.dtype == _OPAQUE else array.astype(array.dtype.newbyteorder("="), copy=False)
+
+
+def write_h5(
+    path: Path, arrays: Mapping[str, np.ndarray], attributes: Mapping[str, Mapping[str, Any]] | None = None
+) -> None:
+    """Writes arrays, one at a time and not compressed, and the attributes of groups.
+
+    Args:
+        path: The file.
+        arrays: Path inside the file to array. bfloat16 is stored as two opaque bytes with the attribute ``dtype``, as
+            Keras does, since HDF5 has no such type.
+        attributes: Group to name to value; "" is the file. Groups that do not exist are made.
+
+    Raises:
+        MissingBackendError: h5py is not installed.
+        OSError: The file cannot be written.
+    """
+    h5py = _h5py()
+    with open(path, "w+b", buffering=0) as disk:
+        kept = _Kept(disk)
+        with h5py.File(kept, "w") as file:
+            for where in arrays:
+                if kept.error is not None:
+                    break
+                array = np.require(arrays[where], requirements="C")
+                bfloat16 = array.dtype == _BFLOAT16
+                dataset = file.create_dataset(where, data=array.view(_OPAQUE) if bfloat16 else array)
+                if bfloat16:
+                    dataset.attrs["dtype"] = "bfloat16"
+            for where, values in (attributes or {}).items():
+                group = file.require_group(where) if where else file
+                for name, value in values.items():
+                    group.attrs[name] = value
+    if kept.error is not None:
+        raise kept.error
+
+
+class _Kept:
+    """A file for HDF5 to write to, whose first error is kept for later: HDF5 crashes when closing meets a full disk."""
+
+    def __init__(self, file: io.FileIO) -> None:
+        self._file = file
+        self.seek, self.tell, self.read, self.readinto = file.seek, file.tell, file.read, file.readinto
+        self.flush = file.flush
+        self.error: OSError | None = None
+
+    def write(self, data: Any) -> int:
+        rest = memoryview(data).cast("B")
+        while rest and self.error is None:
+            rest = rest[self._tried(lambda rest=rest: self._file.write(rest)) :]
+        return len(data)
+
+    def truncate(self, size: int) -> int:
+        self._tried(lambda: self._file.truncate(size))
+        return size
+
+    def _tried(self, action: Callable[[], int | None]) -> int:
+        try:
+            return action() or 0
+        except OSError as error:
+            self.error = self.error or error
+            return 0

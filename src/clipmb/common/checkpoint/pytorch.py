@@ -1,0 +1,82 @@
+"""PyTorch's pickled files with canonical names: ``pytorch_model.bin``, single or sharded with an index."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+
+from clipmb.common.checkpoint.formats import Loaded
+from clipmb.common.checkpoint.openai import is_openai
+from clipmb.common.checkpoint.pickled import inspect, is_pickled, write_pickle
+from clipmb.common.checkpoint.sharding import read_shards, write_shards
+from clipmb.common.config import BaseConfig
+from clipmb.common.hub import Source
+from clipmb.common.saving import Transaction
+
+_SINGLE, _INDEX = "pytorch_model.bin", "pytorch_model.bin.index.json"
+
+
+def read(source: Source, variant: str | None = None) -> Loaded | None:
+    """Reads ``pytorch_model.bin``, its shards, or a source that is one pickled file of any name.
+
+    Args:
+        source: Where they are.
+        variant: As in ``pytorch_model.fp16.bin``.
+
+    Returns:
+        The weights, mapped where the file is a zip archive; None when there are none, or with OpenAI's names.
+
+    Raises:
+        CheckpointError: A file is damaged or hostile, a shard is missing, or the index names a path outside the folder.
+        MissingBackendError: PyTorch is not installed.
+    """
+    single = f"pytorch_model.{variant}.bin" if variant else _SINGLE
+    index = f"pytorch_model.bin.index.{variant}.json" if variant else _INDEX
+    path = source.file if source.file is not None and is_pickled(source.file) else source.find(single)
+    if path is not None:
+        pickled = inspect(path)
+        return None if is_openai(pickled.layouts()) else Loaded("pytorch", pickled.arrays(), [path.name])
+    if (path := source.find(index)) is not None:
+        tensors, files = read_shards(source, path, _read_file)
+        return Loaded("pytorch", tensors, [*files, path.name])
+    return None
+
+
+def _read_file(path: Path) -> dict[str, np.ndarray]:
+    return inspect(path).arrays()
+
+
+def write(
+    save: Transaction,
+    arrays: Mapping[str, np.ndarray],
+    config: BaseConfig,
+    head: str,
+    *,
+    max_shard_size: int | str = "5GB",
+) -> list[str]:
+    """Writes ``pytorch_model.bin``, or shards with an index when it would be larger than ``max_shard_size``.
+
+    Args:
+        save: The transaction of the folder; files of an earlier save are removed with it.
+        arrays: Canonical name to array.
+        config: Not needed.
+        head: Not needed.
+        max_shard_size: Bytes, or text such as "5GB" or "200MiB".
+
+    Returns:
+        The names of the files, the index among them.
+
+    Raises:
+        MissingBackendError: PyTorch is not installed.
+    """
+    files = write_shards(
+        save,
+        arrays,
+        lambda path, names: write_pickle({name: arrays[name] for name in names}, path),
+        single=_SINGLE,
+        index=_INDEX,
+        max_shard_size=max_shard_size,
+    )
+    return files if len(files) == 1 else [*files, _INDEX]

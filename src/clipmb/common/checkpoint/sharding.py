@@ -1,0 +1,140 @@
+"""Checkpoints in several files with an index: the same for every format that has them."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable, Mapping
+from pathlib import Path, PurePosixPath, PureWindowsPath
+from typing import TypeVar
+
+import numpy as np
+
+from clipmb.common.config import read_json
+from clipmb.common.errors import CheckpointError, bad_input
+from clipmb.common.hub import Source
+from clipmb.common.saving import Transaction
+
+_UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
+T = TypeVar("T")
+
+
+def read_shards(source: Source, index: Path, open_shard: Callable[[Path], Mapping[str, T]]) -> tuple[dict, list[str]]:
+    """Opens every shard that an index names, and takes from each what the index says it holds.
+
+    Args:
+        source: Where the shards are.
+        index: The index, with a ``weight_map`` from names to files. The former TensorFlow models write the name of the
+            model before those in the shards, in the index only.
+        open_shard: Reads one shard: name to whatever stands for its tensor.
+
+    Returns:
+        Name in the shard to tensor, and the names of the files.
+
+    Raises:
+        CheckpointError: The index is damaged or names a path outside the folder; a shard or a tensor is missing.
+    """
+    weight_map = read_json(index).get("weight_map")
+    if not isinstance(weight_map, dict) or not all(isinstance(file, str) for file in weight_map.values()):
+        raise CheckpointError(f"{index} must have a weight_map from tensor names to file names.")
+    files = sorted(set(weight_map.values()))
+    escaping = [repr(file) for file in files if not stays_inside(file)]
+    if escaping:
+        raise CheckpointError(f"{index} names files outside its folder; it is not read:", escaping)
+    paths = {file: source.find(file) for file in files}
+    if missing := [file for file, path in paths.items() if path is None]:
+        raise CheckpointError(f"{source} lacks shards that {index.name} names:", missing)
+    shards = {file: open_shard(path) for file, path in paths.items() if path is not None}
+    found: dict[str, T] = {}
+    absent = []
+    for name, file in weight_map.items():
+        short = name if name in shards[file] else name.partition("/")[2]
+        if short not in shards[file]:
+            absent.append(f"{name} in {file}")
+        elif short in found:
+            raise CheckpointError(f"{index} names a tensor twice:", [name])
+        else:
+            found[short] = shards[file][short]
+    if absent:
+        raise CheckpointError(f"{source} lacks tensors that {index.name} names:", absent)
+    return found, files
+
+
+def stays_inside(file: str) -> bool:
+    """Tells whether a file name of an index stays inside the index's folder, on any system."""
+    if not file or "\0" in file:
+        return False
+    paths = (PurePosixPath(file), PureWindowsPath(file))
+    return not any(path.is_absolute() or path.drive or path.root or ".." in path.parts for path in paths)
+
+
+def write_shards(
+    save: Transaction,
+    arrays: Mapping[str, np.ndarray],
+    write: Callable[[Path, list[str]], None],
+    *,
+    single: str,
+    index: str,
+    max_shard_size: int | str,
+    prefix: str = "",
+) -> list[str]:
+    """Writes arrays as one file, or as shards with an index when they are larger than ``max_shard_size``.
+
+    Args:
+        save: The transaction of the folder; files of an earlier save in this format are removed with it.
+        arrays: Name in the file to array.
+        write: Writes the arrays of these names into a file.
+        single: The name of the only file; shards are named after it.
+        index: The name of the index.
+        max_shard_size: Bytes, or text such as "5GB" or "200MiB".
+        prefix: What the index writes before every name.
+
+    Returns:
+        The names of the files, without the index.
+    """
+    limit = parse_size(max_shard_size)
+    shards: list[list[str]] = [[]]
+    room, total, count = limit, 0, 0
+    for name, array in arrays.items():
+        if array.nbytes > room and shards[-1]:
+            shards.append([])
+            room = limit
+        shards[-1].append(name)
+        room -= array.nbytes
+        total, count = total + array.nbytes, count + array.size
+    stem, dot, suffix = single.rpartition(".")
+    if len(shards) == 1:
+        files = [single]
+    else:
+        files = [f"{stem}-{i + 1:05d}-of-{len(shards):05d}{dot}{suffix}" for i in range(len(shards))]
+        content = {
+            "metadata": {"total_size": total, "total_parameters": count},
+            "weight_map": {
+                f"{prefix}{name}": file for file, shard in zip(files, shards, strict=True) for name in shard
+            },
+        }
+        save.write(index, to_json(content))
+    for file, shard in zip(files, shards, strict=True):
+        write(save.path(file), shard)
+    old = re.compile(rf"{re.escape(stem)}-\d{{5}}-of-\d{{5}}\.{suffix}")
+    save.remove(single, index, *(path.name for path in save.folder.iterdir() if old.fullmatch(path.name)))
+    return files
+
+
+def to_json(content: dict) -> str:
+    """Returns the text of a JSON file: indented by 2, sorted, with a newline at its end."""
+    return json.dumps(content, indent=2, sort_keys=True) + "\n"
+
+
+def parse_size(size: int | str) -> int:
+    """Reads a size in bytes from a number or from text such as "5GB" (10^9) or "5GiB" (2^30).
+
+    Raises:
+        ValueError: It is not a positive size.
+    """
+    if isinstance(size, int) and not isinstance(size, bool) and size > 0:
+        return size
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([a-z]*)\s*", size, re.IGNORECASE) if isinstance(size, str) else None
+    if match is not None and match[2].upper() in _UNITS and float(match[1]) > 0:
+        return max(1, int(float(match[1]) * _UNITS[match[2].upper()]))
+    raise bad_input("A size must be a positive number of bytes, or text like '5GB'", size, "Pass one of them")

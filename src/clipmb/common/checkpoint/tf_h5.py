@@ -1,0 +1,134 @@
+"""``tf_model.h5``, single or in shards, as the TensorFlow models of transformers 4 wrote and read it.
+
+A single file is what Keras 2's ``save_weights`` makes of a model with one layer called "clip": the group of the layer,
+in it a path that begins with the name of the model's instance, attributes that list both in the order of the model's
+weights. Shards are flat, without the instance. Heads that had no TensorFlow class are written by the same rule.
+
+float64, float32 and float16 are stored as they are, bfloat16 as float32: HDF5 has no bfloat16, transformers' TensorFlow
+models are float32 anyway, and widening is exact.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+
+from clipmb.common.checkpoint.formats import Loaded
+from clipmb.common.checkpoint.h5 import is_h5, read_h5, write_h5
+from clipmb.common.checkpoint.names import Deferred, Maker, canonical, dialect_of, in_framework, makers_of, tf_name
+from clipmb.common.checkpoint.sharding import read_shards, write_shards
+from clipmb.common.config import BaseConfig
+from clipmb.common.hub import Source
+from clipmb.common.parameters import Spec, specs
+from clipmb.common.saving import Transaction
+
+_FILE = "tf_model.h5"
+_INDEX = "tf_model.h5.index.json"
+_KERAS = b"2.15.0"  # the last Keras 2
+_ATTRIBUTE_BYTES = 64512  # Keras' limit, a little below that of HDF5
+# The order of the former models' weights, by which Keras 2's own load_weights goes, where it is not that of `specs`.
+_RANKS = (
+    "class_embedding", "token_embedding", "position_embedding", "patch_embedding",
+    "q_proj", "k_proj", "v_proj", "out_proj",
+)  # fmt: skip
+
+
+def read(source: Source, variant: str | None = None) -> Loaded | None:
+    """Maps the weights of a source; None when it has none in this format, which has no variants.
+
+    Raises:
+        CheckpointError: A file is damaged or hostile, or a shard is missing.
+        MissingBackendError: h5py is not installed.
+    """
+    name = _FILE if source.file is None else source.file.name
+    tensors: Mapping[str, np.ndarray]
+    if variant is not None:
+        return None
+    if (path := source.find(name)) is not None and (source.file is None or is_h5(path)):
+        tensors, files = read_h5(path), [name]
+        if source.file is not None and dialect_of(tensors) != "tf":
+            return None
+    elif source.file is None and (path := source.find(_INDEX)) is not None:
+        makers, files = read_shards(source, path, lambda shard: makers_of(read_h5(shard)))
+        tensors, files = Deferred(makers), [*files, _INDEX]
+    else:
+        return None
+    return Loaded("tf-h5", canonical(tensors, "tf", source), files)
+
+
+def write(
+    save: Transaction,
+    arrays: Mapping[str, np.ndarray],
+    config: BaseConfig,
+    head: str,
+    *,
+    max_shard_size: int | str = "5GB",
+) -> list[str]:
+    """Writes canonical arrays; returns the names of the files, the index among them.
+
+    Raises:
+        MissingBackendError: h5py is not installed.
+    """
+    instance = re.sub(r"(?<=.)(?=[A-Z][a-z])", "_", f"TF{head}").lower()  # tfclip_model, tfclip_text_model, …
+    tensors = Deferred(
+        {tf_name(spec): partial(_stored, in_framework(arrays, spec)) for spec in _in_order(specs(config, head))}
+    )
+
+    def write_file(path: Path, names: list[str]) -> None:
+        if len(names) < len(tensors):
+            part = Deferred({name: tensors.makers[name] for name in names})
+            write_h5(path, part, {"": _list("layer_names", sorted(names))})
+            return
+        weights = [f"{instance}/{name}" for name in names]
+        whole = Deferred({f"clip/{instance}/{name}": tensors.makers[name] for name in names})
+        attributes = {
+            "": {"backend": b"tensorflow", "keras_version": _KERAS, **_list("layer_names", ["clip"])},
+            "clip": _list("weight_names", weights),
+            "top_level_model_weights": {"weight_names": np.zeros(0)},
+        }
+        write_h5(path, whole, attributes)
+
+    files = write_shards(
+        save,
+        tensors,
+        write_file,
+        single=_FILE,
+        index=_INDEX,
+        max_shard_size=max_shard_size,
+        prefix=f"{instance}/",
+    )
+    return files if len(files) == 1 else [*files, _INDEX]
+
+
+def _stored(maker: Maker) -> np.ndarray:
+    array = maker()
+    array = array if array.dtype.name in ("float64", "float32", "float16") else array.astype(np.float32)
+    return array.reshape(1) if array.shape == () else array  # logit_scale
+
+
+def _in_order(table: list[Spec]) -> list[Spec]:
+    first: dict[str, int] = {}
+
+    def key(item: tuple[int, Spec]) -> tuple[int, int]:
+        position, spec = item
+        parent, _, module = spec.stem.rpartition(".")
+        together = module in _RANKS
+        place = first.setdefault(parent, position) if together else position
+        return place, _RANKS.index(module) if together else 0
+
+    return [spec for _, spec in sorted(enumerate(table), key=key)]
+
+
+def _list(name: str, values: list[str]) -> dict[str, np.ndarray]:
+    """Returns a list as Keras stores one: as an attribute, or as several when it is too long for one."""
+    encoded = np.array([value.encode() for value in values])
+    parts = -(-encoded.nbytes // _ATTRIBUTE_BYTES)
+    while any(part.nbytes > _ATTRIBUTE_BYTES for part in np.array_split(encoded, parts)):
+        parts += 1
+    if parts == 1:
+        return {name: encoded}
+    return {f"{name}{i}": part for i, part in enumerate(np.array_split(encoded, parts))}

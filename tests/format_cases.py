@@ -1,0 +1,72 @@
+"""What the tests of all checkpoint formats share: writing, reading, comparing, and random small configurations."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import ml_dtypes
+import numpy as np
+from cases import config_of, random_arrays
+from hypothesis import strategies as st
+
+from clipmb.common.checkpoint import fit, formats
+from clipmb.common.config import BaseConfig, CLIPConfig
+from clipmb.common.hub import Source
+from clipmb.common.parameters import specs
+from clipmb.common.saving import Transaction
+
+DTYPES = {"float32": np.float32, "float16": np.float16, "float64": np.float64, "bfloat16": ml_dtypes.bfloat16}
+
+
+def arrays_of(config: BaseConfig, head: str, dtype: str = "float32", seed: int = 0) -> dict[str, np.ndarray]:
+    """Random values for every parameter."""
+    wide = random_arrays(config, head, seed, "float64")
+    return {name: array.astype(DTYPES[dtype]) for name, array in wide.items()}
+
+
+def write_as(name: str, folder: Path, arrays, config: BaseConfig, head: str, size: int | str = "5GB") -> list[str]:
+    """Writes a checkpoint in a format, without its config."""
+    with Transaction(folder) as save:
+        return formats.module_of(name).write(save, arrays, config, head, max_shard_size=size)
+
+
+def read_as(name: str, path: Path, config: BaseConfig, head: str) -> dict[str, np.ndarray]:
+    """Reads a checkpoint, which must be found to be in this format, strictly."""
+    loaded = formats.load(Source(str(path)))
+    assert loaded.format == name
+    return fit(loaded.tensors, specs(config, head), head)[0]
+
+
+def assert_same(found, expected) -> None:
+    """Equal names, dtypes, shapes and bits."""
+    assert found.keys() == expected.keys()
+    for name, array in expected.items():
+        assert found[name].dtype == array.dtype, name
+        assert found[name].shape == array.shape, name
+        assert found[name].tobytes() == array.tobytes(), name
+
+
+@st.composite
+def heads_and_configs(draw: st.DrawFn, heads: tuple[str, ...]) -> tuple[str, BaseConfig]:
+    """A head with a small random configuration of its own."""
+    number = st.integers
+    text = {
+        "vocab_size": draw(number(1, 40)), "hidden_size": 2 * draw(number(1, 9)),
+        "intermediate_size": draw(number(1, 20)), "num_hidden_layers": draw(number(0, 12)), "num_attention_heads": 2,
+        "max_position_embeddings": draw(number(1, 9)),
+    }  # fmt: skip
+    patch = draw(number(1, 4))
+    vision = {
+        "hidden_size": 3 * draw(number(1, 6)), "intermediate_size": draw(number(1, 20)),
+        "num_hidden_layers": draw(number(0, 12)), "num_attention_heads": 3, "num_channels": draw(number(1, 4)),
+        "patch_size": patch, "image_size": patch * draw(number(1, 4)),
+    }  # fmt: skip
+    proj = draw(number(1, 9))
+    config = CLIPConfig(
+        {**text, "projection_dim": proj},
+        {**vision, "projection_dim": proj},
+        projection_dim=proj,
+        num_labels=draw(number(1, 5)),
+    )
+    head = draw(st.sampled_from(heads))
+    return head, config_of(head, config)
