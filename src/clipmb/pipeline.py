@@ -97,7 +97,9 @@ class CLIPPipeline:
             try:
                 pixels = self.processor.image_processor(batch, return_tensors="np")["pixel_values"]
             except ValueError as error:
-                raise ValueError(f"{error} (indices count from image {start})" if start else str(error)) from error
+                if not start:
+                    raise
+                raise ValueError(f"{error} (indices count from image {start})") from error
             parts.append(self.engine.image_features(pixels))
         return self._joined(parts, normalize)
 
@@ -144,8 +146,9 @@ class CLIPPipeline:
         restored[order] = features
         if len(rows) > len(texts):
             means = np.zeros((len(texts), features.shape[1]), features.dtype)
+            ends = np.searchsorted(owners, np.arange(len(texts) + 1))  # the pieces of a text follow each other
             for text in range(len(texts)):
-                pieces = restored[[i for i in range(len(rows)) if owners[i] == text]]
+                pieces = restored[ends[text] : ends[text + 1]]
                 means[text] = pieces[0] if len(pieces) == 1 else unit(pieces).mean(axis=0)
             restored = means
         return unit(restored) if normalize and len(restored) else restored

@@ -19,14 +19,13 @@ import numpy as np
 from safetensors.numpy import load_file
 
 from clipmb import backends as _backends
-from clipmb.common.config import CLIPConfig
-from clipmb.common.errors import CheckpointError, MissingBackendError, bad_input
+from clipmb.common.config import CLIPConfig, CLIPTextConfig
+from clipmb.common.errors import CheckpointError, MissingBackendError, bad_input, one_of
 from clipmb.common.hub import Source
 from clipmb.common.image_processor import CLIPImageProcessor
 from clipmb.common.pretrained import normal_dtype
-from clipmb.common.processor import CLIPProcessor
+from clipmb.common.processor import has_tokenizer, image_processor_of, tokenizer_of
 from clipmb.common.tokenizer import CLIPTokenizerFast
-from clipmb.pipeline import processor_for
 
 # Largest relative difference, max|a - b| / max|b|, by dtype: of projected and pooled vectors, and of everything else.
 # float64 shows whether two implementations are the same function; the others allow for rounding in another order.
@@ -140,7 +139,7 @@ def compare(
     chosen = tuple(_backends.installed() if backends is None else [backends] if isinstance(backends, str) else backends)
     kind = normal_dtype(dtype, "compare")
     if kind not in BOUNDS:
-        raise bad_input(f"dtype must be one of {', '.join(BOUNDS)}", dtype, "Pass one of them")
+        raise one_of("dtype", dtype, tuple(BOUNDS))
     if not chosen:
         raise MissingBackendError("pt", cause="no framework is installed")
     if len(chosen) < 2 and against is None:
@@ -160,13 +159,13 @@ def compare(
 
     report = Report("", kind)
     standard: dict[str, Any] | None = None
-    for place, (origin, backend) in enumerate(contenders):
+    for origin, backend in contenders:
         name = backend if against is None else f"{origin} on {backend}"
         found = _run(origin, backend, kind, texts, images)
         if standard is None:
             standard, report.standard = found, name
         else:
-            report.comparisons += _compared(name, found, standard, kind, same=against is None or place == 0)
+            report.comparisons += _compared(name, found, standard, kind)
     return report
 
 
@@ -251,37 +250,32 @@ def _inputs(
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Returns ids, mask and pixels; a checkpoint whose tokenizer is missing gets random ids of its vocabulary."""
     limit = config.text_config.max_position_embeddings
-    try:
-        processor = processor_for(source, config)
-    except CheckpointError:
+    if has_tokenizer(source) or config.text_config.vocab_size == CLIPTextConfig().vocab_size:
+        tokenizer = tokenizer_of(source, config.text_config)
+        tokens = tokenizer(list(texts), padding=True, truncation=True, max_length=limit, return_tensors="np")
+        ids, mask = tokens["input_ids"], tokens["attention_mask"]
+    else:
         rng = np.random.default_rng(0)
         ids = rng.integers(0, config.text_config.vocab_size, (len(texts), limit))
         mask = (np.arange(limit) < rng.integers(2, limit + 1, (len(texts), 1))).astype(np.int64)
-        processor = CLIPProcessor(_image_processor(config))
-    else:
-        tokens = processor.tokenizer(list(texts), padding=True, truncation=True, max_length=limit, return_tensors="np")
-        ids, mask = tokens["input_ids"], tokens["attention_mask"]
-    pixels = processor.image_processor(list(images), return_tensors="np")["pixel_values"]
+    pixels = image_processor_of(source, config.vision_config)(list(images), return_tensors="np")["pixel_values"]
     return ids, mask, pixels
 
 
-def _image_processor(config: CLIPConfig) -> Any:
-    size = config.vision_config.image_size
-    return CLIPImageProcessor(size={"shortest_edge": size}, crop_size={"height": size, "width": size})
+def _bound(stage: str, dtype: str) -> float:
+    """The largest difference that is agreement at a stage."""
+    return BOUNDS[dtype][0 if stage.endswith((".pooled", ".projected")) else 1]
 
 
-def _compared(
-    name: str, found: dict[str, Any], standard: dict[str, Any], dtype: str, *, same: bool
-) -> Iterator[Comparison]:
+def _compared(name: str, found: dict[str, Any], standard: dict[str, Any], dtype: str) -> Iterator[Comparison]:
     """Compares the inputs exactly, the weights exactly, and the stages within the bounds of the dtype."""
     for stage in ("ids", "pixels"):
         equal = np.array_equal(found[stage], standard[stage])
         difference = 0.0 if equal else max(relative_difference(found[stage], standard[stage]), np.finfo(float).tiny)
         yield Comparison(name, stage, difference, 0.0, "" if equal else _where(found[stage], standard[stage]))
     yield _weights(name, found["weights"], standard["weights"])
-    pooled, other = BOUNDS[dtype]
     for stage, values in standard["stages"].items():
-        bound = pooled if stage.endswith((".pooled", ".projected")) else other
+        bound = _bound(stage, dtype)
         mine = found["stages"].get(stage)
         difference = float("inf") if mine is None else relative_difference(mine, values)
         detail = "" if difference <= bound else "no such stage" if mine is None else _where(mine, values)
@@ -367,12 +361,11 @@ def _examined(backend: str, folder: Path, vectors: dict[str, np.ndarray]) -> dic
         stages = engine.stages(vectors["input_ids"], vectors["attention_mask"], vectors["pixel_values"])
     except Exception as error:
         return {**about, "error": f"{type(error).__name__}: {error}", "correct": False}
-    pooled, other = BOUNDS["float32"]
     worst, first = 0.0, None
     for stage, values in stages.items():  # in the order of computation
         difference = relative_difference(values, vectors[f"stage.{stage}"])
         worst = max(worst, difference)
-        if first is None and not difference <= (pooled if stage.endswith((".pooled", ".projected")) else other):
+        if first is None and not difference <= _bound(stage, "float32"):
             first = stage
     complete = len(stages) == sum(name.startswith("stage.") for name in vectors)
     return {**about, "correct": first is None and complete, "stages": len(stages), "difference": worst, "first": first}

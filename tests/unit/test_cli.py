@@ -133,3 +133,8 @@ def test_help_and_version():
     assert "classify" in clipmb("--help").stdout
     assert "--labels" in clipmb("classify", "--help").stdout
     assert clipmb("--version").stdout.startswith("clipmb 0.")
+
+
+def test_tables_show_names_as_they_are(tmp_path):
+    folder = write_checkpoint(tmp_path / "my[red]clip :cat:", CONFIG)
+    assert "my[red]clip :cat:" in clipmb("info", folder).stdout

@@ -186,3 +186,15 @@ def test_round_trip(heads, head_dim, layers, grid, patch, act, eps, extra):
     assert again.to_dict() == config.to_dict()
     assert CLIPConfig.from_dict(json.loads(config.to_json_string(use_diff=True))) == config
     assert again.vision_config.num_patches == grid * grid
+
+
+def test_the_attention_choice_survives_updates_and_nesting():
+    config = CLIPTextConfig(attn_implementation="eager", name_or_path="here")
+    config.update({"hidden_size": 64})
+    assert (config.attn_implementation, config.name_or_path, config.hidden_size) == ("eager", "here", 64)
+    assert CLIPConfig(text_config=config).text_config.attn_implementation == "eager"
+
+
+def test_saving_by_the_former_name_of_the_argument(tmp_path):
+    CLIPTextConfig(hidden_size=64).save_pretrained(save_directory=tmp_path)
+    assert CLIPTextConfig.from_pretrained(tmp_path).hidden_size == 64

@@ -11,7 +11,7 @@ from cases import CONFIGS, VISION, random_arrays, write_checkpoint
 from conftest import BACKENDS
 from test_cli import clipmb
 
-from clipmb import CLIPConfig, MissingBackendError, testing
+from clipmb import CheckpointError, CLIPConfig, MissingBackendError, testing
 from clipmb.common.checkpoint import write_safetensors
 from clipmb.common.saving import Transaction
 
@@ -179,3 +179,10 @@ def test_doctor_on_the_command_line():
     assert found["ok"]
     assert {name for name, entry in found["backends"].items() if entry["installed"]} >= set(BACKENDS)
     assert clipmb("doctor", "--backend", "onnx").returncode == 1
+
+
+@pytest.mark.parametrize("file", ["tokenizer.json", "preprocessor_config.json"])
+def test_a_damaged_tokenizer_or_image_processor_is_no_agreement(folder, tmp_path, file):
+    (changed(tmp_path) / file).write_text("{")
+    with pytest.raises(CheckpointError, match=file.replace(".", r"\.")):
+        testing.compare(tmp_path, backends=BACKENDS[:1], against=folder)

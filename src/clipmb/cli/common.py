@@ -81,10 +81,12 @@ def table(title: str, columns: list[str], rows: list[list[str]], right: tuple[in
     from rich.console import Console
     from rich.table import Table
 
-    console = Console(width=None if sys.stdout.isatty() else 200, soft_wrap=True)
+    console = Console(
+        width=None if sys.stdout.isatty() else 200, soft_wrap=True, markup=False, emoji=False, highlight=False
+    )
     drawn = Table(title=title or None, title_justify="left")
     for place, column in enumerate(columns):
         drawn.add_column(column, justify="right" if place in right else "left", overflow="fold")
     for row in rows:
-        drawn.add_row(*(cell.replace("[", r"\[") for cell in row))
+        drawn.add_row(*row)
     console.print(drawn)

@@ -49,6 +49,8 @@ def to_numpy(value: Any) -> np.ndarray:
     """Turns an array or tensor of any framework into numpy, without importing the framework."""
     if hasattr(value, "detach"):  # torch: leave the graph and the device
         value = value.detach().cpu()
+        if str(value.dtype) == "torch.bfloat16":  # which numpy lacks
+            value = value.float()
     return np.asarray(value)
 
 

@@ -167,9 +167,9 @@ class BaseConfig:
         """Writes `to_json_string` to a file."""
         Path(path).write_text(self.to_json_string(use_diff), encoding="utf-8")
 
-    def save_pretrained(self, folder: str | os.PathLike[str]) -> None:
+    def save_pretrained(self, save_directory: str | os.PathLike[str]) -> None:
         """Writes ``config.json`` into a folder, which is made when it is missing."""
-        with Transaction(folder) as save:
+        with Transaction(save_directory) as save:
             save.write(CONFIG_NAME, self.to_json_string())
 
     @classmethod
@@ -267,7 +267,8 @@ class BaseConfig:
 
     def update(self, changes: dict[str, Any]) -> None:
         """Sets several fields, with the same checks as at construction."""
-        changed = type(self).from_dict(self.to_dict(), **changes)
+        kept = {"_name_or_path": self._name_or_path, "attn_implementation": self.attn_choices()}
+        changed = type(self).from_dict(self.to_dict(), **{**kept, **changes})
         self.__dict__.update(changed.__dict__)
 
     def get_text_config(self, decoder: bool = False) -> BaseConfig:
@@ -547,7 +548,7 @@ class CLIPConfig(BaseConfig):
 
 def _with_legacy(cls: type[ConfigT], given: ConfigT | dict | None, legacy: dict | None) -> ConfigT:
     if isinstance(given, cls):
-        given = given.to_dict()
+        given = {**given.to_dict(), "attn_implementation": given.attn_choices()}
     if given is not None and not isinstance(given, dict):
         raise bad_input(
             f"{cls.base_config_key} must be a {cls.__name__} or a dict", given, "Pass one of them", TypeError

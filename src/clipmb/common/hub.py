@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 from collections.abc import Iterator
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -48,7 +48,7 @@ class Source:
             if forgotten == "use_auth_token" and value is not None:
                 given.setdefault("token", value)
         if isinstance(name_or_path, Source):
-            return name_or_path
+            return replace(name_or_path, **given)
         if not isinstance(name_or_path, str | os.PathLike):
             raise bad_input(
                 "A checkpoint is named by a folder or a hub id", name_or_path, "Pass a string or a path", TypeError

@@ -117,8 +117,6 @@ def to_array(name: str, item: Any) -> np.ndarray:
             TypeError,
             shown=True,
         )
-    if str(getattr(item, "dtype", "")) == "torch.bfloat16":  # numpy lacks this type
-        item = cast(Any, item).float()
     array = np.asarray(item) if isinstance(item, Image.Image) else to_numpy(item)
     if array.dtype.name == "bfloat16":
         array = array.astype(np.float32)
