@@ -90,10 +90,23 @@ def numpy(value: Any) -> np.ndarray:
 
 
 def outputs(
-    backend: str, model: Any, inputs: dict[str, np.ndarray], compiled: str | None = None, **flags: Any
+    backend: str,
+    model: Any,
+    inputs: dict[str, np.ndarray],
+    compiled: str | None = None,
+    training: bool = False,
+    **flags: Any,
 ) -> dict[str, np.ndarray]:
     """Runs a model; ``compiled`` names a compiler of the backend."""
     given = tensors(backend, inputs)
+    if backend == "pt":
+        model.train(training)
+    elif backend == "tf":
+        flags["training"] = training
+    elif training:
+        import jax
+
+        flags |= {"train": True, "dropout_rng": jax.random.key(0)}
     if backend == "pt":
         import torch
 

@@ -321,3 +321,28 @@ def test_faults_of_the_table_are_seen(folders, tmp_path, run, monkeypatch, backe
     with loaded(backend, head, folder, "float32", attn_implementation="eager") as model:
         found = outputs(backend, model, inputs_for(head, "stress", "float32"), **flags_of(head))
     assert relative(found["image_embeds"], expected["image_embeds"]) > 1e-3
+
+
+# -- training ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("head", ALL_HEADS)
+@pytest.mark.parametrize("implementation", ["eager", "sdpa"])
+@pytest.mark.parametrize("masked", [False, True])
+def test_training_with_next_to_no_dropout_is_evaluation(folders, backend, head, implementation, masked):
+    """Whatever path dropout takes, masks and all else stay; at 1e-9 nothing is dropped."""
+    inputs = inputs_for(head, "stress", "float64")
+    if not masked:
+        inputs.pop("attention_mask", None)
+    rate = {"attention_dropout": 1e-9}
+    changes = (
+        {"text_config": rate, "vision_config": rate} if head in ("CLIPModel", "CLIPForImageClassification") else rate
+    )
+    with loaded(
+        backend, head, folders[head, "stress"], "float64", attn_implementation=implementation, **changes
+    ) as model:
+        expected = outputs(backend, model, inputs)
+        found = outputs(backend, model, inputs, training=True)
+    for field, value in expected.items():
+        assert relative(found[field], value) <= 1e-8, field

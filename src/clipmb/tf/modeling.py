@@ -192,15 +192,14 @@ class CLIPAttention(Module):
     ) -> tuple[Tensor, Tensor | None]:
         """Returns the context (batch, seq, width) and, unless fused, the weights (batch, heads, seq, seq).
 
-        ``seed`` is that of dropout, or None for none. TensorFlow's fused attention has no dropout; with one it is
-        computed as eager attention is.
+        ``seed`` is that of dropout, or None for none; fused attention takes none.
         """
         batch, seq, width = keras.ops.shape(hidden_states)
         split = (batch, seq, self.num_heads, self.head_dim)
         query = tf.reshape(self.q_proj(hidden_states), split)  # (batch, seq, heads, head_dim)
         key = tf.reshape(self.k_proj(hidden_states), split)
         value = tf.reshape(self.v_proj(hidden_states), split)
-        if fused and seed is None:
+        if fused:
             weights = None
             scale = tf.constant(self.scale, statistics(query.dtype))  # Keras rounds a Python number to float32
             context = keras.ops.dot_product_attention(
@@ -216,7 +215,7 @@ class CLIPAttention(Module):
                 weights = tf.nn.experimental.stateless_dropout(weights, self.dropout, seed=seed)
             context = tf.einsum("bhqk,bkhd->bqhd", weights, value)
         context = tf.reshape(context, (batch, seq, width))
-        return self.out_proj(context), None if fused else weights
+        return self.out_proj(context), weights
 
 
 class CLIPMLP(Module):
@@ -284,13 +283,15 @@ class CLIPEncoder(Module):
         if fused and output_attentions:
             fused = False
             checks.warn_once(checks.ATTENTIONS_NEED_EAGER)
+        dropout = training and self.config.attention_dropout > 0
+        fused = fused and not dropout  # Keras' fused attention has no dropout
         bias = None
         if causal and (attention_mask is not None or not fused):
             bias = attention_bias(attention_mask, hidden_states)
         states, attentions = [hidden_states], []
         for layer in self.layers:
             seed = None
-            if training and self.config.attention_dropout:
+            if dropout:
                 seed = tf.cast(self.seed_generator.next(), tf.int32)  # drawn here, so that recomputing drops the same
             if self.checkpointing and training:
                 hidden_states, weights = _recomputed(layer, hidden_states, bias, seed, causal, fused)
