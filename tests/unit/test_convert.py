@@ -297,9 +297,13 @@ def test_a_destination_that_is_not_empty_is_refused(source, tmp_path):
 def test_overwriting_replaces_the_checkpoint_and_nothing_else(source, tmp_path):
     folder = tmp_path / "result"
     convert(source, folder, max_shard_size="100KB")
-    (folder / "notes.txt").write_text("mine")
+    mine = ("notes.txt", "training_args.bin", "optimizer.pt", "features.npz", "model_card.json", "report.index.html")
+    for name in mine:
+        (folder / name).write_text("mine")
+    (folder / "ViT-B-32.pt").write_text("weights that a reader would look for")
     convert(source, folder, "flax-msgpack", overwrite=True)
-    assert (folder / "notes.txt").read_text() == "mine"
+    assert all((folder / name).read_text() == "mine" for name in mine)
+    assert not (folder / "ViT-B-32.pt").exists()
     assert not list(folder.glob("*.safetensors*"))
     assert formats.load(Source(str(folder))).format == "flax-msgpack"
     assert check_record(folder) == []

@@ -72,7 +72,8 @@ def test_weights_and_config(tmp_path, name, config, quick):
     (tmp_path / "added_tokens.json").write_text("[]")
     source = put(tmp_path, MODEL if quick is None else {**MODEL, "quick_gelu": quick}, name=name, config=config)
     loaded = formats.load(source)
-    assert (loaded.format, loaded.files) == ("open_clip", [name])
+    assert (loaded.format, loaded.files[0]) == ("open_clip", name)
+    assert loaded.files[1].endswith(".json")  # which decides the activation
     act = "quick_gelu" if quick else "gelu"
     assert loaded.config == CLIPConfig(
         {**TEXT, "hidden_act": act, "eos_token_id": 2, "bos_token_id": 0},

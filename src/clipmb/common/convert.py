@@ -11,6 +11,7 @@ import hashlib
 import importlib.metadata
 import os
 import platform
+import re
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -44,7 +45,9 @@ from clipmb.common.saving import Transaction, finish
 RECORD_NAME = "conversion.json"
 DTYPES = ("float32", "float16", "bfloat16")
 _CHUNK = 1 << 22  # values compared at a time
-_WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".npz", ".keras")
+# The files of weights that some format looks for by name.
+_STEM = r"(model|pytorch_model|tf_model|flax_model|open_clip_model|open_clip_pytorch_model)"
+_WEIGHTS = re.compile(rf"{_STEM}([.-][\w.-]*)?\.(safetensors|bin|h5|msgpack|pt)|{_STEM}\.[\w.]*index[\w.]*\.json")
 _OTHERS = (CONFIG_NAME, RECORD_NAME, "open_clip_config.json", *PROCESSOR_FILES)
 
 # Runs source and result through the installed backends and returns what belongs in the record.
@@ -289,7 +292,7 @@ def _require_free(folder: Path, source: Source, overwrite: bool) -> None:
 
 def _belongs(name: str) -> bool:
     """Whether a file is part of a checkpoint, so that it must not stay beside a new one."""
-    return name in _OTHERS or name.endswith(_WEIGHTS) or ".index." in name
+    return name in _OTHERS or name in openai.NAMES or _WEIGHTS.fullmatch(name) is not None
 
 
 def _plan(

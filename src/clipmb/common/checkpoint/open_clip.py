@@ -110,7 +110,7 @@ def read(source: Source, variant: str | None = None) -> Loaded | None:
         if name not in METADATA and name != "attn_mask"
     }
     config, decisions = _read_config(model, tensors, config_path)
-    return Loaded("open_clip", to_canonical(tensors), [path.name], config, decisions)
+    return Loaded("open_clip", to_canonical(tensors), [path.name, config_path.name], config, decisions)
 
 
 def _find_config(source: Source, weights: Path) -> tuple[Path, dict[str, Any]]:

@@ -23,7 +23,7 @@ from clipmb.common.saving import Transaction
 
 FILE = "model.pt"
 CONFIG = "open_clip_config.json"  # where a source has it, the files are open_clip's
-_NAMES = (FILE, "ViT-B-32.pt", "ViT-B-16.pt", "ViT-L-14.pt", "ViT-L-14-336px.pt", "pytorch_model.bin")
+NAMES = (FILE, "ViT-B-32.pt", "ViT-B-16.pt", "ViT-L-14.pt", "ViT-L-14-336px.pt", "pytorch_model.bin")
 METADATA = ("input_resolution", "context_length", "vocab_size")
 
 # -- the mapping ------------------------------------------------------------------------------------------------------
@@ -247,7 +247,7 @@ def read(source: Source, variant: str | None = None) -> Loaded | None:
         CheckpointError: The file is damaged or hostile, or of a ResNet.
         MissingBackendError: PyTorch is not installed, and it is not a TorchScript archive.
     """
-    path = None if variant else find_weights(source, _NAMES)
+    path = None if variant else find_weights(source, NAMES)
     if path is None or not is_pickled(path):
         return None
     pickled = inspect(path)
