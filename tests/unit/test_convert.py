@@ -279,7 +279,9 @@ def test_openais_file_alone_is_enough(folders, tmp_path):
     assert done.source_format == "openai"
     assert equal(weights_of(tmp_path / "result", "CLIPModel"), random_arrays(CONFIG, "CLIPModel"))
     assert CLIPConfig.from_pretrained(tmp_path / "result").vision_config.num_attention_heads == 2
-    assert {"activation", "pooling"} <= done.decisions.keys()
+    assert done.decisions["activation"] == "quick_gelu, which all of OpenAI's models have; the file does not say"
+    assert done.decisions["pooling"].startswith("eos_token_id 2, which means: pool at the largest id")
+    assert "hidden_act" not in done.decisions
 
 
 # -- what is refused --------------------------------------------------------------------------------------------------

@@ -80,7 +80,7 @@ def test_weights_and_config(tmp_path, name, config, quick):
         {**VISION, "hidden_act": act},
         projection_dim=24,
     )
-    assert ("default is false" in loaded.decisions["hidden_act"]) == (quick is None)
+    assert ("default is false" in loaded.decisions["activation"]) == (quick is None)
     arrays, _ = fit(loaded.tensors, specs(loaded.config, "CLIPModel"), "CLIPModel")
     assert same(arrays, random_arrays(CONFIG, "CLIPModel"))
 

@@ -154,7 +154,7 @@ def check(loaded, model) -> None:
     assert config.text_config.eos_token_id == 2
     assert (config.text_config.num_attention_heads, config.vision_config.num_attention_heads) == (1, 2)
     assert (config.vision_config.image_size, config.vision_config.patch_size) == (20, 4)
-    assert {"hidden_act", "num_attention_heads", "eos_token_id", "sizes"} <= loaded.decisions.keys()
+    assert {"activation", "num_attention_heads", "pooling", "sizes"} <= loaded.decisions.keys()
 
 
 @pytest.mark.parametrize("name", ["model.pt", "ViT-B-32.pt", "mine.pt", "pytorch_model.bin"])

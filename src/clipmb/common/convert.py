@@ -303,8 +303,10 @@ def _plan(
     Returns:
         The conversion, and canonical names to those in ``loaded``.
     """
-    decisions = dict(loaded.decisions)
     path = source.find(CONFIG_NAME)
+    decisions = dict(loaded.decisions)
+    if path is not None:  # which then decides these, whatever the file's own config says
+        decisions = {key: why for key, why in decisions.items() if key not in ("activation", "pooling")}
     if path is None and loaded.config is None:
         source.require(CONFIG_NAME)  # raises, with the list of what is there
     fields = read_json(path) if path is not None else loaded.config.to_dict() if loaded.config else {}

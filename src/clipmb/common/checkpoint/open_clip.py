@@ -196,8 +196,8 @@ def _read_config(
     text |= {"bos_token_id": 0, "eos_token_id": eos, "pad_token_id": 1}
     said = "says" if "quick_gelu" in model else "does not say, and open_clip's default is false"
     decisions = {
-        "hidden_act": f"{vision['hidden_act']} for images and {text['hidden_act']} for texts: {path.name} {said}",
-        "eos_token_id": pooling,
+        "activation": f"{vision['hidden_act']} for images and {text['hidden_act']} for texts: {path.name} {said}",
+        "pooling": pooling,
         "sizes": f"from the shapes of the tensors, with which {path.name} agrees; heads and epsilons from {path.name}",
     }
     if tokenizer := given_text.get("hf_tokenizer_name"):

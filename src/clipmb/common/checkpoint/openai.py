@@ -278,8 +278,8 @@ def read(source: Source, variant: str | None = None) -> Loaded | None:
     text |= {"bos_token_id": 0, "eos_token_id": 2, "pad_token_id": 1}
     decisions = {
         "num_attention_heads": "width // 64 in both towers, as in OpenAI's code; the file does not say",
-        "hidden_act": "quick_gelu, which all of OpenAI's models have; the file does not say",
-        "eos_token_id": "2, which means: pool at the largest id, as OpenAI's code does and its configs on the hub say",
+        "activation": "quick_gelu, which all of OpenAI's models have; the file does not say",
+        "pooling": "eos_token_id 2, which means: pool at the largest id, as OpenAI's code does and its configs on the hub say",
         "sizes": "from the shapes of the tensors",
         "dtype": "every tensor as in the file; OpenAI's have matrices in float16 and the rest in float32",
     }
