@@ -279,7 +279,7 @@ def read(source: Source, variant: str | None = None) -> Loaded | None:
     decisions = {
         "num_attention_heads": "width // 64 in both towers, as in OpenAI's code; the file does not say",
         "activation": "quick_gelu, which all of OpenAI's models have; the file does not say",
-        "pooling": "eos_token_id 2, which means: pool at the largest id, as OpenAI's code does and its configs on the hub say",
+        "pooling": "eos_token_id 2, which means: pool at the largest id, as OpenAI's code and its hub configs have it",
         "sizes": "from the shapes of the tensors",
         "dtype": "every tensor as in the file; OpenAI's have matrices in float16 and the rest in float32",
     }
