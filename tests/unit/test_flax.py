@@ -704,3 +704,17 @@ def test_ids_that_are_constants_of_someones_jit_are_checked(tmp_path):
     assert np.allclose(found, model(good)[0], atol=1e-6)
     with pytest.raises(ValueError, match=r"\[0, 99\)"):
         jax.jit(lambda params: model(bad, params=params)[0])(model.params)
+
+
+def test_an_engine_computes_where_it_was_told(tmp_path):
+    folder = write_checkpoint(tmp_path, CONFIG)
+    run(
+        "import os, jax, numpy as np\n"
+        "from clipmb.flax.engine import Engine\n"
+        "engine = Engine.load(os.environ['FOLDER'], device='cpu:1')\n"
+        "ids = np.array([[97, 5, 98]])\n"
+        "found = engine._text(input_ids=ids, attention_mask=None, params=engine.model.params)\n"
+        "assert found.devices() == {jax.devices()[1]}, found.devices()\n",
+        FOLDER=str(folder),
+        XLA_FLAGS="--xla_force_host_platform_device_count=2",
+    )

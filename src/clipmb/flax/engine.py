@@ -56,6 +56,8 @@ class Engine:
             device = jax.devices(platform)[int(index or 0)]
         with jax.default_device(device), jax.enable_x64(normal_dtype(dtype, cls.__name__) == "float64"):
             model = FlaxCLIPModel.from_pretrained(name_or_path, dtype=dtype, **options)
+            if device is not None:
+                model.params = jax.device_put(model.params, device)  # committed: what is computed from them stays there
         return cls(model, compile=compile)
 
     @staticmethod
