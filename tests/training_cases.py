@@ -63,3 +63,16 @@ def largest_difference(found: dict[str, np.ndarray], expected: dict[str, np.ndar
         scale = np.abs(values).max()
         worst = max(worst, np.abs(found[name] - values).max() / (scale if scale > 1e-10 * largest else largest))
     return float(worst)
+
+
+# Every way to spread a step over devices and chunks must give the same as a plain step on one device.
+VARIANTS: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "chunks": {"chunk_size": 2},
+    "local loss": {"local_loss": True, "chunk_size": 4},
+    "sigmoid": {"loss": "siglip", "local_loss": True},
+    "sigmoid, chunks": {"loss": "siglip", "chunk_size": 5},
+    "frozen text": {"freeze": ("text",), "chunk_size": 4},
+    "frozen vision": {"freeze": ("vision",)},
+    "checkpointing": {"gradient_checkpointing": True, "chunk_size": 3},
+}
