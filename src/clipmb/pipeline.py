@@ -93,7 +93,7 @@ class CLIPPipeline:
         """
         images = list(images) if isinstance(images, list | tuple) else [images]
         parts = []
-        for start, batch in _batches(images, batch_size, "images", progress):
+        for start, batch in batches(images, batch_size, "images", progress):
             try:
                 pixels = self.processor.image_processor(batch, return_tensors="np")["pixel_values"]
             except ValueError as error:
@@ -133,7 +133,7 @@ class CLIPPipeline:
         rows, owners = self._rows(texts, long_text)
         order = sorted(range(len(rows)), key=lambda i: len(rows[i]))
         parts = []
-        for _, batch in _batches(order, batch_size, "texts", progress):
+        for _, batch in batches(order, batch_size, "texts", progress):
             longest = len(rows[batch[-1]])
             ids = np.full((len(batch), longest), self.processor.tokenizer.pad_token_id, np.int64)
             mask = np.zeros((len(batch), longest), np.int64)
@@ -234,7 +234,12 @@ def processor_for(source: Source, config: CLIPConfig) -> CLIPProcessor:
     return CLIPProcessor(image_processor_of(source, config.vision_config), tokenizer_of(source, config.text_config))
 
 
-def _batches(items: list, size: int, what: str, progress: bool) -> Iterator[tuple[int, list]]:
+def batches(items: list, size: int, what: str, progress: bool) -> Iterator[tuple[int, list]]:
+    """Yields where each batch starts, and the batch; with a progress bar when wanted and there is a terminal.
+
+    Raises:
+        ValueError: ``size`` is not a positive integer.
+    """
     if isinstance(size, bool) or not isinstance(size, int) or size < 1:
         raise bad_input("batch_size must be a positive integer", size, "Pass how many to compute at once")
     starts = range(0, len(items), size)

@@ -57,7 +57,9 @@ def test_imports_go_one_way(path):
         "backends": {"common"},
         "pipeline": {"common", "backends"},
         "testing": {"common", "backends", "pipeline"},
-        "cli": {"common", "backends", "pipeline", "testing", "cli"},
+        "evaluation": {"common", "backends", "pipeline"},
+        "training": {"common", "backends", "pipeline", "evaluation"},
+        "cli": {"common", "backends", "pipeline", "testing", "evaluation", "training", "cli"},
         "__init__": set(),
         "__main__": {"cli"},
     }

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import typer
 
-from clipmb.cli import classify, convert, doctor, info, verify
+from clipmb.cli import classify, convert, doctor, evaluate, info, verify
 from clipmb.cli.common import guarded, set_debug
 
 app = typer.Typer(
@@ -36,6 +36,7 @@ def _options(
 app.command("classify")(guarded(classify.run))
 app.command("convert")(guarded(convert.run))
 app.command("doctor")(guarded(doctor.run))
+app.command("evaluate")(guarded(evaluate.run))
 app.command("info")(guarded(info.run))
 app.command("verify")(guarded(verify.run))
 

@@ -1,0 +1,341 @@
+"""How good a model is on labelled or captioned pictures: zero-shot classification and image-text retrieval.
+
+Source: CLIP, arXiv 2103.00020, section 3.1 (zero-shot classification) and appendix E (retrieval on Flickr30k and COCO).
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+import os
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from clipmb.common.errors import bad_input
+from clipmb.common.zero_shot import class_embeddings, prompt_templates
+from clipmb.pipeline import CLIPPipeline, batches
+
+logger = logging.getLogger("clipmb")
+
+TOP = (1, 5)
+RECALL = (1, 5, 10)
+
+# Similarities of unit vectors that are closer than this are equal: far above the rounding of their sums in float64, and
+# far below what float32 embeddings can tell apart.
+_TIE = 1e-12
+_THREADS = 8  # that decode the pictures of a batch
+_QUERIES, _CANDIDATES, _PAIRS = 1024, 4096, 65536  # a block of similarities: 32 MiB
+
+
+def evaluate(
+    model: CLIPPipeline | str | os.PathLike[str],
+    data: Any,
+    backend: str | None = None,
+    *,
+    labels: Sequence[str] | Mapping[str, str] | str | os.PathLike[str] | None = None,
+    templates: str | Sequence[str] | None = None,
+    batch_size: int = 32,
+    long_text: str = "truncate",
+    dtype: Any = None,
+    device: Any = None,
+    progress: bool = False,
+    **columns: Any,
+) -> dict[str, Any]:
+    """Measures what the data allow: classification where items have labels, retrieval where they have captions.
+
+    Classification: a picture is right when its label's class embedding (the normalised mean over the templates) is
+    among the 1 or 5 most similar ones. With five classes or fewer, top-5 is always 1.
+
+    Retrieval is over all pictures and all captions of the data, the protocol of COCO and Flickr30k with five captions
+    for each picture. Image to text: one query for each picture, right when *any* of its captions is among the k most
+    similar ones. Text to image: one query for each caption, right when its picture is among the k most similar ones.
+    When pictures share a caption word for word, it is right for each of them, and each of them is right for it. Every
+    occurrence of a caption counts as one candidate and as one query.
+
+    The rank of a query is that of its best right candidate, from 1. A wrong candidate that is exactly as similar
+    precedes it, so that a model that gives the same embedding to everything scores no better than chance; copies of a
+    picture with other captions are wrong candidates too.
+
+    Only ``batch_size`` decoded pictures are in memory at once, all embeddings, and a block of their similarities.
+
+    Args:
+        model: A pipeline, or the folder or hub id of a checkpoint.
+        data: Path of a data set, as ``clipmb.common.data.Pairs.open`` takes it, or an opened one.
+        backend: "pt", "tf" or "flax" for a model that is loaded here; the first installed one when None.
+        labels: The classes: names; {label in the data: its name in the prompts}; or a text file with one label, or
+            label, tab and name, a line. The labels of the data when None.
+        templates: As `clipmb.common.zero_shot.prompt_templates` takes them.
+        batch_size: Pictures per step.
+        long_text: What to do with captions and prompts longer than the model's context, as in
+            ``CLIPPipeline.encode_text``.
+        dtype: Of a model that is loaded here.
+        device: Of a model that is loaded here.
+        progress: Show progress bars, when there is a terminal.
+        **columns: ``image_column``, ``caption_column``, ``label_column``, ``separator``: as ``Pairs.open`` takes them.
+
+    Returns:
+        JSON values; fractions are in [0, 1]. "zero_shot" and "retrieval" are there when the data allow them::
+
+            {"zero_shot": {"top1", "top5", "classes", "images"},
+             "retrieval": {"image_to_text": {"recall@1", "recall@5", "recall@10", "median_rank"},
+                           "text_to_image": {the same}, "images", "captions"},
+             "skipped": [{"id", "reason"}]}
+
+        "skipped" has what the data could not read as pairs, and the items whose picture or text cannot be used; they
+        count nowhere, and neither do their captions.
+
+    Raises:
+        ValueError: The data are empty, have neither labels nor captions, or only pictures that cannot be used; labels
+            of the data are not among the classes; or the model's embeddings are not finite.
+        CheckpointError: The model cannot be loaded.
+    """
+    prompt_templates(templates)
+    pairs = _opened(data, columns)
+    owned, captions, broken = _read_texts(pairs)
+    classes = _classes(labels, owned)
+    pipeline = _loaded(model, backend, dtype, device)
+    encode_text = functools.partial(pipeline.encode_text, long_text=long_text, progress=progress)
+
+    used = [i for i in range(len(pairs)) if owned[i] is not None or captions[i]]
+    embeds, kept = _encode_pictures(pipeline, pairs, used, broken, batch_size, progress)
+    found: dict[str, Any] = {}
+    if labelled := [row for row, i in enumerate(kept) if owned[i] is not None]:
+        names = _finite(class_embeddings(encode_text, list(classes.values()), templates), "class")
+        number = {label: place for place, label in enumerate(classes)}
+        right = np.array([(query, number[owned[kept[row]]]) for query, row in enumerate(labelled)])
+        ranks = _ranks(embeds[labelled], names, right)
+        found["zero_shot"] = {f"top{k}": _share(ranks <= k) for k in TOP}
+        found["zero_shot"] |= {"classes": len(classes), "images": len(labelled)}
+    if captioned := [row for row, i in enumerate(kept) if captions[i]]:
+        found["retrieval"] = _retrieval(embeds[captioned], [captions[kept[row]] for row in captioned], encode_text)
+    skipped = [*pairs.left_out, *((pairs.id(i), broken[i]) for i in sorted(broken))]
+    if skipped:
+        names = ", ".join(name for name, _ in skipped[:10]) + (", …" if len(skipped) > 10 else "")
+        logger.warning("clipmb: %d of %d items are left out: %s", len(skipped), len(kept) + len(skipped), names)
+    return {**found, "skipped": [{"id": name, "reason": reason} for name, reason in skipped]}
+
+
+def _opened(data: Any, columns: dict[str, Any]) -> Any:
+    if isinstance(data, str | os.PathLike):
+        from clipmb.common.data import Pairs
+
+        data = Pairs.open(data, **columns)
+    elif given := [name for name, value in columns.items() if value is not None]:
+        raise bad_input("Columns are chosen when data are opened", given, "Pass them to Pairs.open, or pass a path")
+    if not len(data):
+        raise bad_input("Evaluation needs at least one item", "empty data", "Pass other data", shown=True)
+    return data
+
+
+def _read_texts(pairs: Any) -> tuple[list[str | None], list[list[str]], dict[int, str]]:
+    """Returns label and captions of every item, and why those that have unreadable ones are broken."""
+    labels: list[str | None] = [None] * len(pairs)
+    captions: list[list[str]] = [[] for _ in labels]
+    broken = {}
+    for i in range(len(pairs)):
+        try:
+            label, texts = pairs.label(i), list(pairs.captions(i))
+            "".join(texts).encode()  # half characters, which JSON can hold, are no text
+        except (ValueError, OSError) as error:
+            broken[i] = str(error)
+        else:
+            labels[i], captions[i] = label, texts
+    if not any(captions) and not any(label is not None for label in labels):
+        first = f"; {pairs.id(min(broken))} is broken: {broken[min(broken)]}" if broken else ""
+        rule = "Evaluation needs items with labels or captions"
+        raise bad_input(rule, f"{len(labels)} items without{first}", "Name the columns, or pass other data", shown=True)
+    return labels, captions, broken
+
+
+def _loaded(model: Any, backend: str | None, dtype: Any, device: Any) -> CLIPPipeline:
+    if isinstance(model, str | os.PathLike):
+        return CLIPPipeline.from_pretrained(model, backend=backend, dtype=dtype, device=device)
+    if not isinstance(model, CLIPPipeline):
+        raise bad_input("model must be a CLIPPipeline, a folder or a hub id", model, "Pass one of these", TypeError)
+    if given := [value for value in (backend, dtype, device) if value is not None]:
+        raise bad_input("A pipeline has its backend, dtype and device", given, "Pass them to from_pretrained instead")
+    return model
+
+
+def _classes(labels: Any, owned: list[str | None]) -> dict[str, str]:
+    """Returns the name in the prompts of every label that is a class, in order."""
+    present = sorted({label for label in owned if label is not None})
+    if labels is None:
+        return {label: label for label in present}
+    if isinstance(labels, str | os.PathLike):
+        labels = _read_labels(Path(labels))
+    entries = []
+    if isinstance(labels, Mapping | Sequence):
+        entries = list(labels.items() if isinstance(labels, Mapping) else zip(labels, labels, strict=True))
+    if not entries or not all(isinstance(text, str) and text.strip() for entry in entries for text in entry):
+        raise bad_input("labels must be a list of at least one non-empty text", labels, "Pass a list of class names")
+    classes = dict(entries)
+    if len(classes) < len(entries):
+        double = [label for label, times in Counter(label for label, _ in entries).items() if times > 1]
+        raise bad_input("labels must differ from each other", double, "Name every class once")
+    if not present:
+        raise bad_input(
+            "labels are for data with labels", f"{len(owned)} items without", "Leave labels out", shown=True
+        )
+    if missing := [label for label in present if label not in classes]:
+        raise bad_input(
+            f"Every label of the data must be one of the {len(classes)} labels given",
+            f"{len(missing)} others: {', '.join(map(repr, missing))}",
+            "Add them to labels",
+            shown=True,
+        )
+    return classes
+
+
+def _read_labels(path: Path) -> list[str] | dict[str, str]:
+    """Reads one label a line, or label, tab and name in the prompts."""
+    try:
+        lines = [line.strip() for line in path.read_text("utf-8-sig").splitlines() if line.strip()]
+    except (OSError, UnicodeDecodeError) as error:
+        rule = "labels must be a list of class names or a readable text file of them"
+        raise bad_input(rule, f"{path} ({error})", "Correct the path", shown=True) from error
+    if not any("\t" in line for line in lines):
+        return lines
+    parts = [[part.strip() for part in line.split("\t")] for line in lines]
+    if bad := [number for number, part in enumerate(parts) if len(part) != 2 or not all(part)]:
+        rule = "Every line of labels must be a label, a tab and a name, or none may have a tab"
+        raise bad_input(rule, lines[bad[0]], f"Correct {path}")
+    if len({label for label, _ in parts}) < len(parts):
+        return [label for label, _ in parts]  # reported as double
+    return {part[0]: part[1] for part in parts}
+
+
+def _encode_pictures(
+    pipeline: CLIPPipeline, pairs: Any, used: list[int], broken: dict[int, str], batch_size: int, progress: bool
+) -> tuple[np.ndarray, list[int]]:
+    """Embeds the pictures of items, batch by batch.
+
+    Args:
+        pipeline: What embeds.
+        pairs: The data.
+        used: Which items.
+        broken: Gets the items whose picture cannot be used, with the reason.
+        batch_size: Pictures per step.
+        progress: Show a progress bar.
+
+    Returns:
+        Unit embeddings (usable pictures, proj), and the item that each is of.
+    """
+
+    parts: list[np.ndarray] = []
+    kept: list[int] = []
+
+    def read(i: int) -> Any:
+        try:
+            return pairs.image(i)
+        except (ValueError, OSError) as error:
+            return error
+
+    def encode(batch: list[int]) -> None:
+        pictures = dict(zip(batch, pool.map(read, batch), strict=True))
+        broken.update({i: str(picture) for i, picture in pictures.items() if isinstance(picture, Exception)})
+        pictures = {i: picture for i, picture in pictures.items() if i not in broken}
+        try:
+            parts.append(pipeline.encode_image(list(pictures.values()), batch_size=batch_size))
+            kept.extend(pictures)
+        except ValueError:  # one of them cannot be preprocessed: find out which
+            for i, picture in pictures.items():
+                try:
+                    parts.append(pipeline.encode_image(picture))
+                    kept.append(i)
+                except ValueError as error:
+                    broken[i] = str(error)
+
+    with ThreadPoolExecutor(_THREADS) as pool:
+        for _, batch in batches(used, batch_size, "images", progress):
+            encode(batch)  # a function, so that its pictures are gone before the next ones are read
+    if not kept:
+        first = min(used)
+        raise bad_input(
+            "At least one picture must be usable",
+            f"{len(used)} that are not; the first, {pairs.id(first)}: {broken[first]}",
+            "Check the paths and files",
+            shown=True,
+        )
+    return _finite(np.concatenate(parts), "image"), kept
+
+
+def _finite(embeds: np.ndarray, what: str) -> np.ndarray:
+    """Checks embeddings, since comparisons with NaN would make every rank 1."""
+    if bad := int((~np.isfinite(embeds).all(axis=1)).sum()):
+        rule = f"The {what} embeddings of the model must be finite and not zero"
+        raise bad_input(rule, f"{bad} of {len(embeds)} that are not", "Use float32, or another model", shown=True)
+    return embeds
+
+
+def _retrieval(images: np.ndarray, captions: list[list[str]], encode_text: Any) -> dict[str, Any]:
+    """Ranks captions for pictures and pictures for captions.
+
+    Args:
+        images: (images, proj), of unit length.
+        captions: Those of each picture, at least one.
+        encode_text: Texts to unit embeddings.
+    """
+    number: dict[str, int] = {}  # of every distinct caption; each is embedded once, so that equal ones tie exactly
+    owned = [[number.setdefault(text, len(number)) for text in texts] for texts in captions]
+    texts = _finite(encode_text(list(number)), "text")
+    times = np.bincount([text for several in owned for text in several], minlength=len(number))
+    right = np.array([(image, text) for image, several in enumerate(owned) for text in sorted(set(several))])
+    by_text = right[np.argsort(right[:, 1], kind="stable")][:, ::-1]
+    to_text = _ranks(images, texts, right, times)
+    to_image = np.repeat(_ranks(texts, images, by_text), times)
+    return {
+        "image_to_text": _recall(to_text),
+        "text_to_image": _recall(to_image),
+        "images": len(images),
+        "captions": int(times.sum()),
+    }
+
+
+def _recall(ranks: np.ndarray) -> dict[str, float]:
+    return {**{f"recall@{k}": _share(ranks <= k) for k in RECALL}, "median_rank": float(np.median(ranks))}
+
+
+def _share(right: np.ndarray) -> float:
+    return float(np.count_nonzero(right) / len(right))
+
+
+def _ranks(
+    queries: np.ndarray, candidates: np.ndarray, right: np.ndarray, times: np.ndarray | None = None
+) -> np.ndarray:
+    """Returns the rank of each query's best right candidate, from 1; equal wrong candidates come first.
+
+    Never holds more than a block of the similarities.
+
+    Args:
+        queries: (queries, proj), of unit length.
+        candidates: (candidates, proj), of unit length.
+        right: (pairs, 2): query and a right candidate of it, sorted by query; at least one for each query.
+        times: (candidates,) how often each counts; once when None.
+
+    Returns:
+        (queries,) int64.
+    """
+    best = np.full(len(queries), -np.inf)
+    for start in range(0, len(right), _PAIRS):
+        query, candidate = right[start : start + _PAIRS].T
+        similar = np.einsum("pd,pd->p", queries[query].astype(np.float64), candidates[candidate].astype(np.float64))
+        np.maximum.at(best, query, similar)
+    times = np.ones(len(candidates)) if times is None else times.astype(np.float64)
+    higher = np.zeros(len(queries))
+    for row in range(0, len(queries), _QUERIES):
+        rows = queries[row : row + _QUERIES].astype(np.float64)
+        lowest = best[row : row + _QUERIES, None] - _TIE
+        pairs = right[slice(*np.searchsorted(right[:, 0], (row, row + len(rows))))]
+        for column in range(0, len(candidates), _CANDIDATES):
+            columns = candidates[column : column + _CANDIDATES].astype(np.float64)
+            precedes = (rows @ columns.T >= lowest).astype(np.float64)
+            inside = pairs[(pairs[:, 1] >= column) & (pairs[:, 1] < column + len(columns))]
+            precedes[inside[:, 0] - row, inside[:, 1] - column] = 0
+            higher[row : row + _QUERIES] += precedes @ times[column : column + _CANDIDATES]
+    return 1 + higher.astype(np.int64)
