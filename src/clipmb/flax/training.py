@@ -1,0 +1,533 @@
+"""Contrastive training in Flax: one step over any number of devices and chunks, exactly that of the whole batch.
+
+A step has three parts. The towers encode the pairs of all devices, each its own; the features are gathered, and on
+these small matrices the loss and its gradient with respect to every feature are computed; the gradient of the features
+goes back through the towers, and the parameters' gradients are added up over the devices. With ``chunk_size`` the
+towers do the first and the last part chunk by chunk, and the first without keeping anything.
+
+All of it is one compiled function, over a mesh of all devices of all processes. Batches are filled up to one size, with
+rows that count nowhere, so that it is compiled anew for other lengths of text only.
+
+Source: gradient caching, arXiv 2101.06983. The result does not depend on how the pairs are spread.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax.traverse_util import unflatten_dict
+from jax import Array
+from jax.experimental import multihost_utils
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from clipmb.common import checks
+from clipmb.common.errors import MissingBackendError, bad_input
+from clipmb.common.parameters import KINDS, Spec, specs
+from clipmb.common.recipe import INITIAL_LOGIT_BIAS, LOGIT_BIAS, MAX_LOGIT_SCALE, Processes, Recipe, decays
+from clipmb.common.training_state import FIRST, SECOND, TrainingState
+from clipmb.flax.engine import Engine
+from clipmb.flax.modeling import FlaxCLIPModel
+from clipmb.flax.modules import normalize, statistics_dtype
+
+try:
+    import optax
+except ImportError as error:
+    raise MissingBackendError("flax", cause=str(error)) from error
+
+AXIS = "data"  # of the mesh: rows of the batch, and with "fsdp" also one axis of each parameter, lie along it
+_LENGTHS = 16  # texts are filled up to a multiple of it, since another length compiles the step anew
+
+
+def clip_loss(
+    text_embeds: Array,
+    image_embeds: Array,
+    logit_scale: Array,
+    *,
+    valid: Array | None = None,
+    rows: slice | tuple[Any, int] | None = None,
+) -> Array:
+    """The mean of the cross-entropies of texts against images and of images against texts.
+
+    Source: CLIP, arXiv 2103.00020, figure 3.
+
+    Args:
+        text_embeds: (n, proj), of unit length.
+        image_embeds: (n, proj), of unit length; row i belongs to text i.
+        logit_scale: (), the logarithm of the factor on the cosines.
+        valid: (n,) booleans, False for rows that are padding and count nowhere; all count when None.
+        rows: Only the terms of these rows, so that the losses of disjoint rows add up to that of all; all when None.
+            Also (start, size), of which the start may be a traced array.
+
+    Returns:
+        ().
+    """
+    targets = _taken(jnp.arange(len(text_embeds)), rows)
+    terms = []
+    for ours, others in ((text_embeds, image_embeds), (image_embeds, text_embeds)):
+        logits = jnp.exp(logit_scale) * jnp.matmul(_taken(ours, rows), others.T, precision="highest")  # (rows, n)
+        if valid is not None:
+            logits = jnp.where(valid, logits, jnp.finfo(logits.dtype).min / 2)
+        chosen = jnp.take_along_axis(logits, targets[:, None], axis=1)[:, 0]
+        losses = jax.nn.logsumexp(logits, axis=1) - chosen  # (rows,)
+        terms.append((losses if valid is None else jnp.where(_taken(valid, rows), losses, 0)).sum())
+    return (terms[0] + terms[1]) / (2 * _count(text_embeds, valid))
+
+
+def siglip_loss(
+    text_embeds: Array,
+    image_embeds: Array,
+    logit_scale: Array,
+    logit_bias: Array,
+    *,
+    valid: Array | None = None,
+    rows: slice | tuple[Any, int] | None = None,
+) -> Array:
+    """The sigmoid loss: every text with every image is a binary decision, summed over both and divided by n.
+
+    Source: SigLIP, arXiv 2303.15343, algorithm 1.
+
+    Args:
+        text_embeds: As in `clip_loss`, like the other arguments.
+        image_embeds: As there.
+        logit_scale: As there.
+        logit_bias: (), added to the scaled cosines.
+        valid: As there.
+        rows: As there.
+
+    Returns:
+        ().
+    """
+    cosines = jnp.matmul(_taken(text_embeds, rows), image_embeds.T, precision="highest")  # (rows, n)
+    logits = jnp.exp(logit_scale) * cosines + logit_bias
+    places = jnp.arange(len(text_embeds))
+    signs = jnp.where(_taken(places, rows)[:, None] == places, 1, -1)
+    losses = -jax.nn.log_sigmoid(signs * logits)
+    if valid is not None:
+        losses = jnp.where(_taken(valid, rows)[:, None] & valid, losses, 0)
+    return losses.sum() / _count(text_embeds, valid)
+
+
+def _taken(array: Array, rows: slice | tuple[Any, int] | None) -> Array:
+    if isinstance(rows, tuple):
+        return jax.lax.dynamic_slice_in_dim(array, *rows)
+    return array if rows is None else array[rows]
+
+
+def _count(embeds: Array, valid: Array | None) -> int | Array:
+    return len(embeds) if valid is None else valid.sum()
+
+
+def start_processes(recipe: Recipe) -> Processes:
+    """Joins the other processes of a run; a run of one process, of however many devices, needs none.
+
+    There are others when ``JAX_COORDINATOR_ADDRESS`` (host:port of the first), ``JAX_NUM_PROCESSES`` and
+    ``JAX_PROCESS_ID`` say so, or when Slurm, Open MPI or a Cloud TPU pod started several, which JAX knows how to join;
+    or after a ``jax.distributed.initialize`` of your own.
+
+    Raises:
+        ValueError: Some of the variables are missing, or JAX has been used before.
+    """
+    if recipe.distributed == "none":
+        return Processes()
+    if not jax.distributed.is_initialized():
+        names = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
+        given = {name: os.environ[name] for name in names if os.environ.get(name)}
+        if len(given) == len(names):
+            try:
+                count, rank = (int(given[name]) for name in names[1:])
+            except ValueError:
+                raise bad_input(f"{names[1]} and {names[2]} must be whole numbers", given, "Correct them") from None
+            _initialize(coordinator_address=given[names[0]], num_processes=count, process_id=rank)
+        elif _started_by_cluster():
+            _initialize()
+        elif given:
+            raise bad_input(f"Several processes need all of {', '.join(names)}", given, "Set all of them, or none")
+    return Processes(jax.process_index(), jax.process_count())
+
+
+def _initialize(**options: Any) -> None:
+    try:
+        jax.distributed.initialize(**options)
+    except RuntimeError as error:
+        if "before" not in str(error):  # another trouble than that JAX is in use already
+            raise
+        raise bad_input(
+            "A process joins the others before it uses JAX for anything else",
+            "a process with devices in use",
+            "Call start_processes, or clipmb.train, first of all",
+            shown=True,
+        ) from error
+
+
+def _started_by_cluster() -> bool:
+    counts = [os.environ.get(name, "1") for name in ("SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE")]
+    return "," in os.environ.get("TPU_WORKER_HOSTNAMES", "") or any(count not in ("", "1") for count in counts)
+
+
+def local_device() -> str | None:
+    """Where the model of this process goes: JAX's default device; a `Trainer` spreads it from there."""
+    return None
+
+
+class Trainer:
+    """A model and its optimizer.
+
+    The optimizer is optax's AdamW. It subtracts lr * decay * p together with lr times Adam's direction, where PyTorch
+    multiplies p by 1 - lr * decay before: the same, but for rounding. Epsilon is added to the root of the corrected
+    second moment in both. Clipping is PyTorch's: optax leaves a norm below the limit alone and adds no 1e-6.
+
+    Args:
+        model: A whole CLIP; its parameters become float32, or float64 with that precision, whatever
+            ``jax_enable_x64`` says. They are copied: arrays that you hold stay as they are. ``model.params`` are the
+            trainer's own from then on, current after every step, and each step reuses the memory of those before.
+        recipe: How to train.
+        state: The state to continue from, with the weights of the same moment in ``model``; None to begin.
+
+    Attributes:
+        steps: Optimizer steps done.
+    """
+
+    backend = "flax"
+
+    def __init__(self, model: FlaxCLIPModel, recipe: Recipe, state: TrainingState | None = None) -> None:
+        self.model, self.recipe = model, recipe
+        self.dtype = np.dtype("float64" if recipe.precision == "float64" else "float32")
+        self.table = [spec for spec in specs(model.config, "CLIPModel") if recipe.trains(spec)]
+        if recipe.gradient_checkpointing:
+            model.enable_gradient_checkpointing()
+        self.processes = Processes()
+        if recipe.distributed != "none":
+            self.processes = Processes(jax.process_index(), jax.process_count())
+        self.mesh = self._distributed()
+        self._chunks, self._rows = self._sizes()
+        with self._exact():
+            model.dtype = jnp.dtype(self.dtype)
+            model.module = model.module.clone(dtype=model.dtype)
+            self._towers = model.module
+            if recipe.precision == "bfloat16":
+                self._towers = model.module.clone(dtype=jnp.dtype("bfloat16"))
+            arrays = model._to_arrays()
+            placed = {spec.name: self._like(arrays[spec.name], spec) for spec in self._all_specs()}
+            self._parameters = {spec.name: placed.pop(spec.name) for spec in self.table}
+            self._frozen = placed
+            if recipe.loss == "siglip":
+                value = INITIAL_LOGIT_BIAS if state is None else float(state.tensors["logit_bias"])
+                self._parameters[LOGIT_BIAS.name] = self._like(np.array(value), LOGIT_BIAS)
+                self.table.append(LOGIT_BIAS)
+            self.optimizer = self._optimizer()
+            self._moments = self._beginning()
+        self.steps = 0
+        if state is not None:
+            self.steps = state.step
+            self._restore(state)
+        self._take_step = jax.jit(
+            self._stepped,
+            donate_argnums=(0, 1),
+            out_shardings=(self._shardings(self._parameters), self._shardings(self._moments), None),
+        )
+        self._differentiate = jax.jit(
+            self._backward, out_shardings=(self._sharding(()), self._shardings(self._parameters))
+        )
+        self._show()
+
+    def _distributed(self) -> Mesh:
+        """Returns the devices of all processes, those of each side by side; the model's own for "none"."""
+        if self.recipe.distributed == "none":
+            placed = self.model.params["logit_scale"]
+            devices = list(placed.devices()) if isinstance(placed, Array) else jax.local_devices()
+            return Mesh(np.array(devices[:1]), (AXIS,))
+        devices = sorted(jax.devices(), key=lambda device: (device.process_index, device.id))
+        return Mesh(np.array(devices), (AXIS,))
+
+    def _optimizer(self) -> optax.GradientTransformation:
+        # Without the learning rate, which `_stepped` is given anew each time.
+        recipe = self.recipe
+        return optax.chain(
+            optax.scale_by_adam(*recipe.betas, eps=recipe.eps),
+            optax.add_decayed_weights(recipe.weight_decay, {spec.name: decays(spec) for spec in self.table}),
+        )
+
+    def _beginning(self) -> Any:
+        """Returns the optimizer's state before the first step, sharded as the parameters are."""
+        shapes = jax.eval_shape(self.optimizer.init, self._parameters)
+        return jax.jit(self.optimizer.init, out_shardings=self._shardings(shapes))(self._parameters)
+
+    def _restore(self, state: TrainingState) -> None:
+        first, second = state.moments(self.table)
+        with self._exact():
+            adam = optax.ScaleByAdamState(
+                self._placed(np.array(state.step, np.int32), PartitionSpec()),
+                {spec.name: self._like(first[spec.name], spec) for spec in self.table},
+                {spec.name: self._like(second[spec.name], spec) for spec in self.table},
+            )
+        self._moments = (adam, *self._moments[1:])
+
+    def step(self, batch: Mapping[str, np.ndarray]) -> dict[str, float]:
+        """Takes one optimizer step.
+
+        Args:
+            batch: The pairs of this process: ``input_ids`` (n, seq) integers, padded on the right, and
+                ``pixel_values`` (n, channels, height, width).
+
+        Returns:
+            ``loss`` over the whole batch, ``grad_norm`` before clipping, ``logit_scale`` (the factor, after the step),
+            ``learning_rate`` and, for the sigmoid loss, ``logit_bias``.
+        """
+        rate = self.recipe.rate(self.steps)
+        with self._exact():
+            self._parameters, self._moments, (loss, norm) = self._take_step(
+                self._parameters, self._moments, self._frozen, self._dropout(), np.array(rate, self.dtype),
+                self._gathered(batch),
+            )  # fmt: skip
+        self.steps += 1
+        self._show()
+        scale = np.exp(_whole(self._parameters["logit_scale"]))
+        metrics = {"loss": float(loss), "grad_norm": float(norm), "logit_scale": float(scale)}
+        metrics["learning_rate"] = rate
+        if self.logit_bias is not None:
+            metrics["logit_bias"] = self.logit_bias
+        return metrics
+
+    def gradients(self, batch: Mapping[str, np.ndarray]) -> tuple[float, dict[str, np.ndarray]]:
+        """Returns the loss and its gradient, by canonical name and in canonical layout, without taking a step."""
+        with self._exact():
+            loss, found = self._differentiate(self._parameters, self._frozen, self._dropout(), self._gathered(batch))
+        return float(loss), self._canonical(found, self.table)
+
+    def weights(self) -> dict[str, np.ndarray]:
+        """Returns every parameter by canonical name; the arrays are copies. Every process must call it."""
+        return self._canonical({**self._parameters, **self._frozen}, self._all_specs())
+
+    def moments(self) -> dict[str, np.ndarray]:
+        """Returns AdamW's moments as `TrainingState` holds them; zeros before the first step."""
+        found = {}
+        for part, values in ((FIRST, self._moments[0].mu), (SECOND, self._moments[0].nu)):
+            found.update({part + name: array for name, array in self._canonical(values, self.table).items()})
+        return found
+
+    @property
+    def logit_bias(self) -> float | None:
+        """The bias of the sigmoid loss; None for the other."""
+        bias = self._parameters.get(LOGIT_BIAS.name)
+        return None if bias is None else float(bias)
+
+    def engine(self) -> Engine:
+        """Returns what encodes with the weights of this moment; it is valid until the next step."""
+        model = self.model
+        if self.mesh.size > 1:  # evaluation runs on one device of each process
+            with self._exact():
+                model = FlaxCLIPModel.from_pretrained(
+                    None, config=model.config, state_dict=self.weights(), dtype=self.dtype.name
+                )
+        return Engine(model)
+
+    def _all_specs(self) -> list[Spec]:
+        return specs(self.model.config, "CLIPModel")
+
+    def _stepped(
+        self, parameters: dict[str, Array], moments: Any, frozen: dict[str, Array], key: Array, rate: Array, batch: Any
+    ) -> tuple[dict[str, Array], Any, tuple[Array, Array]]:
+        """Returns parameters and moments after a step, and the loss and the norm of the gradient before it."""
+        loss, gradients = self._backward(parameters, frozen, key, batch)
+        norm, gradients = self._clip(gradients)
+        updates, moments = self.optimizer.update(gradients, moments, parameters)
+        parameters = {name: parameter - rate * updates[name] for name, parameter in parameters.items()}
+        parameters["logit_scale"] = jnp.minimum(parameters["logit_scale"], MAX_LOGIT_SCALE)
+        return parameters, moments, (loss, norm)
+
+    def _backward(
+        self, parameters: dict[str, Array], frozen: dict[str, Array], key: Array, batch: dict[str, Array]
+    ) -> tuple[Array, dict[str, Array]]:
+        """Returns the loss over the whole batch and its gradient.
+
+        Args:
+            parameters: Those that are trained, by canonical name, in linen's layouts.
+            frozen: The others.
+            key: (2,) of this step, for dropout.
+            batch: As `_gathered` returns it.
+        """
+        inputs = (jnp.arange(self._chunks), batch["input_ids"], batch["pixel_values"])
+        if self._chunks == 1:
+            first = [part[0] for part in inputs]
+            features, back = jax.vjp(lambda trained: self._encode({**trained, **frozen}, key, *first), parameters)
+            features = [feature[None] for feature in features]
+        else:
+            features = jax.lax.map(lambda part: self._encode({**parameters, **frozen}, key, *part), inputs)
+        scalars = {name: parameters[name] for name in ("logit_scale", LOGIT_BIAS.name) if name in parameters}
+        loss, (split, scalars) = jax.value_and_grad(self._loss, argnums=(0, 1))(features, scalars, batch["valid"])
+        if self._chunks == 1:
+            (gradients,) = back(tuple(part[0] for part in split))
+        else:
+
+            def add(total: dict[str, Array], part: Any) -> tuple[dict[str, Array], None]:
+                _, back = jax.vjp(lambda trained: self._encode({**trained, **frozen}, key, *part[0]), parameters)
+                (found,) = back(part[1])
+                return self._sharded(jax.tree.map(jnp.add, total, found)), None
+
+            zeros = self._sharded(jax.tree.map(jnp.zeros_like, parameters))
+            gradients, _ = jax.lax.scan(add, zeros, (inputs, split))
+        return loss, self._sharded({**gradients, **scalars})
+
+    def _encode(
+        self, parameters: dict[str, Array], key: Array, chunk: Array, input_ids: Array, pixel_values: Array
+    ) -> tuple[Array, Array]:
+        """Returns the features of a chunk; the same ones, with the same dropout, each time in a step."""
+        params = self._tree(parameters)
+        key = jax.random.fold_in(jax.random.wrap_key_data(key, impl="threefry2x32"), chunk)
+        options: dict[str, Any] = {"deterministic": not self.model._dropout(), "rngs": {"dropout": key}}
+        text = self._towers.apply({"params": params}, input_ids, method="get_text_features", **options)
+        pixel_values = pixel_values.transpose(0, 2, 3, 1)  # channels last
+        image = self._towers.apply({"params": params}, pixel_values, method="get_image_features", **options)
+        return self._wide(text), self._wide(image)
+
+    def _dropout(self) -> np.ndarray:
+        """Returns the key of this step, from which each chunk's is drawn."""
+        return np.random.SeedSequence((self.recipe.seed, self.steps)).generate_state(2, np.uint32)
+
+    def _wide(self, features: Array) -> Array:
+        """Returns the features of a chunk in the dtype of the loss, each row where its pair is."""
+        return self._constrained(features.astype(statistics_dtype(features.dtype)), PartitionSpec(AXIS))
+
+    def _loss(self, features: Any, scalars: dict[str, Array], valid: Array) -> Array:
+        """Returns the loss over the rows of all devices.
+
+        Args:
+            features: Those of the texts and of the images, (chunks, rows, proj) each.
+            scalars: logit_scale and, for the sigmoid loss, logit_bias.
+            valid: (chunks, rows).
+        """
+        loss_of = siglip_loss if self.recipe.loss == "siglip" else clip_loss
+        # The rows of a device stay side by side, so that nothing moves before they are gathered.
+        valid = valid.swapaxes(0, 1).reshape(-1)  # (n,)
+        text, image = (part.swapaxes(0, 1).reshape(len(valid), -1) for part in features)  # (n, proj)
+
+        def loss(text: Array, image: Array, valid: Array, scalars: list[Array], rows: Any = None) -> Array:
+            # A row of padding may be anything: it must not become NaN, and has no gradient.
+            embeds = [normalize(jnp.where(valid[:, None], part, 1)) for part in (text, image)]
+            return loss_of(*embeds, *scalars, valid=valid, rows=rows)
+
+        def own(text: Array, image: Array, valid: Array, scalars: list[Array]) -> Array:
+            start = jax.lax.axis_index(AXIS) * len(text)
+            whole = [jax.lax.all_gather(part, AXIS, tiled=True) for part in (text, image, valid)]
+            return jax.lax.psum(loss(*whole, scalars, rows=(start, len(text))), AXIS)
+
+        given = [scalars[name] for name in ("logit_scale", LOGIT_BIAS.name) if name in scalars]
+        if self.recipe.local_loss and self.mesh.size > 1:
+            rows, whole = PartitionSpec(AXIS), PartitionSpec()
+            return jax.shard_map(own, mesh=self.mesh, in_specs=(rows, rows, rows, whole), out_specs=whole)(
+                text, image, valid, given
+            )
+        return loss(*(self._constrained(part, PartitionSpec()) for part in (text, image, valid)), given)
+
+    def _sizes(self) -> tuple[int, int]:
+        """Returns the number of chunks and the rows that a process has in each, padding included."""
+        share = -(-self.recipe.batch_size // self.processes.count)
+        chunks = 1 if self.recipe.chunk_size is None else -(-share // self.recipe.chunk_size)
+        devices = len(self.mesh.local_devices)
+        return chunks, -(-share // (chunks * devices)) * devices
+
+    def _gathered(self, batch: Mapping[str, np.ndarray]) -> dict[str, Array]:
+        """Puts the rows of all processes on their devices.
+
+        Returns:
+            ``input_ids`` (chunks, rows, seq), ``pixel_values`` (chunks, rows, channels, height, width) and ``valid``
+            (chunks, rows), False for rows of padding; sharded along the rows.
+
+        Raises:
+            ValueError: There are more pairs than the recipe says, or ids outside the vocabulary.
+        """
+        ids, pixels = np.asarray(batch["input_ids"]), np.asarray(batch["pixel_values"])
+        count, room = len(ids), self._chunks * self._rows
+        if len(pixels) != count or count > room:
+            raise bad_input(
+                f"A process has at most {room} texts and as many pictures in a step of batch_size "
+                f"{self.recipe.batch_size}",
+                f"{count} texts and {len(pixels)} pictures",
+                "Pass smaller batches or a larger batch_size",
+                shown=True,
+            )
+        text, vision = self.model.config.text_config, self.model.config.vision_config
+        checks.check_text(ids, None, None, text)
+        checks.check_pixels(pixels, vision, False)
+        if ids.size and not 0 <= ids.min() <= ids.max() < text.vocab_size:
+            raise checks.outside("input_ids", int(ids.min()), int(ids.max()), text.vocab_size)
+        length = text.max_position_embeddings  # the one that several processes agree upon
+        if self.processes.count == 1:
+            length = min(length, -(-ids.shape[1] // _LENGTHS) * _LENGTHS)
+        filled = np.zeros((room, length), np.int32)
+        if count:
+            filled[:count, : ids.shape[1]] = ids
+            filled[:count, ids.shape[1] :] = ids[:, -1:]  # never a first end token
+        pictures = np.zeros((room, *pixels.shape[1:]), self.dtype)
+        pictures[:count] = pixels
+        arrays = {"input_ids": filled, "pixel_values": pictures, "valid": np.arange(room) < count}
+        sharding = NamedSharding(self.mesh, PartitionSpec(None, AXIS))
+        return {
+            name: jax.make_array_from_process_local_data(
+                sharding, array.reshape(self._chunks, self._rows, *array.shape[1:])
+            )
+            for name, array in arrays.items()
+        }
+
+    def _clip(self, gradients: dict[str, Array]) -> tuple[Array, dict[str, Array]]:
+        """Clips the gradient as ``torch.nn.utils.clip_grad_norm_`` does, and returns its norm before."""
+        norm = jnp.sqrt(sum(jnp.square(gradient).sum() for gradient in gradients.values()))
+        if self.recipe.clip_norm is not None:
+            factor = jnp.minimum(self.recipe.clip_norm / (norm + 1e-6), 1.0)
+            gradients = {name: gradient * factor for name, gradient in gradients.items()}
+        return norm, gradients
+
+    def _exact(self) -> contextlib.AbstractContextManager:
+        """Lets float64 be float64 and nothing else become it, whatever ``jax_enable_x64`` says outside."""
+        return jax.enable_x64(self.dtype == np.float64)
+
+    def _sharding(self, shape: tuple[int, ...]) -> NamedSharding:
+        """Returns how a parameter and its moments lie: along the largest axis that divides evenly, with "fsdp"."""
+        axes = [axis for axis, size in enumerate(shape) if size and size % self.mesh.size == 0]
+        if self.recipe.distributed != "fsdp" or not axes:
+            return NamedSharding(self.mesh, PartitionSpec())
+        largest = max(axes, key=lambda axis: shape[axis])
+        return NamedSharding(self.mesh, PartitionSpec(*[None] * largest, AXIS))
+
+    def _shardings(self, tree: Any) -> Any:
+        return jax.tree.map(lambda leaf: self._sharding(leaf.shape), tree)
+
+    def _sharded(self, tree: dict[str, Array]) -> dict[str, Array]:
+        return jax.lax.with_sharding_constraint(tree, self._shardings(tree))
+
+    def _constrained(self, array: Array, spec: PartitionSpec) -> Array:
+        return jax.lax.with_sharding_constraint(array, NamedSharding(self.mesh, spec))
+
+    def _like(self, array: np.ndarray, spec: Spec) -> Array:
+        """Puts a copy of a canonical array where a parameter or its moments are, in linen's layout."""
+        array = KINDS[spec.kind].to_framework(np.asarray(array))
+        return self._placed(array.astype(self.dtype, copy=False), self._sharding(array.shape).spec)
+
+    def _placed(self, array: np.ndarray, spec: PartitionSpec) -> Array:
+        # A copy for each device, since JAX may take an array's memory for its own, and a step writes there.
+        sharding = NamedSharding(self.mesh, spec)
+        return jax.make_array_from_callback(array.shape, sharding, lambda index: np.array(array[index]))
+
+    def _canonical(self, arrays: Mapping[str, Array], table: list[Spec]) -> dict[str, np.ndarray]:
+        return {spec.name: KINDS[spec.kind].to_canonical(_whole(arrays[spec.name])) for spec in table}
+
+    def _show(self) -> None:
+        """Lets the model have the parameters of this moment."""
+        self.model._params = self._tree({**self._parameters, **self._frozen})
+
+    def _tree(self, parameters: Mapping[str, Array]) -> dict[str, Any]:
+        """Arranges parameters of canonical names as the model does."""
+        return unflatten_dict({spec.path("flax"): parameters[spec.name] for spec in self._all_specs()})
+
+
+def _whole(array: Array) -> np.ndarray:
+    """Returns a copy of an array, gathered from the devices of all processes."""
+    if array.is_fully_addressable or array.is_fully_replicated:
+        return np.array(array)
+    return np.asarray(multihost_utils.process_allgather(array, tiled=True))
