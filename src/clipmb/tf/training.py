@@ -1,0 +1,519 @@
+"""Contrastive training in TensorFlow: one step over any number of devices and chunks, exactly that of the whole batch.
+
+A step has three parts. The towers encode the pairs of this device; the features of all devices are gathered, and on
+these small matrices the loss and its gradient with respect to every feature are computed; the gradient of the own
+features goes back through the towers, and the parameters' gradients are added up over the devices. With
+``chunk_size`` the towers do the first and the last part chunk by chunk, and the first without keeping anything.
+
+A device is what tf.distribute calls a replica. A process has one or several, and its pairs are padded to a multiple of
+them, so that all have as many rows; ``valid`` marks the real ones.
+
+Source: gradient caching, arXiv 2101.06983. The result does not depend on how the pairs are spread.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import json
+import os
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import keras
+import numpy as np
+import tensorflow as tf
+from tensorflow import Tensor
+
+from clipmb.common.errors import bad_input
+from clipmb.common.parameters import KINDS, specs
+from clipmb.common.recipe import INITIAL_LOGIT_BIAS, LOGIT_BIAS, MAX_LOGIT_SCALE, Processes, Recipe, decays
+from clipmb.common.training_state import FIRST, SECOND, TrainingState
+from clipmb.tf.engine import Engine
+from clipmb.tf.modeling import TFCLIPModel, normalize
+
+POLICIES = {"float32": "float32", "bfloat16": "mixed_bfloat16", "float64": "float64"}  # of Keras, by precision
+_SCALARS = ("logit_scale", LOGIT_BIAS.name)  # the parameters of the loss, which no tower has
+
+_strategy: tf.distribute.Strategy | None = None  # of the run, once its processes are started
+
+
+def clip_loss(
+    text_embeds: Tensor,
+    image_embeds: Tensor,
+    logit_scale: Tensor,
+    *,
+    valid: Tensor | None = None,
+    rows: slice | None = None,
+) -> Tensor:
+    """The mean of the cross-entropies of texts against images and of images against texts.
+
+    Source: CLIP, arXiv 2103.00020, figure 3.
+
+    Args:
+        text_embeds: (n, proj), of unit length.
+        image_embeds: (n, proj), of unit length; row i belongs to text i.
+        logit_scale: (), the logarithm of the factor on the cosines.
+        valid: (n,) booleans, False for rows that are padding and count nowhere; all count when None.
+        rows: Only the terms of these rows, so that the losses of disjoint rows add up to that of all; all when None.
+
+    Returns:
+        ().
+    """
+    rows = slice(None) if rows is None else rows
+    targets = tf.range(tf.shape(text_embeds)[0])[rows]
+    terms = []
+    for ours, others in ((text_embeds, image_embeds), (image_embeds, text_embeds)):
+        logits = tf.matmul(tf.exp(logit_scale) * ours[rows], others, transpose_b=True)  # (rows, n)
+        if valid is not None:
+            logits = tf.where(valid, logits, tf.constant(logits.dtype.min / 2, logits.dtype))
+        losses = tf.nn.sparse_softmax_cross_entropy_with_logits(targets, logits)  # (rows,)
+        terms.append(tf.reduce_sum(losses if valid is None else tf.where(valid[rows], losses, 0)))
+    return (terms[0] + terms[1]) / (2 * _count(text_embeds, valid))
+
+
+def siglip_loss(
+    text_embeds: Tensor,
+    image_embeds: Tensor,
+    logit_scale: Tensor,
+    logit_bias: Tensor,
+    *,
+    valid: Tensor | None = None,
+    rows: slice | None = None,
+) -> Tensor:
+    """The sigmoid loss: every text with every image is a binary decision, summed over both and divided by n.
+
+    Source: SigLIP, arXiv 2303.15343, algorithm 1.
+
+    Args:
+        text_embeds: As in `clip_loss`, like the other arguments.
+        image_embeds: As there.
+        logit_scale: As there.
+        logit_bias: (), added to the scaled cosines.
+        valid: As there.
+        rows: As there.
+
+    Returns:
+        ().
+    """
+    rows = slice(None) if rows is None else rows
+    logits = tf.matmul(tf.exp(logit_scale) * text_embeds[rows], image_embeds, transpose_b=True) + logit_bias
+    signs = 2 * tf.eye(tf.shape(text_embeds)[0], dtype=logits.dtype)[rows] - 1  # (rows, n), like logits
+    losses = -tf.math.log_sigmoid(signs * logits)
+    if valid is not None:
+        losses = tf.where(valid[rows][:, None] & valid, losses, 0)
+    return tf.reduce_sum(losses) / _count(text_embeds, valid)
+
+
+def _count(embeds: Tensor, valid: Tensor | None) -> Tensor:
+    return tf.cast(tf.shape(embeds)[0] if valid is None else tf.math.count_nonzero(valid), embeds.dtype)
+
+
+def start_processes(recipe: Recipe) -> Processes:
+    """Chooses the devices of a run, and joins its other processes where ``TF_CONFIG`` names several.
+
+    To be called before anything is computed; the model is then made within `scope`.
+
+    Raises:
+        ValueError: The recipe wants what TensorFlow does not have, or TensorFlow has computed something before.
+    """
+    global _strategy
+    if recipe.distributed == "none":
+        return Processes()
+    if recipe.distributed == "fsdp":
+        raise bad_input(
+            "TensorFlow cannot divide parameters among devices",
+            "distributed='fsdp'",
+            "Use distributed='data', or the backend pt or flax",
+            shown=True,
+        )
+    cluster = json.loads(os.environ.get("TF_CONFIG") or "{}").get("cluster")
+    if _strategy is None:
+        if cluster:
+            try:
+                _strategy = tf.distribute.MultiWorkerMirroredStrategy()
+            except RuntimeError as error:  # "Collective ops must be configured at program startup"
+                raise bad_input(
+                    "Processes must be started before TensorFlow computes anything",
+                    str(error),
+                    "Call start_processes first",
+                    shown=True,
+                ) from error
+        else:
+            devices = tf.config.list_logical_devices("GPU") or tf.config.list_logical_devices("CPU")
+            _strategy = tf.distribute.MirroredStrategy([device.name for device in devices])
+    if not cluster:
+        return Processes()
+    resolver = _strategy.cluster_resolver
+    before = len(cluster.get("chief", [])) if resolver.task_type == "worker" else 0
+    return Processes(before + resolver.task_id, len(cluster.get("chief", [])) + len(cluster.get("worker", [])))
+
+
+def local_device() -> str | None:
+    """Where the model of this process goes: on the devices of `scope`, so that none is to be named."""
+    return None
+
+
+def scope() -> contextlib.AbstractContextManager:
+    """Within it the model of a run is made, on every device that `start_processes` chose."""
+    return contextlib.nullcontext() if _strategy is None else _strategy.scope()
+
+
+class AdamW(keras.optimizers.AdamW):
+    """Keras' AdamW, adapted to compute what ``torch.optim.AdamW`` defines, in the dtype of the parameters.
+
+    - Epsilon is added to the root of the corrected second moment; Keras adds it to that of the uncorrected one.
+    - The learning rate is a float64 variable, and the other numbers are NumPy's float64: Keras' variable, and Python's
+      numbers in ``tf.cast``, become float32, also for parameters in float64.
+    - Gradients come added up over the devices, since they are clipped by the norm of their sum; Keras clips those of
+      each device and adds then.
+
+    Args:
+        recipe: Where the numbers are.
+
+    Attributes:
+        rate: (), the learning rate of the next step.
+    """
+
+    def __init__(self, recipe: Recipe) -> None:
+        rate = tf.Variable(np.float64(recipe.learning_rate), trainable=False)
+        super().__init__(
+            learning_rate=rate.read_value,
+            beta_1=np.float64(recipe.betas[0]),
+            beta_2=np.float64(recipe.betas[1]),
+            epsilon=np.float64(recipe.eps),
+            weight_decay=np.float64(recipe.weight_decay),
+        )
+        self.rate = rate
+
+    @property
+    def moments(self) -> tuple[list[keras.Variable], list[keras.Variable]]:
+        """The first and the second moment of each parameter, in the order in which they were given to ``build``."""
+        return self._momentums, self._velocities
+
+    def update_step(self, gradient: Tensor, variable: tf.Variable, learning_rate: Tensor) -> None:
+        """Updates a parameter, whose decay was subtracted before, and its moments."""
+        place, dtype = self._get_variable_index(variable), variable.dtype
+        first, second = (moments[place].value for moments in self.moments)
+        step = tf.cast(self.iterations.value + 1, tf.float64)
+        rate = tf.cast(learning_rate / (1 - self.beta_1**step), dtype)
+        root = tf.cast(tf.sqrt(1 - self.beta_2**step), dtype)
+        beta_1, beta_2 = (tf.constant(beta, dtype) for beta in (1 - self.beta_1, 1 - self.beta_2))
+        first.assign_add((gradient - first) * beta_1)
+        second.assign_add((tf.square(gradient) - second) * beta_2)
+        variable.assign_sub(rate * first / (tf.sqrt(second) / root + tf.constant(self.epsilon, dtype)))
+
+    def _all_reduce_sum_gradients(self, grads_and_vars: Any) -> list[Any]:
+        return list(grads_and_vars)
+
+
+class Trainer:
+    """A model and its optimizer.
+
+    Args:
+        model: A whole CLIP, made within `scope`; one with another dtype policy than the precision needs, or made
+            elsewhere, is copied.
+        recipe: How to train.
+        state: The state to continue from, with the weights of the same moment in ``model``; None to begin.
+
+    Attributes:
+        model: The model that is trained.
+        steps: Optimizer steps done.
+    """
+
+    backend = "tf"
+
+    def __init__(self, model: TFCLIPModel, recipe: Recipe, state: TrainingState | None = None) -> None:
+        self.recipe = recipe
+        self.processes = start_processes(recipe)
+        self.strategy = tf.distribute.get_strategy() if recipe.distributed == "none" else _strategy
+        self._replicas = self.strategy.num_replicas_in_sync  # of all processes
+        self.model = model = self._distributed(model)
+        self.table = [spec for spec in specs(model.config, "CLIPModel") if recipe.trains(spec)]
+        if recipe.gradient_checkpointing:
+            model.gradient_checkpointing_enable()
+        self._parameters = {spec.name: model._parameter(spec) for spec in self.table}
+        if recipe.loss == "siglip":
+            value = INITIAL_LOGIT_BIAS if state is None else state.tensors.get("logit_bias", INITIAL_LOGIT_BIAS)
+            with self.strategy.scope():
+                bias = keras.Variable(np.array(value, np.float64), dtype=model.logit_scale.dtype, name="logit_bias")
+            self._parameters[LOGIT_BIAS.name] = bias
+            self.table.append(LOGIT_BIAS)
+        self.optimizer = self._optimizer()
+        self.steps = 0
+        if state is not None:
+            self.steps = state.step
+            self._restore(state)
+        vision = model.config.vision_config
+        pixels = (None, vision.num_channels, vision.image_size, vision.image_size)
+        signature = [  # any number of pairs, and texts of any length
+            tf.TensorSpec((None, None), tf.int64),
+            tf.TensorSpec(pixels, tf.float32),
+            tf.TensorSpec((), tf.int32),
+            tf.TensorSpec((2,), tf.int32),
+        ]
+        self._traced_step = tf.function(self._step, input_signature=signature, autograph=False)
+        self._traced_gradients = tf.function(self._gradients, input_signature=signature, autograph=False)
+
+    def _distributed(self, model: TFCLIPModel) -> TFCLIPModel:
+        """Returns a model of the precision on the devices of the run: the given one, if it is one."""
+        policy = POLICIES[self.recipe.precision]
+        own = self.strategy.extended.variable_created_in_scope(model.logit_scale.value)
+        if own and model.dtype_policy.name == policy:
+            return model
+        with self.strategy.scope():
+            return TFCLIPModel.from_pretrained(None, config=model.config, state_dict=model._to_arrays(), dtype=policy)
+
+    def _optimizer(self) -> AdamW:
+        with self.strategy.scope():
+            optimizer = AdamW(self.recipe)
+            optimizer.exclude_from_weight_decay(
+                [self._parameters[spec.name] for spec in self.table if not decays(spec)]
+            )
+            optimizer.build(list(self._parameters.values()))
+        return optimizer
+
+    def _restore(self, state: TrainingState) -> None:
+        for values, moments in zip(state.moments(self.table), self.optimizer.moments, strict=True):
+            for spec, moment in zip(self.table, moments, strict=True):
+                moment.assign(KINDS[spec.kind].to_framework(values[spec.name]))
+        self.optimizer.iterations.assign(state.step)
+
+    def step(self, batch: Mapping[str, np.ndarray]) -> dict[str, float]:
+        """Takes one optimizer step.
+
+        Args:
+            batch: The pairs of this process: ``input_ids`` (n, seq) integers, padded on the right, and
+                ``pixel_values`` (n, channels, height, width).
+
+        Returns:
+            ``loss`` over the whole batch, ``grad_norm`` before clipping, ``logit_scale`` (the factor, after the step),
+            ``learning_rate`` and, for the sigmoid loss, ``logit_bias``.
+        """
+        rate = self.recipe.rate(self.steps)
+        self.optimizer.rate.assign(rate)
+        loss, norm = self._traced_step(*self._inputs(batch))
+        self.steps += 1
+        metrics = {"loss": float(loss), "grad_norm": float(norm)}
+        metrics["logit_scale"] = float(np.exp(self.model.logit_scale.numpy()))
+        metrics["learning_rate"] = rate
+        if self.logit_bias is not None:
+            metrics["logit_bias"] = self.logit_bias
+        return metrics
+
+    def gradients(self, batch: Mapping[str, np.ndarray]) -> tuple[float, dict[str, np.ndarray]]:
+        """Returns the loss and its gradient, by canonical name and in canonical layout, without taking a step."""
+        loss, gradients = self._traced_gradients(*self._inputs(batch))
+        found = {
+            spec.name: KINDS[spec.kind].to_canonical(gradient.numpy())
+            for spec, gradient in zip(self.table, gradients, strict=True)
+        }
+        return float(loss), found
+
+    def weights(self) -> dict[str, np.ndarray]:
+        """Returns every parameter by canonical name; arrays may share memory with the model until the next step."""
+        return self.model._to_arrays()
+
+    def moments(self) -> dict[str, np.ndarray]:
+        """Returns AdamW's moments as `TrainingState` holds them; zeros before the first step."""
+        found = {}
+        for part, moments in zip((FIRST, SECOND), self.optimizer.moments, strict=True):
+            for spec, moment in zip(self.table, moments, strict=True):
+                found[part + spec.name] = KINDS[spec.kind].to_canonical(moment.numpy())
+        return found
+
+    @property
+    def logit_bias(self) -> float | None:
+        """The bias of the sigmoid loss; None for the other."""
+        bias = self._parameters.get(LOGIT_BIAS.name)
+        return None if bias is None else float(bias.numpy())
+
+    def engine(self) -> Engine:
+        """Returns what encodes with the weights of this moment; it is valid until the next step."""
+        model = self.model
+        if self.recipe.precision == "bfloat16":  # whose layers cannot compute in float32
+            model = TFCLIPModel.from_pretrained(None, config=model.config, state_dict=self.weights(), dtype="float32")
+        return Engine(model)
+
+    def _inputs(self, batch: Mapping[str, np.ndarray]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Returns what a step takes: the pairs, padded for the devices, their number, and the seed of dropout."""
+        size, devices = len(batch["input_ids"]), self._replicas // self.processes.count
+        padding = -size % devices if size else devices
+        key = (self.recipe.seed, self.steps, self.processes.rank)
+        with tf.device("CPU:0"):  # from where each device takes its part
+            input_ids, pixel_values = (
+                tf.convert_to_tensor(
+                    np.pad(values, ((0, padding), *[(0, 0)] * (values.ndim - 1))) if padding else values
+                )
+                for values in (np.asarray(batch["input_ids"], np.int64), np.asarray(batch["pixel_values"], np.float32))
+            )
+            seed = tf.constant(np.random.SeedSequence(key).generate_state(2, np.uint32).view(np.int32))
+            return input_ids, pixel_values, tf.constant(size, tf.int32), seed
+
+    def _step(self, *inputs: Tensor) -> tuple[Tensor, Tensor]:
+        """Takes a step on every device; returns loss and norm."""
+        found = self.strategy.run(self._update, inputs)
+        scale = self.model.logit_scale.value
+        scale.assign(tf.minimum(scale, tf.constant(MAX_LOGIT_SCALE, scale.dtype)))
+        loss, norm = (self.strategy.experimental_local_results(value)[0] for value in found)
+        return loss, norm
+
+    def _update(self, *inputs: Tensor) -> tuple[Tensor, Tensor]:
+        """The part of a step that one device does."""
+        loss, gradients = self._backward(*inputs)
+        norm, gradients = self._clip(gradients)
+        self.optimizer.apply(gradients)
+        return loss, norm
+
+    def _gradients(self, *inputs: Tensor) -> tuple[Tensor, list[Tensor]]:
+        """Computes the gradients on every device, and returns loss and gradients of one of them."""
+        loss, gradients = self.strategy.run(self._backward, inputs)
+        local = self.strategy.experimental_local_results
+        return local(loss)[0], [local(gradient)[0] for gradient in gradients]
+
+    def _backward(
+        self, input_ids: Tensor, pixel_values: Tensor, size: Tensor, seed: Tensor
+    ) -> tuple[Tensor, list[Tensor]]:
+        """Returns the loss over the whole batch and its gradient with respect to the parameters, in their order.
+
+        Args:
+            input_ids: (n, seq) of this process, padded to a multiple of its devices.
+            pixel_values: (n, channels, height, width) likewise.
+            size: (), how many of them are real.
+            seed: (2,), of dropout in this step and process.
+        """
+        input_ids, pixel_values, valid, seed = self._own(input_ids, pixel_values, size, seed)
+        chunk = self.recipe.chunk_size
+        variables = [variable.value for name, variable in self._parameters.items() if name not in _SCALARS]
+
+        def rows(place: int | Tensor, tensor: Tensor) -> Tensor:
+            return tensor if chunk is None else tensor[place * chunk : (place + 1) * chunk]
+
+        def encode(place: int | Tensor) -> tuple[Tensor, Tensor]:
+            return self._encode(place, rows(place, input_ids), rows(place, pixel_values), seed)
+
+        def pulled(tape: tf.GradientTape, place: int | Tensor, outputs: Any, gradients: Any) -> list[Tensor]:
+            weights = [tf.cast(rows(place, g), o.dtype) for o, g in zip(outputs, gradients, strict=True)]
+            found = tape.gradient(outputs, variables, weights)
+            return [tf.convert_to_tensor(gradient) for gradient in found]  # an embedding's are sparse
+
+        if chunk is None:
+            with _watching(variables) as tape:
+                features = encode(0)
+            loss, gradients, scalars = self._loss(*features, valid)
+            found = pulled(tape, 0, features, gradients)
+        else:
+            chunks = -(-tf.shape(input_ids)[0] // chunk)
+            shape = (None, self.model.config.projection_dim)
+            empty = [tf.TensorArray(self.model.compute_dtype, chunks, element_shape=shape, infer_shape=False)] * 2
+
+            def first(place: Tensor, *kept: tf.TensorArray) -> tuple[Any, ...]:
+                return place + 1, *(array.write(place, part) for array, part in zip(kept, encode(place), strict=True))
+
+            def second(place: Tensor, *sums: Tensor) -> tuple[Any, ...]:
+                with _watching(variables) as tape:
+                    outputs = encode(place)
+                return place + 1, *map(tf.add, sums, pulled(tape, place, outputs, gradients))
+
+            def more(place: Tensor, *_: Any) -> Tensor:
+                return place < chunks
+
+            _, *kept = tf.while_loop(more, first, (0, *empty), parallel_iterations=1)
+            loss, gradients, scalars = self._loss(*(array.concat() for array in kept), valid)
+            zeros = [tf.zeros_like(variable) for variable in variables]
+            _, *found = tf.while_loop(more, second, (0, *zeros), parallel_iterations=1)
+        if self._replicas > 1:
+            found = tf.distribute.get_replica_context().all_reduce(tf.distribute.ReduceOp.SUM, found)
+        found, scalars = iter(found), iter(scalars)
+        return loss, [next(scalars if name in _SCALARS else found) for name in self._parameters]
+
+    def _own(self, input_ids: Tensor, pixel_values: Tensor, size: Tensor, seed: Tensor) -> tuple[Any, ...]:
+        """Returns the rows of this device, which of them are real (None for all), and its seed."""
+        devices = self._replicas // self.processes.count
+        place = tf.distribute.get_replica_context().replica_id_in_sync_group % devices
+        rows = tf.shape(input_ids)[0] // devices
+        if devices > 1:
+            with tf.device("CPU:0"):
+                own = slice(place * rows, (place + 1) * rows)
+                input_ids, pixel_values = input_ids[own], pixel_values[own]
+        valid = None if self._replicas == 1 else place * rows + tf.range(rows) < size
+        return input_ids, pixel_values, valid, tf.random.experimental.stateless_fold_in(seed, place)
+
+    def _encode(
+        self, chunk: int | Tensor, input_ids: Tensor, pixel_values: Tensor, seed: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Returns the features of a chunk; the same ones, with the same dropout, each time in a step."""
+        with self._dropout(chunk, seed):
+            text = self.model.get_text_features(input_ids, training=True)
+            return text, self.model.get_image_features(pixel_values, training=True)
+
+    @contextlib.contextmanager
+    def _dropout(self, chunk: int | Tensor, seed: Tensor) -> Iterator[None]:
+        """Lets the towers draw seeds made of that of this step and device, and the chunk within."""
+        fold = tf.random.experimental.stateless_fold_in
+        generators = [tower.encoder.seed_generator for tower in (self.model.text_model, self.model.vision_model)]
+        key, draws = fold(seed, chunk), itertools.count()
+        for generator in generators:  # instead of from their variables, which devices do not share
+            generator.next = lambda: fold(key, next(draws))
+        try:
+            yield
+        finally:
+            for generator in generators:
+                del generator.next
+
+    def _loss(
+        self, text: Tensor, image: Tensor, valid: Tensor | None
+    ) -> tuple[Tensor, tuple[Tensor, Tensor], list[Tensor]]:
+        """Returns the loss over the rows of all devices, and its gradient.
+
+        The gradient with respect to the features of this device, and that with respect to logit_scale and logit_bias,
+        which every device has whole.
+        """
+        wide = self.model.logit_scale.dtype
+        start, size = self._place(text), tf.shape(text)[0]
+        own = slice(start, start + size)
+        scalars = [self._parameters[name].value for name in _SCALARS if name in self._parameters]
+        leaves = [self._gathered(tf.cast(part, wide)) for part in (text, image)]
+        leaves += [tf.convert_to_tensor(scalar) for scalar in scalars]
+        if valid is not None:
+            valid = self._gathered(tf.cast(valid, tf.int32)) > 0
+        loss_of = siglip_loss if self.recipe.loss == "siglip" else clip_loss
+        local = self.recipe.local_loss and self._replicas > 1
+        with _watching(leaves) as tape:
+            embeds = leaves[:2]
+            if valid is not None:  # a row of padding may have no direction
+                embeds = [tf.where(valid[:, None], leaf, 1) for leaf in embeds]
+            embeds = [normalize(leaf) for leaf in embeds]
+            loss = loss_of(*embeds, *leaves[2:], valid=valid, rows=own if local else None)
+        gradients = tape.gradient(loss, leaves)
+        if local:
+            context = tf.distribute.get_replica_context()
+            loss, *gradients = context.all_reduce(tf.distribute.ReduceOp.SUM, [loss, *gradients])
+        return loss, (gradients[0][own], gradients[1][own]), gradients[2:]
+
+    def _place(self, rows: Tensor) -> int | Tensor:
+        """Returns how many rows the devices before this one have."""
+        if self._replicas == 1:
+            return 0
+        sizes = self._gathered(tf.shape(rows)[:1])
+        return tf.reduce_sum(sizes[: tf.distribute.get_replica_context().replica_id_in_sync_group])
+
+    def _gathered(self, rows: Tensor) -> Tensor:
+        """Returns the rows of all devices, in order."""
+        return rows if self._replicas == 1 else tf.distribute.get_replica_context().all_gather(rows, axis=0)
+
+    def _clip(self, gradients: list[Tensor]) -> tuple[Tensor, list[Tensor]]:
+        """Clips gradients as ``torch.nn.utils.clip_grad_norm_`` does, and returns their norm before."""
+        norm = tf.sqrt(tf.add_n([tf.cast(tf.reduce_sum(tf.square(g)), tf.float64) for g in gradients]))
+        if self.recipe.clip_norm is not None:
+            factor = tf.minimum(self.recipe.clip_norm / (norm + 1e-6), 1)
+            gradients = [gradient * tf.cast(factor, gradient.dtype) for gradient in gradients]
+        return norm, gradients
+
+
+@contextlib.contextmanager
+def _watching(tensors: list[Any]) -> Iterator[tf.GradientTape]:
+    """Records what depends on these tensors or variables, and nothing else."""
+    with tf.GradientTape(watch_accessed_variables=False) as tape:
+        tape.watch(tensors)
+        yield tape
