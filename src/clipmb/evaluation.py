@@ -226,7 +226,6 @@ def _encode_pictures(
     Returns:
         Unit embeddings (usable pictures, proj), and the item that each is of.
     """
-
     parts: list[np.ndarray] = []
     kept: list[int] = []
 
