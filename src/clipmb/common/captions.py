@@ -193,7 +193,7 @@ class Table:
         """Returns picture, captions and label of one row; "" for what there is none of."""
         if isinstance(row, str):
             raise ValueError(row)
-        picture = row.get("image", "")
+        picture = row.get("image")
         if self._embedded is None:
             if not isinstance(picture, str) or not picture.strip() or "\0" in picture:
                 raise bad_input("A row needs the path of a picture", picture, "Fill it in, or remove the row")
@@ -206,7 +206,7 @@ class Table:
         label = label_of("The label", row.get("label"))
         if not captions and label is None:
             raise bad_input("A row needs a caption", row.get("caption"), "Fill it in, or remove the row")
-        return picture, captions, label or ""
+        return picture or "", captions, label or ""
 
     def _read(self, columns: Columns) -> Iterator[tuple[str, dict[str, Any] | str]]:
         """Yields where a row is; and its image, caption and label, or what is wrong with it."""
@@ -216,11 +216,16 @@ class Table:
         read = _read_json if self.path.suffix.lower() == ".jsonl" else _read_cells
         separator = columns.separator or ("\t" if self.path.suffix.lower() == ".tsv" else ",")
         names: dict[str, str] = {}
+        keys: list[str] = []
         try:
             for line, row in read(self.path, separator):
                 if isinstance(row, dict):
-                    names = names or columns.find(self.path, row)
-                    row = {kind: row.get(name) for kind, name in names.items()}
+                    if not names:
+                        names = columns.find(self.path, row)
+                    elif keys != list(row):  # JSON objects need not be alike
+                        names = {kind: name for kind in NAMES if (name := columns.first(kind, row)) is not None}
+                    keys = list(row)
+                    row = {kind: row[name] for kind, name in names.items()}
                 yield f":{line}", row
         except UnicodeDecodeError as error:
             raise bad_input(f"{self.path} must be UTF-8", f"{error}", "Save it in this encoding", shown=True) from error
@@ -228,6 +233,7 @@ class Table:
     def _read_parquet(self, columns: Columns) -> Iterator[tuple[str, dict[str, Any] | str]]:
         with _parquet(self.path) as file:
             schema = file.schema_arrow
+            _distinct(self.path, schema.names)
             names = columns.find(self.path, schema.names)
             if _holds_bytes(schema.field(names["image"]).type):
                 self._embedded = _Embedded(self.path, names.pop("image"), file.metadata)
@@ -278,9 +284,9 @@ class _Embedded:
             pictures = self._kept.pop(group, None)
             if pictures is None:
                 pictures = self._load(group)
+                while self._kept and pictures.nbytes + sum(part.nbytes for part in self._kept.values()) > _KEPT:
+                    self._kept.popitem(last=False)  # the one that was used longest ago
             self._kept[group] = pictures
-            while len(self._kept) > 1 and sum(part.nbytes for part in self._kept.values()) > _KEPT:
-                self._kept.popitem(last=False)
         value = pictures[row - int(self._starts[group])].as_py()
         if isinstance(value, dict):
             value = value.get("bytes") or value.get("path")
@@ -324,6 +330,11 @@ def _unpacked(packed: bytes) -> str:
     return packed.decode("utf-8", "surrogatepass")
 
 
+def _distinct(path: Path, names: list[str]) -> None:
+    if len(set(names)) < len(names):
+        raise bad_input(f"The columns of {path} must have different names", names, "Rename some")
+
+
 def _read_cells(path: Path, separator: str) -> Iterator[tuple[int, dict[str, Any] | str]]:
     """Yields the rows of a text table; its first line holds the names."""
     with open(path, encoding="utf-8-sig", newline="") as file:
@@ -335,8 +346,7 @@ def _read_cells(path: Path, separator: str) -> Iterator[tuple[int, dict[str, Any
                     continue
                 if not names:
                     names = cells
-                    if len(set(names)) < len(names):
-                        raise bad_input(f"The columns of {path} must have different names", names, "Rename some")
+                    _distinct(path, names)
                 elif len(cells) == len(names):
                     yield reader.line_num, dict(zip(names, cells, strict=True))
                 else:
@@ -359,7 +369,7 @@ def _read_json(path: Path, separator: str) -> Iterator[tuple[int, dict[str, Any]
             if not line.strip():
                 continue
             try:
-                row = json.loads(line)
+                row = json.loads(line.strip())
                 problem = None if isinstance(row, dict) else "something else"
             except (ValueError, RecursionError) as error:
                 row, problem = {}, str(error)

@@ -347,7 +347,7 @@ class _Watch:
                 raise bad_input(
                     "At most half of the items may be broken",
                     f"{self._broken[window]} of {round(2 * self._allowed)} are; the last one, {name}: {why}",
-                    "Mend the files; the ledger lists them",
+                    "Mend the files; the ledger or the log lists them",
                     shown=True,
                 )
 
@@ -410,7 +410,8 @@ class _Done:
 def _encode(tokenizer: Any, text: str) -> list[int]:
     """Returns the ids of a caption, whose only end token is its last."""
     ids = list(tokenizer(text, padding=False, truncation=False)["input_ids"])
-    if tokenizer.eos_token_id in ids[:-1]:  # written out in the caption: the model would pool there
+    end = tokenizer.eos_token_id
+    if end in ids[:-1] and tokenizer.eos_token.lower() in text.lower():  # written out: the model would pool there
         ids = list(tokenizer(text, padding=False, truncation=False, split_special_tokens=True)["input_ids"])
     return ids
 

@@ -5,10 +5,11 @@ from __future__ import annotations
 import glob
 import itertools
 import logging
+import math
 import os
 import re
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from functools import cached_property
 from hashlib import sha256
 from pathlib import Path
@@ -86,7 +87,7 @@ class Pairs:
             ImportError: There is a Parquet file and pyarrow is not installed.
         """
         columns = Columns(image_column, caption_column, label_column, separator)
-        given = [path] if isinstance(path, str | os.PathLike) else list(path)
+        given = list(path) if isinstance(path, Iterable) and not isinstance(path, str) else [path]
         files = [file for each in given for file in _files(each)]
         if not files:
             raise bad_input("Pairs are read from at least one file", path, "Pass a path")
@@ -225,7 +226,7 @@ def _expanded(pattern: str) -> list[str]:
         parts += [[pattern[end : match.start()]], choices or [match[0]]]
         end = match.end()
     parts.append([pattern[end:]])
-    if int(np.prod([float(len(part)) for part in parts])) > _MOST_FILES:
+    if math.prod(map(len, parts)) > _MOST_FILES:
         _too_many(pattern)
     return ["".join(chosen) for chosen in itertools.product(*parts)]
 

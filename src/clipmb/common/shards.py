@@ -220,10 +220,11 @@ class Shard:
             fields, extra = defaults | extra, {}
             if flag in b"123456":
                 size = 0  # links and special files have no content, whatever their header says
-            if "size" in fields and flag not in b"123456":
-                size = int(fields["size"]) if fields["size"].isdigit() else self._damaged(position)
-            if flag == b"S" or any(name.startswith("GNU.sparse") for name in fields):
-                flag = b"S"  # stored with holes: not there as one piece
+            elif "size" in fields:
+                digits = fields["size"]
+                size = int(digits) if digits.isdigit() and len(digits) < 20 else self._damaged(position)
+            if any(name.startswith("GNU.sparse") for name in fields):
+                flag = b"S"  # stored with holes, as by GNU's own flag: not there as one piece
             prefix = header[345:500].split(b"\0", 1)[0] if header[257:263] == b"ustar\0" else b""
             name = fields.get("path") or (prefix + b"/" if prefix else b"") + header[:100].split(b"\0", 1)[0]
             if flag in _REGULAR and name.endswith(b"/"):
@@ -241,7 +242,7 @@ class Shard:
             size = int.from_bytes(raw[1:], "big") if raw[0] == 0x80 else int(raw.strip(b" \0") or b"0", 8)
         except ValueError:
             self._damaged(position)
-        if size < 0 or expected != sum(header) - sum(header[148:156]) + 8 * ord(" "):
+        if size < 0 or expected != sum(header[:148]) + 8 * ord(" ") + sum(header[156:]):
             self._damaged(position)
         return size
 
@@ -262,7 +263,7 @@ class Shard:
     def _check_end(self, file: BinaryIO, position: int) -> None:
         """Refuses what comes behind the end-of-archive block, which would be left out silently."""
         file.seek(position)
-        while part := file.read(1 << 20):
+        while part := file.read(1 << 16):
             if part.count(0) < len(part):
                 self._fail(
                     "must end with its end-of-archive block",
