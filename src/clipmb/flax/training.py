@@ -23,6 +23,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax.traverse_util import unflatten_dict
 from jax import Array
+from jax.ad_checkpoint import checkpoint_name
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
@@ -41,6 +42,8 @@ except ImportError as error:
     raise MissingBackendError("flax", cause=str(error)) from error
 
 AXIS = "data"  # of the mesh: rows of the batch, and with "fsdp" also one axis of each parameter, lie along it
+ROWS, WHOLE = PartitionSpec(AXIS), PartitionSpec()
+_JOINED = "joined"  # the name of what is not kept for the backward pass
 _LENGTHS = 16  # texts are filled up to a multiple of it, since another length compiles the step anew
 
 
@@ -220,6 +223,7 @@ class Trainer:
                 value = INITIAL_LOGIT_BIAS if state is None else float(state.tensors["logit_bias"])
                 self._parameters[LOGIT_BIAS.name] = self._like(np.array(value), LOGIT_BIAS)
                 self.table.append(LOGIT_BIAS)
+            self._lie = {name: self._spec(array.shape) for name, array in {**self._parameters, **self._frozen}.items()}
             self.optimizer = self._optimizer()
             self._moments = self._beginning()
         self.steps = 0
@@ -231,9 +235,7 @@ class Trainer:
             donate_argnums=(0, 1),
             out_shardings=(self._shardings(self._parameters), self._shardings(self._moments), None),
         )
-        self._differentiate = jax.jit(
-            self._backward, out_shardings=(self._sharding(()), self._shardings(self._parameters))
-        )
+        self._differentiate = jax.jit(self._backward)
         self._show()
 
     def _distributed(self) -> Mesh:
@@ -262,7 +264,7 @@ class Trainer:
         first, second = state.moments(self.table)
         with self._exact():
             adam = optax.ScaleByAdamState(
-                self._placed(np.array(state.step, np.int32), PartitionSpec()),
+                self._placed(np.array(state.step, np.int32), WHOLE),
                 {spec.name: self._like(first[spec.name], spec) for spec in self.table},
                 {spec.name: self._like(second[spec.name], spec) for spec in self.table},
             )
@@ -352,98 +354,135 @@ class Trainer:
             key: (2,) of this step, for dropout.
             batch: As `_gathered` returns it.
         """
-        inputs = (jnp.arange(self._chunks), batch["input_ids"], batch["pixel_values"])
+        lie = {name: self._lie[name] for name in parameters}
+        return jax.shard_map(
+            self._own_backward,
+            mesh=self.mesh,
+            in_specs=(lie, {name: self._lie[name] for name in frozen}, WHOLE, ROWS),
+            out_specs=(WHOLE, lie),
+            check_vma=False,
+        )(parameters, frozen, key, batch)
+
+    def _own_backward(
+        self, parameters: dict[str, Array], frozen: dict[str, Array], key: Array, batch: dict[str, Array]
+    ) -> tuple[Array, dict[str, Array]]:
+        """Does the part of one device in `_backward`: its rows and its shards are what the arguments hold."""
+        valid = batch.pop("valid")
+        parts = {name: rows.reshape(self._chunks, -1, *rows.shape[1:]) for name, rows in batch.items()}
+        inputs = (jnp.arange(self._chunks), parts["input_ids"], parts["pixel_values"])
+
+        def encode(trained: dict[str, Array], part: Any) -> tuple[Array, Array]:
+            return self._encode({**trained, **frozen}, key, *part)
+
         if self._chunks == 1:
-            first = [part[0] for part in inputs]
-            features, back = jax.vjp(lambda trained: self._encode({**trained, **frozen}, key, *first), parameters)
-            features = [feature[None] for feature in features]
+            features, back = jax.vjp(encode, parameters, tuple(part[0] for part in inputs))
         else:
-            features = jax.lax.map(lambda part: self._encode({**parameters, **frozen}, key, *part), inputs)
+            features = jax.lax.map(lambda part: encode(parameters, part), inputs)
+            features = tuple(part.reshape(len(valid), -1) for part in features)
         scalars = {name: parameters[name] for name in ("logit_scale", LOGIT_BIAS.name) if name in parameters}
-        loss, (split, scalars) = jax.value_and_grad(self._loss, argnums=(0, 1))(features, scalars, batch["valid"])
+        loss, split, of_scalars = self._loss(*features, valid, scalars)
         if self._chunks == 1:
-            (gradients,) = back(tuple(part[0] for part in split))
+            gradients, _ = back(split)
         else:
+            split = tuple(part.reshape(self._chunks, -1, part.shape[-1]) for part in split)
 
             def add(total: dict[str, Array], part: Any) -> tuple[dict[str, Array], None]:
-                _, back = jax.vjp(lambda trained: self._encode({**trained, **frozen}, key, *part[0]), parameters)
-                (found,) = back(part[1])
-                return self._sharded(jax.tree.map(jnp.add, total, found)), None
+                _, back = jax.vjp(lambda trained: encode(trained, part[0]), parameters)
+                return jax.tree.map(jnp.add, total, *back(part[1])), None
 
-            zeros = self._sharded(jax.tree.map(jnp.zeros_like, parameters))
-            gradients, _ = jax.lax.scan(add, zeros, (inputs, split))
-        return loss, self._sharded({**gradients, **scalars})
+            gradients, _ = jax.lax.scan(add, jax.tree.map(jnp.zeros_like, parameters), (inputs, split))
+        summed = {  # that of a shard is summed already, where it was gathered
+            name: gradient if self._lie[name] != WHOLE else jax.lax.psum(gradient, AXIS)
+            for name, gradient in gradients.items()
+            if name not in of_scalars
+        }
+        return loss, {**summed, **of_scalars}
 
     def _encode(
         self, parameters: dict[str, Array], key: Array, chunk: Array, input_ids: Array, pixel_values: Array
     ) -> tuple[Array, Array]:
         """Returns the features of a chunk; the same ones, with the same dropout, each time in a step."""
-        params = self._tree(parameters)
-        key = jax.random.fold_in(jax.random.wrap_key_data(key, impl="threefry2x32"), chunk)
-        options: dict[str, Any] = {"deterministic": not self.model._dropout(), "rngs": {"dropout": key}}
-        text = self._towers.apply({"params": params}, input_ids, method="get_text_features", **options)
-        pixel_values = pixel_values.transpose(0, 2, 3, 1)  # channels last
-        image = self._towers.apply({"params": params}, pixel_values, method="get_image_features", **options)
-        return self._wide(text), self._wide(image)
+        key = jax.random.fold_in(jax.random.wrap_key_data(key, impl="threefry2x32"), jax.lax.axis_index(AXIS))
+        options: dict[str, Any] = {
+            "deterministic": not self.model._dropout(),
+            "rngs": {"dropout": jax.random.fold_in(key, chunk)},
+        }
+
+        def features(parameters: dict[str, Array]) -> tuple[Array, Array]:
+            variables = {"params": self._tree({name: self._joined(name, part) for name, part in parameters.items()})}
+            text = self._towers.apply(variables, input_ids, method="get_text_features", **options)
+            pixels = pixel_values.transpose(0, 2, 3, 1)  # channels last
+            image = self._towers.apply(variables, pixels, method="get_image_features", **options)
+            wide = statistics_dtype(text.dtype)
+            return text.astype(wide), image.astype(wide)
+
+        if self.recipe.distributed == "fsdp":  # gathered once more in the backward pass, instead of kept
+            policy = jax.checkpoint_policies.save_anything_except_these_names(_JOINED)
+            features = jax.checkpoint(features, policy=policy)
+        return features(parameters)
+
+    def _joined(self, name: str, parameter: Array) -> Array:
+        """Returns a whole parameter, of whose gradient each device will get its shard of the sum."""
+        if self._lie[name] == WHOLE:
+            return parameter
+        whole = jax.lax.all_gather(parameter, AXIS, axis=self._lie[name].index(AXIS), tiled=True)
+        return checkpoint_name(whole, _JOINED)
 
     def _dropout(self) -> np.ndarray:
-        """Returns the key of this step, from which each chunk's is drawn."""
+        """Returns the key of this step, from which that of each device and chunk is made."""
         return np.random.SeedSequence((self.recipe.seed, self.steps)).generate_state(2, np.uint32)
 
-    def _wide(self, features: Array) -> Array:
-        """Returns the features of a chunk in the dtype of the loss, each row where its pair is."""
-        return self._constrained(features.astype(statistics_dtype(features.dtype)), PartitionSpec(AXIS))
-
-    def _loss(self, features: Any, scalars: dict[str, Array], valid: Array) -> Array:
-        """Returns the loss over the rows of all devices.
+    def _loss(
+        self, text: Array, image: Array, valid: Array, scalars: dict[str, Array]
+    ) -> tuple[Array, tuple[Array, Array], dict[str, Array]]:
+        """Returns the loss over the rows of all devices and its gradient.
 
         Args:
-            features: Those of the texts and of the images, (chunks, rows, proj) each.
+            text: (rows, proj), the features of this device.
+            image: (rows, proj).
+            valid: (rows,).
             scalars: logit_scale and, for the sigmoid loss, logit_bias.
-            valid: (chunks, rows).
+
+        Returns:
+            The loss, its gradient with respect to the features of this device, and that with respect to the scalars.
         """
         loss_of = siglip_loss if self.recipe.loss == "siglip" else clip_loss
-        # The rows of a device stay side by side, so that nothing moves before they are gathered.
-        valid = valid.swapaxes(0, 1).reshape(-1)  # (n,)
-        text, image = (part.swapaxes(0, 1).reshape(len(valid), -1) for part in features)  # (n, proj)
+        own = (jax.lax.axis_index(AXIS) * len(valid), len(valid))
+        whole = [jax.lax.all_gather(part, AXIS, tiled=True) for part in (text, image)]
+        valid = jax.lax.all_gather(valid, AXIS, tiled=True)  # (n,)
 
-        def loss(text: Array, image: Array, valid: Array, scalars: list[Array], rows: Any = None) -> Array:
+        def loss(features: list[Array], scalars: dict[str, Array]) -> Array:
             # A row of padding may be anything: it must not become NaN, and has no gradient.
-            embeds = [normalize(jnp.where(valid[:, None], part, 1)) for part in (text, image)]
-            return loss_of(*embeds, *scalars, valid=valid, rows=rows)
+            embeds = [normalize(jnp.where(valid[:, None], part, 1)) for part in features]
+            return loss_of(*embeds, **scalars, valid=valid, rows=own if self.recipe.local_loss else None)
 
-        def own(text: Array, image: Array, valid: Array, scalars: list[Array]) -> Array:
-            start = jax.lax.axis_index(AXIS) * len(text)
-            whole = [jax.lax.all_gather(part, AXIS, tiled=True) for part in (text, image, valid)]
-            return jax.lax.psum(loss(*whole, scalars, rows=(start, len(text))), AXIS)
-
-        given = [scalars[name] for name in ("logit_scale", LOGIT_BIAS.name) if name in scalars]
-        if self.recipe.local_loss and self.mesh.size > 1:
-            rows, whole = PartitionSpec(AXIS), PartitionSpec()
-            return jax.shard_map(own, mesh=self.mesh, in_specs=(rows, rows, rows, whole), out_specs=whole)(
-                text, image, valid, given
-            )
-        return loss(*(self._constrained(part, PartitionSpec()) for part in (text, image, valid)), given)
+        value, (split, of_scalars) = jax.value_and_grad(loss, argnums=(0, 1))(whole, scalars)
+        if self.recipe.local_loss:
+            value, of_scalars = jax.lax.psum((value, of_scalars), AXIS)
+            text, image = (jax.lax.psum_scatter(part, AXIS, tiled=True) for part in split)
+        else:
+            text, image = (_taken(part, own) for part in split)
+        return value, (text, image), of_scalars
 
     def _sizes(self) -> tuple[int, int]:
-        """Returns the number of chunks and the rows that a process has in each, padding included."""
+        """Returns the number of chunks of each device's rows, and the rows of a process, padding included."""
         share = -(-self.recipe.batch_size // self.processes.count)
         chunks = 1 if self.recipe.chunk_size is None else -(-share // self.recipe.chunk_size)
         devices = len(self.mesh.local_devices)
-        return chunks, -(-share // (chunks * devices)) * devices
+        return chunks, -(-share // (chunks * devices)) * chunks * devices
 
     def _gathered(self, batch: Mapping[str, np.ndarray]) -> dict[str, Array]:
         """Puts the rows of all processes on their devices.
 
         Returns:
-            ``input_ids`` (chunks, rows, seq), ``pixel_values`` (chunks, rows, channels, height, width) and ``valid``
-            (chunks, rows), False for rows of padding; sharded along the rows.
+            ``input_ids`` (n, seq), ``pixel_values`` (n, channels, height, width) and ``valid`` (n,), False for rows of
+            padding; sharded along the rows.
 
         Raises:
             ValueError: There are more pairs than the recipe says, or ids outside the vocabulary.
         """
         ids, pixels = np.asarray(batch["input_ids"]), np.asarray(batch["pixel_values"])
-        count, room = len(ids), self._chunks * self._rows
+        count, room = len(ids), self._rows
         if len(pixels) != count or count > room:
             raise bad_input(
                 f"A process has at most {room} texts and as many pictures in a step of batch_size "
@@ -467,13 +506,8 @@ class Trainer:
         pictures = np.zeros((room, *pixels.shape[1:]), self.dtype)
         pictures[:count] = pixels
         arrays = {"input_ids": filled, "pixel_values": pictures, "valid": np.arange(room) < count}
-        sharding = NamedSharding(self.mesh, PartitionSpec(None, AXIS))
-        return {
-            name: jax.make_array_from_process_local_data(
-                sharding, array.reshape(self._chunks, self._rows, *array.shape[1:])
-            )
-            for name, array in arrays.items()
-        }
+        sharding = NamedSharding(self.mesh, ROWS)
+        return {name: jax.make_array_from_process_local_data(sharding, array) for name, array in arrays.items()}
 
     def _clip(self, gradients: dict[str, Array]) -> tuple[Array, dict[str, Array]]:
         """Clips the gradient as ``torch.nn.utils.clip_grad_norm_`` does, and returns its norm before."""
@@ -487,27 +521,20 @@ class Trainer:
         """Lets float64 be float64 and nothing else become it, whatever ``jax_enable_x64`` says outside."""
         return jax.enable_x64(self.dtype == np.float64)
 
-    def _sharding(self, shape: tuple[int, ...]) -> NamedSharding:
+    def _spec(self, shape: tuple[int, ...]) -> PartitionSpec:
         """Returns how a parameter and its moments lie: along the largest axis that divides evenly, with "fsdp"."""
         axes = [axis for axis, size in enumerate(shape) if size and size % self.mesh.size == 0]
         if self.recipe.distributed != "fsdp" or not axes:
-            return NamedSharding(self.mesh, PartitionSpec())
-        largest = max(axes, key=lambda axis: shape[axis])
-        return NamedSharding(self.mesh, PartitionSpec(*[None] * largest, AXIS))
+            return WHOLE
+        return PartitionSpec(*[None] * max(axes, key=lambda axis: shape[axis]), AXIS)
 
     def _shardings(self, tree: Any) -> Any:
-        return jax.tree.map(lambda leaf: self._sharding(leaf.shape), tree)
-
-    def _sharded(self, tree: dict[str, Array]) -> dict[str, Array]:
-        return jax.lax.with_sharding_constraint(tree, self._shardings(tree))
-
-    def _constrained(self, array: Array, spec: PartitionSpec) -> Array:
-        return jax.lax.with_sharding_constraint(array, NamedSharding(self.mesh, spec))
+        return jax.tree.map(lambda leaf: NamedSharding(self.mesh, self._spec(leaf.shape)), tree)
 
     def _like(self, array: np.ndarray, spec: Spec) -> Array:
         """Puts a copy of a canonical array where a parameter or its moments are, in linen's layout."""
         array = KINDS[spec.kind].to_framework(np.asarray(array))
-        return self._placed(array.astype(self.dtype, copy=False), self._sharding(array.shape).spec)
+        return self._placed(array.astype(self.dtype, copy=False), self._spec(array.shape))
 
     def _placed(self, array: np.ndarray, spec: PartitionSpec) -> Array:
         # A copy for each device, since JAX may take an array's memory for its own, and a step writes there.
