@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
 from typing import Any
 
 import numpy as np
-from cases import CONFIGS
+from cases import CONFIGS, write_checkpoint
+from PIL import Image
 
+from clipmb import CLIPConfig
 from clipmb.common.recipe import Recipe
 
 CONFIG = CONFIGS["plain"]
@@ -76,3 +80,40 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "frozen vision": {"freeze": ("vision",)},
     "checkpointing": {"gradient_checkpointing": True, "chunk_size": 3},
 }
+
+
+def small_model(folder: Path) -> Path:
+    """Saves a random CLIP with a small vocabulary, tokenizer and image processor."""
+    from clipmb import CLIPImageProcessor, CLIPProcessor, CLIPTokenizerFast
+    from clipmb.common.vocabulary import official
+
+    vocabulary = official(200)
+    folder.mkdir(parents=True)
+    (folder / "vocab.json").write_text(vocabulary.vocab_json(), "utf-8")
+    (folder / "merges.txt").write_text(vocabulary.merges_txt(), "utf-8")
+    tokenizer = CLIPTokenizerFast(folder / "vocab.json", folder / "merges.txt", model_max_length=16)
+    size = CONFIG.vision_config.image_size
+    images = CLIPImageProcessor(size={"shortest_edge": size}, crop_size={"height": size, "width": size})
+    CLIPProcessor(images, tokenizer).save_pretrained(folder)
+    special = {"vocab_size": len(vocabulary.ids), "max_position_embeddings": 16, "bos_token_id": tokenizer.bos_token_id}
+    special |= {"eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id}
+    text = {**CONFIG.text_config.to_dict(), **special}
+    config = CLIPConfig(text, CONFIG.vision_config.to_dict(), projection_dim=CONFIG.projection_dim)
+    write_checkpoint(folder, config)
+    return folder
+
+
+def small_pairs(folder: Path, count: int, seed: int = 0) -> Path:
+    """Writes pictures of one colour each, with captions and labels."""
+    colours = {"red": (220, 30, 30), "green": (30, 200, 40), "blue": (20, 40, 230), "white": (250, 250, 250)}
+    rng = np.random.default_rng(seed)
+    folder.mkdir(parents=True)
+    lines = []
+    for place in range(count):
+        name = list(colours)[place % len(colours)]
+        noise = rng.integers(-20, 20, (24, 30, 3))
+        Image.fromarray((np.array(colours[name]) + noise).clip(0, 255).astype(np.uint8)).save(folder / f"{place}.png")
+        captions = [f"a {name} picture", f"{name} number {place}"]
+        lines.append(json.dumps({"file_name": f"{place}.png", "captions": captions, "label": name}))
+    (folder / "captions.jsonl").write_text("\n".join(lines) + "\n", "utf-8")
+    return folder

@@ -9,7 +9,6 @@ import sys
 from pathlib import Path
 
 import numpy as np
-import torch.distributed as dist
 from cases import random_arrays
 from training_cases import CONFIG, VARIANTS, batch, batches, recipe, share
 
@@ -36,7 +35,6 @@ def main() -> None:
         found.update({f"{variant}/weights/{name}": value.copy() for name, value in trainer.weights().items()})
         found.update({f"{variant}/moments/{name}": value.copy() for name, value in trainer.moments().items()})
     np.savez(folder / f"{rank}.npz", **found)
-    dist.destroy_process_group()
 
 
 if __name__ == "__main__":

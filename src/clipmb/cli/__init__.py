@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import typer
 
-from clipmb.cli import classify, convert, doctor, evaluate, info, verify
+from clipmb.cli import classify, convert, demo, doctor, encode, evaluate, info, train, verify
 from clipmb.cli.common import guarded, set_debug
 
 app = typer.Typer(
@@ -35,9 +35,12 @@ def _options(
 
 app.command("classify")(guarded(classify.run))
 app.command("convert")(guarded(convert.run))
+app.command("demo")(guarded(demo.run))
 app.command("doctor")(guarded(doctor.run))
+app.command("encode")(guarded(encode.run))
 app.command("evaluate")(guarded(evaluate.run))
 app.command("info")(guarded(info.run))
+app.command("train")(guarded(train.run))
 app.command("verify")(guarded(verify.run))
 
 

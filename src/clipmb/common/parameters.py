@@ -8,6 +8,7 @@ the axes depend on the framework, and both only on the parameter's kind. `KINDS`
 from __future__ import annotations
 
 import re
+import zlib
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -127,6 +128,23 @@ def specs(config: BaseConfig, head: str) -> list[Spec]:
             rows = config.num_labels if name == "classifier.weight" else proj
             found.append(Spec(name, "linear", (rows, width), std=width**-0.5 * factor))
     return found
+
+
+def initial_weights(table: Iterable[Spec], seed: int = 0) -> dict[str, np.ndarray]:
+    """Draws every parameter from its initial distribution: the same float32 numbers for every framework.
+
+    Args:
+        table: The parameters.
+        seed: Of the random numbers; those of a parameter depend on it and the parameter's name only.
+    """
+    arrays = {}
+    for spec in table:
+        if spec.std:
+            rng = np.random.default_rng((seed, zlib.crc32(spec.name.encode())))
+            arrays[spec.name] = rng.normal(spec.mean, spec.std, spec.shape).astype(np.float32)
+        else:
+            arrays[spec.name] = np.full(spec.shape, spec.mean, np.float32)
+    return arrays
 
 
 def _text_tower(config: CLIPTextConfig) -> Iterator[Spec]:

@@ -51,7 +51,7 @@ class Recipe:
         betas: Decay rates of AdamW's moments.
         eps: AdamW's epsilon, added to the root of the corrected second moment.
         weight_decay: AdamW's decoupled decay of matrices, kernels and embedding tables.
-        clip_norm: The largest global norm of the gradient; None for no clipping.
+        clip_norm: The largest global norm of the gradient; None or 0 for no clipping.
         precision: What the towers compute in: "float32", "bfloat16" (parameters and loss stay float32) or "float64".
         chunk_size: Pairs that a process encodes at once, by gradient caching (arXiv 2101.06983): exact, in the memory
             of one chunk, for the price of a second forward pass. None for the whole batch.
@@ -82,6 +82,7 @@ class Recipe:
     def __post_init__(self) -> None:
         object.__setattr__(self, "betas", tuple(self.betas))  # JSON has lists
         object.__setattr__(self, "freeze", tuple(self.freeze))
+        object.__setattr__(self, "clip_norm", self.clip_norm or None)
         for name, least in (("steps", 1), ("batch_size", 1), ("warmup_steps", 0), ("seed", 0), ("chunk_size", 1)):
             value = getattr(self, name)
             if not (name == "chunk_size" and value is None) and (

@@ -75,11 +75,15 @@ class Vocabulary:
         return "\n".join([_HEADER, *self.ranks]) + "\n"
 
 
-@lru_cache(maxsize=1)
-def official() -> Vocabulary:
-    """Returns the vocabulary of the published CLIP models, 49,408 tokens, from the merges that come with clipmb."""
+@lru_cache(maxsize=2)
+def official(merges: int = MAX_MERGES) -> Vocabulary:
+    """Returns the vocabulary of the published CLIP models, 49,408 tokens, from the merges that come with clipmb.
+
+    Args:
+        merges: How many of them; the first ones are a vocabulary too, for smaller models.
+    """
     text = resources.files("clipmb").joinpath("data", "merges.txt").read_text("utf-8")
-    lines = _merge_lines(text)[:MAX_MERGES]
+    lines = _merge_lines(text)[:merges]
     alphabet = sorted(byte_symbols())  # by code point: first the printable bytes, then their stand-ins
     tokens = [*alphabet, *(symbol + SUFFIX for symbol in alphabet), *(line.replace(" ", "") for line in lines)]
     tokens += ["<|startoftext|>", "<|endoftext|>"]

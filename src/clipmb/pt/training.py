@@ -10,6 +10,7 @@ Source: gradient caching, arXiv 2101.06983. The result does not depend on how th
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import os
 from collections.abc import Iterator, Mapping
@@ -121,6 +122,7 @@ def start_processes(recipe: Recipe) -> Processes:
                 shown=True,
             )
         dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
+        atexit.register(dist.destroy_process_group)
         if torch.cuda.is_available():
             torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     return Processes(dist.get_rank(), dist.get_world_size())
@@ -129,6 +131,11 @@ def start_processes(recipe: Recipe) -> Processes:
 def local_device() -> str | None:
     """Where the model of this process goes: its own GPU, or the CPU when there is none."""
     return f"cuda:{torch.cuda.current_device()}" if torch.cuda.is_available() else None
+
+
+def scope() -> contextlib.AbstractContextManager:
+    """Inside what the model has to be made; PyTorch needs nothing."""
+    return contextlib.nullcontext()
 
 
 class Towers(nn.Module):

@@ -1,0 +1,317 @@
+"""The training loop: files, resuming, refusals; that frameworks compute the same is in tests/equivalence."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from cases import random_arrays
+from conftest import BACKENDS
+from PIL import Image
+from training_cases import small_model, small_pairs
+from typer.testing import CliRunner
+
+import clipmb
+from clipmb import CheckpointError, CLIPPipeline
+from clipmb.cli import app
+from clipmb.common.checkpoint.safetensors import map_file
+from clipmb.common.recipe import Recipe
+from clipmb.common.training_state import STATE_NAME, TrainingState
+from clipmb.training import train
+
+TESTS = Path(__file__).parents[1]
+STEPS = {"steps": 7, "batch_size": 4, "learning_rate": 3e-3, "warmup_steps": 2}
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory) -> Path:
+    """A model in ``model``, 18 pairs in ``pairs`` (5 batches an epoch), labelled ones in ``held-out``."""
+    folder = tmp_path_factory.mktemp("training")
+    small_model(folder / "model")
+    small_pairs(folder / "pairs", 18)
+    small_pairs(folder / "held-out", 6, seed=1)
+    return folder
+
+
+def tensors(folder: Path) -> dict[str, np.ndarray]:
+    """Everything that a run goes on from: weights and moments."""
+    return {**map_file(folder / "model.safetensors"), **map_file(folder / STATE_NAME)}
+
+
+def lines(folder: Path) -> list[dict]:
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def same_bits(one: Path, other: Path) -> bool:
+    a, b = tensors(one), tensors(other)
+    return a.keys() == b.keys() and all(a[name].tobytes() == b[name].tobytes() for name in a)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_run_leaves_a_model_that_every_backend_reads(files, tmp_path, backend):
+    out = tmp_path / "out"
+    result = train(
+        files / "pairs", files / "model", out, backend=backend, epochs=2, batch_size=4, learning_rate=3e-3,
+        evaluation_data=files / "held-out", evaluate_every=4, save_every=3,
+    )  # fmt: skip
+    assert (result["steps"], result["skipped"]) == (10, 0)
+    found = lines(out)
+    steps = [line for line in found if "loss" in line]
+    assert [line["step"] for line in steps] == list(range(1, 11))
+    assert [line["epoch"] for line in steps] == [0] * 5 + [1] * 5
+    assert steps[-1]["loss"] == result["loss"]
+    assert all(line["pairs_per_second"] > 0 and line["grad_norm"] > 0 for line in steps)
+    assert [line["step"] for line in found if "evaluation" in line] == [4, 8, 10]
+    assert 0 <= result["evaluation"]["zero_shot"]["top1"] <= 1
+    assert result["evaluation"]["retrieval"]["images"] == 6
+    assert (out / "curves.png").stat().st_size > 10_000
+    state = TrainingState.read(out)
+    assert (state.step, state.epoch, state.batch, state.backend) == (10, 2, 0, backend)
+    assert state.recipe == Recipe(steps=10, batch_size=4, learning_rate=3e-3)
+    pictures = sorted((files / "pairs").glob("*.png"))[:2]
+    embeds = [CLIPPipeline.from_pretrained(out, backend=name).encode_image(pictures) for name in BACKENDS]
+    before = CLIPPipeline.from_pretrained(files / "model", backend=backend).encode_image(pictures)
+    assert np.abs(embeds[0] - before).max() > 1e-3
+    for other in embeds[1:]:
+        np.testing.assert_allclose(other, embeds[0], atol=1e-6)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_resuming_gives_the_bits_of_an_uninterrupted_run(files, tmp_path, backend, monkeypatch):
+    """Also with the sigmoid loss, augmentation, and a frozen tower: all that a state has to remember."""
+    options = {"backend": backend, "save_every": 2, "augment": "crop", "loss": "siglip", "freeze": ("text",), **STEPS}
+    whole, parted = tmp_path / "whole", tmp_path / "parted"
+    train(files / "pairs", files / "model", whole, **options)
+
+    module = __import__(f"clipmb.{backend}.training", fromlist=["Trainer"])
+    step = module.Trainer.step
+
+    def fails_once(self, batch):
+        if self.steps == 5:
+            raise KeyboardInterrupt
+        return step(self, batch)
+
+    monkeypatch.setattr(module.Trainer, "step", fails_once)
+    with pytest.raises(KeyboardInterrupt):
+        train(files / "pairs", files / "model", parted, **options)
+    monkeypatch.undo()
+    assert TrainingState.read(parted).step == 4
+    assert lines(parted)[-1]["step"] == 5
+    result = train(files / "pairs", out=parted, backend=backend, resume=True, save_every=2, augment="crop")
+    assert result["steps"] == 7
+    assert same_bits(whole, parted)
+    assert [line["step"] for line in lines(parted)] == list(range(1, 8))
+    assert [line["loss"] for line in lines(parted)] == [line["loss"] for line in lines(whole)]
+
+
+KILLED = """
+import os, random, signal, sys, time
+from pathlib import Path
+import torch
+import torch._dynamo  # here once and not in every child: what an optimizer imports
+import clipmb.pt.training
+from clipmb.training import train
+torch.set_num_threads(1)
+
+pairs, model, out, seed = sys.argv[1:]
+metrics, dice, reached = Path(out, "metrics.jsonl"), random.Random(int(seed)), []
+size = lambda: metrics.stat().st_size if metrics.exists() else 0
+for kill in range(21):
+    child = os.fork()
+    if not child:
+        train(pairs, model, out, backend="pt", resume=True, save_every=2, steps=120, batch_size=4, learning_rate=3e-3)
+        os._exit(0)
+    if kill < 20:
+        begun = size()
+        while size() < begun + 300 * dice.randrange(1, 6):  # some steps, and then in the middle of anything
+            time.sleep(0.001)
+        time.sleep(dice.random() * 0.03)
+        os.kill(child, signal.SIGKILL)
+    _, status = os.waitpid(child, 0)
+    reached.append(os.waitstatus_to_exitcode(status))
+print(*reached)
+"""
+
+
+@pytest.mark.backend("pt")
+def test_twenty_kills_at_random_moments_change_no_bit(files, tmp_path):
+    """kill -9, each time a while into the run, whatever it is doing: stepping, saving, writing metrics."""
+    options = {"backend": "pt", "steps": 120, "batch_size": 4, "learning_rate": 3e-3}
+    script = "import torch; torch.set_num_threads(1); from clipmb.training import train; import sys; train"
+    whole = [files / "pairs", files / "model", tmp_path / "a"]
+    done = subprocess.run(
+        [sys.executable, "-c", f"{script}(*sys.argv[1:], **{options})", *whole],
+        capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+    done = subprocess.run(
+        [sys.executable, "-c", KILLED, files / "pairs", files / "model", tmp_path / "b", "7"],
+        capture_output=True, text=True, check=False, timeout=400,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+    codes = done.stdout.split()
+    assert codes[-1] == "0"
+    assert codes.count("-9") >= 15, codes  # the run may be over before the last of them
+    assert same_bits(tmp_path / "a", tmp_path / "b")
+    assert [line["loss"] for line in lines(tmp_path / "a")] == [line["loss"] for line in lines(tmp_path / "b")]
+
+
+@pytest.mark.several
+def test_a_run_changes_the_framework_and_the_way_it_computes(files, tmp_path):
+    options = {"steps": 6, "batch_size": 6, "learning_rate": 1e-3}
+    for name in ("whole", "parted"):
+        train(files / "pairs", files / "model", tmp_path / name, backend=BACKENDS[0], **options)
+    begun = tmp_path / "begun"
+    with pytest.raises(StopIteration):
+        train(files / "pairs", files / "model", begun, backend=BACKENDS[0], save_every=3, augment=_stops_after(20),
+              workers=0, **options)  # fmt: skip
+    assert TrainingState.read(begun).step == 3
+    result = train(files / "pairs", out=begun, backend=BACKENDS[1], resume=True, chunk_size=2, local_loss=True)
+    assert TrainingState.read(begun).backend == BACKENDS[1]
+    whole = lines(tmp_path / "whole")
+    assert result["loss"] == pytest.approx(whole[-1]["loss"], rel=1e-4)
+
+
+def _stops_after(count: int):
+    """An augmentation that changes nothing and ends the run at a picture."""
+    left = iter(range(count))
+
+    def augment(image: Image.Image, generator: np.random.Generator) -> Image.Image:
+        next(left)
+        return image
+
+    return augment
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_from_scratch_every_framework_begins_with_the_same_weights(files, tmp_path, backend):
+    train(files / "pairs", files / "model", tmp_path, backend=backend, from_scratch=True, seed=5,
+          **{**STEPS, "steps": 1, "learning_rate": 0.0})  # fmt: skip
+    from clipmb.common.parameters import initial_weights, specs
+
+    config = clipmb.CLIPConfig.from_pretrained(files / "model")
+    expected = initial_weights(specs(config, "CLIPModel"), 5)
+    found = map_file(tmp_path / "model.safetensors")
+    assert all(np.array_equal(found[name], value) for name, value in expected.items())
+    name = "text_model.encoder.layers.0.mlp.fc1.weight"
+    assert expected[name].std() == pytest.approx((2 * config.text_config.hidden_size) ** -0.5, rel=0.1)
+    assert not np.array_equal(expected[name], random_arrays(config, "CLIPModel")[name])
+
+
+def test_broken_pictures_are_left_out_and_named(files, tmp_path):
+    small_pairs(tmp_path / "pairs", 10)
+    (tmp_path / "pairs" / "3.png").write_bytes(b"no picture")
+    out = tmp_path / "out"
+    result = train(tmp_path / "pairs", files / "model", out, backend=BACKENDS[0], epochs=2, batch_size=4)
+    assert (result["steps"], result["skipped"]) == (6, 2)
+    ledger = [json.loads(line) for line in (out / "skipped.jsonl").read_text().splitlines()]
+    assert [(entry["epoch"], "3.png" in entry["id"]) for entry in ledger] == [(0, True), (1, True)]
+
+
+@pytest.fixture(scope="module")
+def done(files, tmp_path_factory) -> Path:
+    """A run of two steps that is over."""
+    out = tmp_path_factory.mktemp("done") / "out"
+    train(files / "pairs", files / "model", out, backend=BACKENDS[0], **{**STEPS, "steps": 2})
+    return out
+
+
+class TestRefusals:
+    """Bad input is one clear error, and nothing is lost by it."""
+
+    @pytest.mark.parametrize(
+        ("given", "message"),
+        [
+            ({}, r"out must be a folder without a checkpoint.*resume=True.*overwrite=True"),
+            ({"resume": True, "overwrite": True}, r"resumed or begun anew"),
+            ({"resume": True, "steps": 3}, r"own recipe.*steps=3 instead of 2"),
+            ({"resume": True, "steps": 2, "loss": "siglip"}, r"loss='siglip' instead of 'clip'"),
+            ({"overwrite": True}, r"needs its length"),
+            ({"overwrite": True, "steps": 2, "epochs": 2}, r"given once"),
+            ({"overwrite": True, "epochs": 0}, r"epochs must be a whole number"),
+            ({"overwrite": True, "steps": 2, "learning_rat": 1.0}, r"learning_rat.*Remove or correct"),
+            ({"overwrite": True, "steps": 2, "batch_size": 0}, r"batch_size must be a whole number.*Received: 0"),
+            ({"overwrite": True, "steps": 2, "loss": "mse"}, r"loss must be one of 'clip', 'siglip'"),
+            ({"overwrite": True, "steps": 2, "freeze": ("text", "vision")}, r"One tower at least must be trained"),
+            ({"overwrite": True, "steps": 2, "freeze": ("head",)}, r"freeze must be one of"),
+            ({"overwrite": True, "steps": 2, "betas": (0.9,)}, r"betas must be two numbers"),
+            ({"overwrite": True, "steps": 2, "save_every": 0}, r"save_every must be"),
+        ],
+    )
+    def test_arguments(self, files, done, given, message):
+        before = tensors(done)
+        with pytest.raises(ValueError, match=message):
+            train(files / "pairs", files / "model", done, backend=BACKENDS[0], **given)
+        after = tensors(done)
+        assert all(after[name].tobytes() == value.tobytes() for name, value in before.items())
+
+    def test_other_data(self, files, done):
+        with pytest.raises(ValueError, match=r"continues on the data that it began with"):
+            train(files / "held-out", out=done, resume=True, backend=BACKENDS[0])
+
+    def test_no_model(self, files, tmp_path):
+        with pytest.raises(ValueError, match=r"needs a model to begin from"):
+            train(files / "pairs", out=tmp_path / "x", steps=1)
+
+    def test_a_file_as_folder(self, files, tmp_path):
+        (tmp_path / "x").write_text("mine")
+        with pytest.raises(ValueError, match=r"Pass a folder, not a file"):
+            train(files / "pairs", files / "model", tmp_path / "x", steps=1)
+        assert (tmp_path / "x").read_text() == "mine"
+
+    def test_a_damaged_state(self, files, done, tmp_path):
+        import shutil
+
+        shutil.copytree(done, tmp_path / "x")
+        (tmp_path / "x" / STATE_NAME).write_bytes((done / STATE_NAME).read_bytes()[:100])
+        with pytest.raises(CheckpointError, match=STATE_NAME):
+            train(files / "pairs", out=tmp_path / "x", resume=True, backend=BACKENDS[0])
+
+    def test_a_loss_that_is_not_finite_leaves_the_last_save(self, files, tmp_path):
+        with pytest.raises(ValueError, match=r"loss of step \d+ must be finite.*Lower learning_rate"):
+            train(files / "pairs", files / "model", tmp_path, backend=BACKENDS[0], save_every=1,
+                  **{**STEPS, "steps": 50, "learning_rate": 1e30, "clip_norm": 0})  # fmt: skip
+        assert np.isfinite(TrainingState.read(tmp_path).tensors["first_moment.logit_scale"])
+
+    @pytest.mark.backend("tf")
+    def test_tensorflow_has_no_fsdp(self, files, tmp_path):
+        with pytest.raises(ValueError, match=r"distributed='data'"):
+            train(files / "pairs", files / "model", tmp_path / "x", backend="tf", distributed="fsdp", steps=1)
+
+
+def test_the_command(files, tmp_path):
+    arguments = ["train", files / "pairs", "--model", files / "model", "--out", tmp_path / "out", "--steps", 3,
+                 "--batch-size", 4, "--lr", 1e-3, "--backend", BACKENDS[0], "--eval", files / "held-out",
+                 "--freeze", "text", "--beta2", 0.95, "--clip-norm", 0]  # fmt: skip
+    done = CliRunner().invoke(app, [str(part) for part in arguments])
+    assert done.exit_code == 0, done.output
+    assert "loss of the last step" in done.stdout
+    assert "zero_shot top1" in done.stdout
+    recipe = TrainingState.read(tmp_path / "out").recipe
+    assert (recipe.betas, recipe.clip_norm, recipe.freeze) == ((0.9, 0.95), None, ("text",))
+    refused = CliRunner().invoke(app, [str(part) for part in arguments])
+    assert refused.exit_code == 1
+    assert refused.stderr.startswith("error: out must be a folder without a checkpoint")
+    arguments = ["train", files / "pairs", "--out", tmp_path / "out", "--resume", "--json", "--backend", BACKENDS[0]]
+    resumed = CliRunner().invoke(app, [str(part) for part in arguments])
+    assert json.loads(resumed.stdout)["steps"] == 3
+
+
+@pytest.mark.backend("pt")
+def test_two_processes_write_one_checkpoint(files, tmp_path):
+    """The whole command under torchrun, as the README says it, against one process."""
+    options = ["--steps", "4", "--batch-size", "5", "--lr", "1e-3", "--model", str(files / "model"), "--backend", "pt"]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--rdzv-backend=c10d",
+                "--rdzv-endpoint=localhost:0", "-m"]  # fmt: skip
+    for name, launcher, more in (("one", [sys.executable, "-m"], []), ("two", torchrun, ["--distributed", "data"])):
+        command = [*launcher, "clipmb", "train", str(files / "pairs"), "--out", str(tmp_path / name), *options, *more]
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False, timeout=300)
+        assert done.returncode == 0, done.stderr[-3000:]
+    one, two = (lines(tmp_path / name) for name in ("one", "two"))
+    np.testing.assert_allclose([line["loss"] for line in two], [line["loss"] for line in one], rtol=1e-5)
