@@ -29,7 +29,7 @@ def run(
 ) -> None:
     """Tell which label fits each picture."""
     names = [name.strip() for part in labels for name in part.split(",") if name.strip()]
-    templates = template[0] if template and len(template) == 1 else template
+    model, templates = common.chosen(model, template[0] if template and len(template) == 1 else template)
     common.load_framework(backend)
     from clipmb.pipeline import CLIPPipeline
 

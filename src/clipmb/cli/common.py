@@ -14,9 +14,15 @@ import typer
 
 from clipmb.common.errors import ClipmbError
 
-DEFAULT_MODEL = "openai/clip-vit-base-patch32"
+FULL_SIZE = "openai/clip-vit-base-patch32"
+DEFAULT_MODEL: str | None = None  # the small model that comes with the package: `chosen`
 
-Model = Annotated[str, typer.Option("--model", "-m", help="Folder or hub id of a CLIP checkpoint.")]
+Model = Annotated[
+    str | None,
+    typer.Option(
+        "--model", "-m", help="Folder or hub id of a CLIP checkpoint; clipmb's own small emoji model if not given."
+    ),
+]
 Backend = Annotated[
     str | None, typer.Option("--backend", "-b", help="pt, tf or flax; the first installed one if not given.")
 ]
@@ -66,6 +72,20 @@ def quiet() -> Iterator[None]:
         sys.stderr.flush()
         os.dup2(kept, 2)
         os.close(kept)
+
+
+def chosen(model: str | None, templates: list[str] | str | None = None) -> tuple[str, list[str] | str | None]:
+    """Returns the model and the templates to use: without a model the small one, which a note on stderr tells."""
+    if model is not None:
+        return model, templates
+    from clipmb.common.small_model import TEMPLATES, small_model
+
+    typer.echo(
+        f"No --model given: clipmb's small model knows emoji-like pictures only; --model {FULL_SIZE} takes a "
+        "full-size model.",
+        err=True,
+    )
+    return str(small_model()), templates or list(TEMPLATES)
 
 
 def load_framework(backend: str | None) -> None:

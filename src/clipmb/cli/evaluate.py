@@ -47,7 +47,7 @@ def run(
     as_json: common.Json = False,
 ) -> None:
     """Measure zero-shot classification where items have labels, and retrieval where they have captions."""
-    templates = template[0] if template and len(template) == 1 else template
+    model, templates = common.chosen(model, template[0] if template and len(template) == 1 else template)
     common.load_framework(backend)
     from clipmb import backends
     from clipmb.evaluation import evaluate
