@@ -14,6 +14,7 @@ Source: gradient caching, arXiv 2101.06983. The result does not depend on how th
 from __future__ import annotations
 
 import contextlib
+import functools
 import itertools
 import json
 import os
@@ -35,7 +36,7 @@ from clipmb.tf.modeling import TFCLIPModel, normalize
 POLICIES = {"float32": "float32", "bfloat16": "mixed_bfloat16", "float64": "float64"}  # of Keras, by precision
 _SCALARS = ("logit_scale", LOGIT_BIAS.name)  # the parameters of the loss, which no tower has
 
-_strategy: tf.distribute.Strategy | None = None  # of the run, once its processes are started
+_strategy: tf.distribute.Strategy | None = None  # of the run that was started last, if it is for several devices
 
 
 def clip_loss(
@@ -115,11 +116,9 @@ def start_processes(recipe: Recipe) -> Processes:
     To be called before anything is computed; the model is then made within `scope`.
 
     Raises:
-        ValueError: The recipe wants what TensorFlow does not have, or TensorFlow has computed something before.
+        ValueError: The recipe wants what TensorFlow does not have, or TensorFlow has been used before.
     """
     global _strategy
-    if recipe.distributed == "none":
-        return Processes()
     if recipe.distributed == "fsdp":
         raise bad_input(
             "TensorFlow cannot divide parameters among devices",
@@ -127,26 +126,31 @@ def start_processes(recipe: Recipe) -> Processes:
             "Use distributed='data', or the backend pt or flax",
             shown=True,
         )
-    cluster = json.loads(os.environ.get("TF_CONFIG") or "{}").get("cluster")
-    if _strategy is None:
-        if cluster:
-            try:
-                _strategy = tf.distribute.MultiWorkerMirroredStrategy()
-            except RuntimeError as error:  # "Collective ops must be configured at program startup"
-                raise bad_input(
-                    "Processes must be started before TensorFlow computes anything",
-                    str(error),
-                    "Call start_processes first",
-                    shown=True,
-                ) from error
-        else:
-            devices = tf.config.list_logical_devices("GPU") or tf.config.list_logical_devices("CPU")
-            _strategy = tf.distribute.MirroredStrategy([device.name for device in devices])
-    if not cluster:
+    cluster = json.loads(os.environ.get("TF_CONFIG") or "{}").get("cluster", {})
+    _strategy = None if recipe.distributed == "none" else _new_strategy(bool(cluster))
+    if _strategy is None or not cluster:
         return Processes()
+    chiefs, workers = (len(cluster.get(kind, [])) for kind in ("chief", "worker"))
     resolver = _strategy.cluster_resolver
-    before = len(cluster.get("chief", [])) if resolver.task_type == "worker" else 0
-    return Processes(before + resolver.task_id, len(cluster.get("chief", [])) + len(cluster.get("worker", [])))
+    return Processes(resolver.task_id + (chiefs if resolver.task_type == "worker" else 0), chiefs + workers)
+
+
+@functools.cache
+def _new_strategy(several_processes: bool) -> tf.distribute.Strategy:
+    if not several_processes:
+        devices = tf.config.list_logical_devices("GPU") or tf.config.list_logical_devices("CPU")
+        return tf.distribute.MirroredStrategy([device.name for device in devices])
+    try:
+        return tf.distribute.MultiWorkerMirroredStrategy()
+    except RuntimeError as error:
+        if "program startup" not in str(error):  # another trouble than that TensorFlow is in use already
+            raise
+        raise bad_input(
+            "A process joins the others before it uses TensorFlow for anything else",
+            "a process with devices in use",
+            "Call start_processes, or clipmb.train, first of all",
+            shown=True,
+        ) from error
 
 
 def local_device() -> str | None:
@@ -191,19 +195,24 @@ class AdamW(keras.optimizers.AdamW):
         """The first and the second moment of each parameter, in the order in which they were given to ``build``."""
         return self._momentums, self._velocities
 
-    def update_step(self, gradient: Tensor, variable: tf.Variable, learning_rate: Tensor) -> None:
+    def update_step(self, gradient: Tensor, variable: tf.Variable, learning_rate: tuple[Tensor, ...]) -> None:
         """Updates a parameter, whose decay was subtracted before, and its moments."""
-        place, dtype = self._get_variable_index(variable), variable.dtype
-        first, second = (moments[place].value for moments in self.moments)
+        rate, root, new_first, new_second, epsilon = learning_rate
+        first, second = (moments[self._get_variable_index(variable)].value for moments in self.moments)
+        first.assign_add((gradient - first) * new_first)
+        second.assign_add((tf.square(gradient) - second) * new_second)
+        variable.assign_sub(rate * first / (tf.sqrt(second) / root + epsilon))
+
+    def _backend_update_step(self, grads: Any, trainable_variables: Any, learning_rate: Tensor) -> None:
+        """Computes once what the updates of all parameters share, and gives it to them as the learning rate."""
         step = tf.cast(self.iterations.value + 1, tf.float64)
-        rate = tf.cast(learning_rate / (1 - self.beta_1**step), dtype)
-        root = tf.cast(tf.sqrt(1 - self.beta_2**step), dtype)
-        beta_1, beta_2 = (tf.constant(beta, dtype) for beta in (1 - self.beta_1, 1 - self.beta_2))
-        first.assign_add((gradient - first) * beta_1)
-        second.assign_add((tf.square(gradient) - second) * beta_2)
-        variable.assign_sub(rate * first / (tf.sqrt(second) / root + tf.constant(self.epsilon, dtype)))
+        rate, root = learning_rate / (1 - self.beta_1**step), tf.sqrt(1 - self.beta_2**step)
+        shared = (rate, root, 1 - self.beta_1, 1 - self.beta_2, self.epsilon)
+        shared = tuple(tf.cast(number, trainable_variables[0].dtype) for number in shared)
+        super()._backend_update_step(grads, trainable_variables, shared)
 
     def _all_reduce_sum_gradients(self, grads_and_vars: Any) -> list[Any]:
+        """Leaves gradients as they are: they are sums already."""
         return list(grads_and_vars)
 
 
@@ -226,7 +235,7 @@ class Trainer:
     def __init__(self, model: TFCLIPModel, recipe: Recipe, state: TrainingState | None = None) -> None:
         self.recipe = recipe
         self.processes = start_processes(recipe)
-        self.strategy = tf.distribute.get_strategy() if recipe.distributed == "none" else _strategy
+        self.strategy = tf.distribute.get_strategy() if _strategy is None else _strategy
         self._replicas = self.strategy.num_replicas_in_sync  # of all processes
         self.model = model = self._distributed(model)
         self.table = [spec for spec in specs(model.config, "CLIPModel") if recipe.trains(spec)]

@@ -1,0 +1,66 @@
+"""One process of a TensorFlow run of several devices: takes its share of every batch and saves what came out.
+
+With ``TF_CONFIG`` it is one of several processes of one device; without, it has two devices of its own. Arguments: the
+folder for the results, and the variants to train.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+
+import keras
+import numpy as np
+import tensorflow as tf
+from cases import TEXT, VISION, random_arrays
+from training_cases import VARIANTS, batch, batches, recipe, share
+
+from clipmb import CLIPConfig, TFCLIPModel
+from clipmb.tf.training import Trainer, scope, start_processes
+
+# Of one block, since it is traced for each device anew.
+CONFIG = CLIPConfig({**TEXT, "num_hidden_layers": 1}, {**VISION, "num_hidden_layers": 1}, projection_dim=24)
+SIZES = (12, 7, 1)  # 1: one of the devices has nothing
+
+
+def trainer_of(variant: str, **changed: object) -> Trainer:
+    """A new trainer, and with it a new model."""
+    chosen = recipe(**{**VARIANTS[variant], **changed})
+    start_processes(chosen)
+    with scope():
+        arrays = random_arrays(CONFIG, "CLIPModel")
+        model = TFCLIPModel.from_pretrained(None, config=CONFIG, state_dict=arrays, dtype="float64")
+        trainer = Trainer(model, chosen)
+    if trainer.model is not model:
+        raise RuntimeError("the model was not made where it is trained")
+    return trainer
+
+
+def main() -> None:
+    folder, variants = Path(sys.argv[1]), sys.argv[2:]
+    if "TF_CONFIG" not in os.environ:
+        devices = [tf.config.LogicalDeviceConfiguration()] * 2
+        tf.config.set_logical_device_configuration(tf.config.list_physical_devices("CPU")[0], devices)
+    rank, count = start_processes(recipe(distributed="data"))
+    found: dict[str, np.ndarray] = {}
+    for variant in variants:
+        trainer = trainer_of(variant, distributed="data")
+        if trainer.strategy.num_replicas_in_sync != 2:
+            raise RuntimeError(f"{trainer.strategy.num_replicas_in_sync} devices instead of 2")
+        if variant == variants[0]:
+            for size in SIZES:
+                loss, gradients = trainer.gradients(share(batch(size), rank, count))
+                found[f"{variant}/{size}/loss"] = np.asarray(loss)
+                found.update({f"{variant}/{size}/gradient/{name}": value for name, value in gradients.items()})
+        metrics = [trainer.step(share(whole, rank, count)) for whole in [*batches(5), batch(1)]]
+        found[f"{variant}/metrics"] = np.array([list(values.values()) for values in metrics])
+        found[f"{variant}/features"] = trainer.engine().text_features(batch(3)["input_ids"])
+        found.update({f"{variant}/weights/{name}": value for name, value in trainer.weights().items()})
+        found.update({f"{variant}/moments/{name}": value for name, value in trainer.moments().items()})
+        keras.backend.clear_session()
+    np.savez(folder / f"{rank}.npz", **found)
+
+
+if __name__ == "__main__":
+    main()
