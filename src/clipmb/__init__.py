@@ -17,6 +17,7 @@ _PUBLIC = {
     "clipmb.common.convert": ("convert",),
     "clipmb.pipeline": ("CLIPPipeline",),
     "clipmb.evaluation": ("evaluate",),
+    "clipmb.training": ("train",),
     "clipmb.pt": (
         "CLIPForImageClassification", "CLIPModel", "CLIPPreTrainedModel", "CLIPTextModel",
         "CLIPTextModelWithProjection", "CLIPVisionModel", "CLIPVisionModelWithProjection",
@@ -33,7 +34,7 @@ _PUBLIC = {
 }  # fmt: skip
 _MODULE_OF = {name: module for module, names in _PUBLIC.items() for name in names}
 
-_SUBMODULES = ("backends", "common", "evaluation", "flax", "pipeline", "pt", "testing", "tf")
+_SUBMODULES = ("backends", "common", "evaluation", "flax", "pipeline", "pt", "testing", "tf", "training")
 
 # Without the models, so that `from clipmb import *` imports no framework.
 __all__ = ["__version__", *sorted(name for name, module in _MODULE_OF.items() if ".common." in module)]
