@@ -1,0 +1,135 @@
+"""Training steps of ViT-B/32 in batches of 32, beside a plain loop over transformers' model, in each framework.
+
+The peer is what its documentation shows: the model's own loss (in Flax, which has none, the same loss over its
+logits), an attention mask, AdamW of the framework, no clipping. clipmb's step does the same work and clips.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from _checkpoint import vit_b_32
+from _compare import compare
+
+from clipmb import backends
+from clipmb.common.recipe import Recipe
+
+RATE, BETAS, EPS, DECAY = 1e-6, (0.9, 0.98), 1e-6, 0.2
+
+
+def pt(folder: Path, batch: dict[str, np.ndarray]) -> Callable[[], Any]:
+    import torch
+    import transformers
+
+    model = transformers.CLIPModel.from_pretrained(folder).train()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=RATE, betas=BETAS, eps=EPS, weight_decay=DECAY)
+    inputs = {name: torch.from_numpy(value) for name, value in batch.items()}
+
+    def step() -> float:
+        loss = model(**inputs, return_loss=True).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        return float(loss)
+
+    return step
+
+
+def tf(folder: Path, batch: dict[str, np.ndarray]) -> Callable[[], Any]:
+    import tensorflow
+    import tf_keras
+    import transformers
+
+    model = transformers.TFCLIPModel.from_pretrained(folder, from_pt=True)
+    optimizer = tf_keras.optimizers.AdamW(RATE, beta_1=BETAS[0], beta_2=BETAS[1], epsilon=EPS, weight_decay=DECAY)
+    inputs = {name: tensorflow.constant(value) for name, value in batch.items()}
+
+    @tensorflow.function
+    def traced(inputs: dict[str, Any]) -> Any:
+        with tensorflow.GradientTape() as tape:
+            loss = tensorflow.reduce_mean(model(**inputs, return_loss=True, training=True).loss)
+        variables = model.trainable_variables
+        optimizer.apply_gradients(zip(tape.gradient(loss, variables), variables, strict=True))
+        return loss
+
+    return lambda: float(traced(inputs))
+
+
+def flax(folder: Path, batch: dict[str, np.ndarray]) -> Callable[[], Any]:
+    import jax
+    import jax.numpy as jnp
+    import optax
+    import transformers
+
+    model = transformers.FlaxCLIPModel.from_pretrained(folder)
+    optimizer = optax.adamw(RATE, *BETAS, eps=EPS, weight_decay=DECAY)
+    state = [jax.tree.map(jnp.asarray, model.params)]
+    state.append(optimizer.init(state[0]))
+
+    def loss_of(params: Any, inputs: dict[str, Any]) -> Any:
+        logits = model(**inputs, params=params, train=True, dropout_rng=jax.random.key(0)).logits_per_text
+        losses = [
+            optax.softmax_cross_entropy_with_integer_labels(part, jnp.arange(len(part))) for part in (logits, logits.T)
+        ]
+        return (losses[0].mean() + losses[1].mean()) / 2
+
+    def step(params: Any, moments: Any, inputs: dict[str, Any]) -> Any:
+        loss, gradients = jax.value_and_grad(loss_of)(params, inputs)
+        updates, moments = optimizer.update(gradients, moments, params)
+        return optax.apply_updates(params, updates), moments, loss
+
+    compiled = jax.jit(step, donate_argnums=(0, 1))
+
+    def run() -> float:
+        state[0], state[1], loss = compiled(*state, batch)
+        return float(loss)
+
+    return run
+
+
+def pairs(size: int) -> dict[str, np.ndarray]:
+    """Random pictures, and captions of the context's full length."""
+    rng = np.random.default_rng(0)
+    ids = rng.integers(1000, 40000, (size, 77), np.int64)
+    ids[:, 0], ids[:, -1] = 49406, 49407
+    return {"input_ids": ids, "pixel_values": rng.standard_normal((size, 3, 224, 224), np.float32)}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--folder", type=Path, default=Path("build/vit-b-32"))
+    parser.add_argument("--backend", choices=tuple(backends.BACKENDS), help="one of them, in this process")
+    parser.add_argument("--batch", type=int, default=32)
+    parser.add_argument("--rounds", type=int, default=5)
+    arguments = parser.parse_args()
+    vit_b_32(arguments.folder)
+    if arguments.backend is None:
+        for backend in backends.installed():
+            subprocess.run([sys.executable, __file__, "--backend", backend, *sys.argv[1:]], check=True)
+        return
+    backend, size = arguments.backend, arguments.batch
+    batch = pairs(size)
+    framework = importlib.import_module(f"clipmb.{backend}.training")
+    recipe = Recipe(steps=1000, batch_size=size, learning_rate=RATE, betas=BETAS, eps=EPS, weight_decay=DECAY)
+    trainer = framework.Trainer(backends.engine(backend).load(arguments.folder).model, recipe)
+    theirs = globals()[backend](arguments.folder, {**batch, "attention_mask": np.ones_like(batch["input_ids"])})
+    compare(
+        f"{backend}: training step, batch {size}",
+        lambda: trainer.step(batch),
+        theirs,
+        count=size,
+        unit="pairs",
+        rounds=arguments.rounds,
+        goal=1.0,
+    )
+
+
+if __name__ == "__main__":
+    main()
