@@ -320,7 +320,7 @@ class Trainer:
         return float(loss), found
 
     def weights(self) -> dict[str, np.ndarray]:
-        """Returns every parameter by canonical name; arrays may share memory with the model until the next step."""
+        """Returns every parameter by canonical name; later steps leave the arrays as they are."""
         return self.model._to_arrays()
 
     def moments(self) -> dict[str, np.ndarray]:
@@ -346,6 +346,7 @@ class Trainer:
 
     def _inputs(self, batch: Mapping[str, np.ndarray]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Returns what a step takes: the pairs, padded for the devices, their number, and the seed of dropout."""
+        self.model.check_ids(batch["input_ids"])  # before anything changes
         size, devices = len(batch["input_ids"]), self._replicas // self.processes.count
         padding = -size % devices if size else devices
         key = (self.recipe.seed, self.steps, self.processes.rank)
@@ -479,13 +480,10 @@ class Trainer:
         which every device has whole.
         """
         wide = self.model.logit_scale.dtype
-        start, size = self._place(text), tf.shape(text)[0]
-        own = slice(start, start + size)
+        own, valid = self._rows(valid)
         scalars = [self._parameters[name].value for name in _SCALARS if name in self._parameters]
         leaves = [self._gathered(tf.cast(part, wide)) for part in (text, image)]
         leaves += [tf.convert_to_tensor(scalar) for scalar in scalars]
-        if valid is not None:
-            valid = self._gathered(tf.cast(valid, tf.int32)) > 0
         loss_of = siglip_loss if self.recipe.loss == "siglip" else clip_loss
         local = self.recipe.local_loss and self._replicas > 1
         with _watching(leaves) as tape:
@@ -500,12 +498,14 @@ class Trainer:
             loss, *gradients = context.all_reduce(tf.distribute.ReduceOp.SUM, [loss, *gradients])
         return loss, (gradients[0][own], gradients[1][own]), gradients[2:]
 
-    def _place(self, rows: Tensor) -> int | Tensor:
-        """Returns how many rows the devices before this one have."""
-        if self._replicas == 1:
-            return 0
-        sizes = self._gathered(tf.shape(rows)[:1])
-        return tf.reduce_sum(sizes[: tf.distribute.get_replica_context().replica_id_in_sync_group])
+    def _rows(self, valid: Tensor | None) -> tuple[slice, Tensor | None]:
+        """Returns which rows of those of all devices belong to this one, and which of all are real."""
+        if valid is None:
+            return slice(None), None
+        number = tf.cast(tf.distribute.get_replica_context().replica_id_in_sync_group + 1, tf.float32)
+        marks = self._gathered(tf.where(valid, number, -number))  # each row has its device's number, or minus that
+        start = tf.math.count_nonzero(tf.abs(marks) < number, dtype=tf.int32)
+        return slice(start, start + tf.size(valid)), marks > 0
 
     def _gathered(self, rows: Tensor) -> Tensor:
         """Returns the rows of all devices, in order."""
