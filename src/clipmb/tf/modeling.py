@@ -53,6 +53,12 @@ def statistics(dtype: tf.DType) -> tf.DType:
     return tf.float32 if dtype.size < 4 else dtype
 
 
+def quick_gelu(x: Tensor) -> Tensor:
+    """X * sigmoid(1.702 x), where 1.702 is not rounded to 16 bits."""
+    wide = tf.cast(x, statistics(x.dtype))
+    return tf.cast(wide * tf.sigmoid(1.702 * wide), x.dtype)
+
+
 def gelu(x: Tensor) -> Tensor:
     """The exact one. ``tf.nn.gelu`` rounds its constants to float32, also in float64."""
     wide = tf.cast(x, statistics(x.dtype))
@@ -79,7 +85,7 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "leaky_relu": lambda x: tf.maximum(x, 0.01 * x),  # tf.nn.leaky_relu rounds its slope to float32
     "linear": lambda x: x,
     "mish": lambda x: x * tf.tanh(tf.nn.softplus(x)),
-    "quick_gelu": lambda x: x * tf.sigmoid(1.702 * x),
+    "quick_gelu": quick_gelu,
     "relu": tf.nn.relu,
     "relu2": lambda x: tf.square(tf.nn.relu(x)),
     "relu6": tf.nn.relu6,
@@ -111,6 +117,16 @@ class Linear(keras.layers.Dense):
         """Creates kernel (inputs, units) and bias (units,)."""
         super().build((None, self.inputs))
 
+    def call(self, inputs: Tensor) -> Tensor:
+        """(…, inputs) to (…, units), as a product of two matrices, into which graphs of TensorFlow fuse the bias."""
+        shape = (*keras.ops.shape(inputs)[:-1], self.units)
+        outputs = tf.matmul(tf.reshape(inputs, (-1, self.inputs)), self.kernel)
+        if not self.use_bias:
+            return tf.reshape(outputs, shape)
+        if outputs.dtype.size < 4:  # not fused, since that rounds once: a graph would differ from eager execution
+            return tf.reshape(outputs, shape) + self.bias
+        return tf.reshape(tf.nn.bias_add(outputs, self.bias), shape)
+
 
 class Embedding(keras.layers.Embedding):
     """A table of which ids outside are never looked up silently."""
@@ -128,13 +144,9 @@ class Embedding(keras.layers.Embedding):
 
 def check_range(ids: Tensor, size: int, field: str) -> None:
     """Raises for ids outside [0, size): a ValueError eagerly, an InvalidArgumentError in a graph, nothing under XLA."""
-    if not ids.dtype.is_integer:
-        raise bad_input(f"{field} must be integers", ids.dtype.name, "Pass int32 or int64", TypeError, shown=True)
+    checks.check_integers(ids, field)
     if tf.executing_eagerly():
-        if tf.size(ids):
-            low, high = int(tf.reduce_min(ids)), int(tf.reduce_max(ids))
-            if not 0 <= low <= high < size:
-                raise checks.outside(field, low, high, size)
+        checks.check_ids(ids.numpy(), size, field)
     else:
         message = f"{field} must lie in [0, {size}). Received:"
         tf.debugging.Assert(tf.reduce_all((ids >= 0) & (ids < size)), [message, ids], summarize=16)
@@ -180,7 +192,6 @@ class CLIPAttention(Module):
         width, dtype = config.hidden_size, self.dtype_policy
         self.num_heads = config.num_attention_heads
         self.head_dim = config.head_dim
-        self.scale = config.head_dim**-0.5
         self.dropout = config.attention_dropout
         self.k_proj = Linear(width, width, name="k_proj", dtype=dtype)
         self.v_proj = Linear(width, width, name="v_proj", dtype=dtype)
@@ -188,34 +199,31 @@ class CLIPAttention(Module):
         self.out_proj = Linear(width, width, name="out_proj", dtype=dtype)
 
     def call(
-        self, hidden_states: Tensor, bias: Tensor | None, seed: Tensor | None, causal: bool, fused: bool
+        self, hidden_states: Tensor, bias: Tensor | None, seed: Tensor | None, fused: bool
     ) -> tuple[Tensor, Tensor | None]:
         """Returns the context (batch, seq, width) and, unless fused, the weights (batch, heads, seq, seq).
 
+        TensorFlow has no fused kernel: here it is the form that keeps the scores in at least float32, and no weights.
         ``seed`` is that of dropout, or None for none; fused attention takes none.
         """
         batch, seq, width = keras.ops.shape(hidden_states)
         split = (batch, seq, self.num_heads, self.head_dim)
-        query = tf.reshape(self.q_proj(hidden_states), split)  # (batch, seq, heads, head_dim)
-        key = tf.reshape(self.k_proj(hidden_states), split)
-        value = tf.reshape(self.v_proj(hidden_states), split)
+        query = tf.transpose(tf.reshape(self.q_proj(hidden_states), split), (0, 2, 1, 3))
+        key = tf.transpose(tf.reshape(self.k_proj(hidden_states), split), (0, 2, 1, 3))  # (batch, heads, seq, head_dim)
+        value = tf.transpose(tf.reshape(self.v_proj(hidden_states), split), (0, 2, 1, 3))
+        scores = tf.matmul(query, key, transpose_b=True)  # (batch, heads, seq, seq); faster than einsum
         if fused:
-            weights = None
-            scale = tf.constant(self.scale, statistics(query.dtype))  # Keras rounds a Python number to float32
-            context = keras.ops.dot_product_attention(
-                query, key, value, bias=bias, is_causal=causal and bias is None, scale=scale
-            )
-        else:
-            scores = tf.einsum("bqhd,bkhd->bhqk", query, key) * self.scale  # (batch, heads, seq, seq)
-            if bias is not None:
-                scores = scores + bias
-            weights = tf.nn.softmax(tf.cast(scores, statistics(scores.dtype)), axis=-1)
-            weights = tf.cast(weights, query.dtype)
-            if seed is not None:
-                weights = tf.nn.experimental.stateless_dropout(weights, self.dropout, seed=seed)
-            context = tf.einsum("bhqk,bkhd->bqhd", weights, value)
-        context = tf.reshape(context, (batch, seq, width))
-        return self.out_proj(context), weights
+            scores = tf.cast(scores, statistics(scores.dtype))
+        # Not times the reciprocal: oneDNN would fuse product, factor and bias into a kernel that takes 20 times longer.
+        scores = scores / math.sqrt(self.head_dim)
+        if bias is not None:
+            scores = scores + tf.cast(bias, scores.dtype)
+        weights = tf.nn.softmax(tf.cast(scores, statistics(scores.dtype)), axis=-1)
+        weights = tf.cast(weights, query.dtype)
+        if seed is not None:
+            weights = tf.nn.experimental.stateless_dropout(weights, self.dropout, seed=seed)
+        context = tf.transpose(tf.matmul(weights, value), (0, 2, 1, 3))  # (batch, seq, heads, head_dim)
+        return self.out_proj(tf.reshape(context, (batch, seq, width))), None if fused else weights
 
 
 class CLIPMLP(Module):
@@ -245,10 +253,10 @@ class CLIPEncoderLayer(Module):
         self.layer_norm2 = LayerNorm(config.hidden_size, eps=config.layer_norm_eps, name="layer_norm2", dtype=dtype)
 
     def call(
-        self, hidden_states: Tensor, bias: Tensor | None, seed: Tensor | None, causal: bool, fused: bool
+        self, hidden_states: Tensor, bias: Tensor | None, seed: Tensor | None, fused: bool
     ) -> tuple[Tensor, Tensor | None]:
         """(batch, seq, width) to the same, and the attention weights unless fused."""
-        context, weights = self.self_attn(self.layer_norm1(hidden_states), bias, seed, causal=causal, fused=fused)
+        context, weights = self.self_attn(self.layer_norm1(hidden_states), bias, seed, fused=fused)
         hidden_states = hidden_states + context
         hidden_states = hidden_states + self.mlp(self.layer_norm2(hidden_states))
         return hidden_states, weights
@@ -284,19 +292,17 @@ class CLIPEncoder(Module):
             fused = False
             checks.warn_once(checks.ATTENTIONS_NEED_EAGER)
         dropout = training and self.config.attention_dropout > 0
-        fused = fused and not dropout  # Keras' fused attention has no dropout
-        bias = None
-        if causal and (attention_mask is not None or not fused):
-            bias = attention_bias(attention_mask, hidden_states)
+        fused = fused and not dropout
+        bias = attention_bias(attention_mask, hidden_states) if causal else None
         states, attentions = [hidden_states], []
         for layer in self.layers:
             seed = None
             if dropout:
                 seed = tf.cast(self.seed_generator.next(), tf.int32)  # drawn here, so that recomputing drops the same
             if self.checkpointing and training:
-                hidden_states, weights = _recomputed(layer, hidden_states, bias, seed, causal, fused)
+                hidden_states, weights = _recomputed(layer, hidden_states, bias, seed, fused)
             else:
-                hidden_states, weights = layer(hidden_states, bias, seed, causal=causal, fused=fused)
+                hidden_states, weights = layer(hidden_states, bias, seed, fused=fused)
             states.append(hidden_states)
             attentions.append(weights)
         return BaseModelOutput(
@@ -307,10 +313,10 @@ class CLIPEncoder(Module):
 
 
 def _recomputed(
-    layer: CLIPEncoderLayer, hidden_states: Tensor, bias: Tensor | None, seed: Tensor | None, causal: bool, fused: bool
+    layer: CLIPEncoderLayer, hidden_states: Tensor, bias: Tensor | None, seed: Tensor | None, fused: bool
 ) -> tuple[Tensor, Tensor | None]:
     def block(hidden_states: Tensor) -> Any:
-        outputs = layer(hidden_states, bias, seed, causal=causal, fused=fused)
+        outputs = layer(hidden_states, bias, seed, fused=fused)
         return outputs[0] if fused else outputs  # tf.recompute_grad takes no None
 
     outputs = tf.recompute_grad(block)(hidden_states)
@@ -558,11 +564,11 @@ class TFCLIPPreTrainedModel(PretrainedMixin, keras.Model):
         self.config: Any = config
 
     @classmethod
-    def from_pretrained(cls, name_or_path: Any, *, dtype: Any = None, **options: Any) -> Any:
+    def from_pretrained(cls, pretrained_model_name_or_path: Any, *, dtype: Any = None, **options: Any) -> Any:
         """As for every framework; ``dtype`` may also be a Keras policy, such as "mixed_bfloat16"."""
         if isinstance(dtype, keras.DTypePolicy) or (isinstance(dtype, str) and dtype.startswith("mixed_")):
             options["dtype_policy"], dtype = dtype, None
-        return super().from_pretrained(name_or_path, dtype=dtype, **options)
+        return super().from_pretrained(pretrained_model_name_or_path, dtype=dtype, **options)
 
     @classmethod
     def _from_config(cls, config: BaseConfig, **kwargs: Any) -> TFCLIPPreTrainedModel:
@@ -1190,28 +1196,23 @@ class TFCLIPForImageClassification(TFCLIPPreTrainedModel):
 
 
 def classification_loss(logits: Tensor, labels: Tensor, config: CLIPConfig) -> Tensor:
-    """The loss that ``problem_type`` names, or else: one label: squares; integers: cross-entropy; numbers: binary.
-
-    Labels of -100 are left out of the cross-entropy, as in PyTorch. The loss is at least float32.
-    """
+    """The loss of `clipmb.common.checks.loss_kind`, at least float32; cross-entropies leave out labels of -100."""
     logits = tf.cast(logits, statistics(logits.dtype))
-    integers = not labels.dtype.is_floating
-    kind = config.problem_type or (
-        "regression"
-        if config.num_labels == 1
-        else "single_label_classification"
-        if integers
-        else "multi_label_classification"
-    )
+    with plain_errors():
+        kind = checks.loss_kind(labels, logits, config)
     if kind == "regression":
         return tf.reduce_mean(tf.math.squared_difference(tf.squeeze(logits), tf.cast(tf.squeeze(labels), logits.dtype)))
     if kind == "single_label_classification":
-        labels = tf.reshape(labels, (-1,))
+        labels = tf.reshape(tf.cast(labels, tf.int64), (-1,))
         kept = labels != -100
-        losses = tf.nn.sparse_softmax_cross_entropy_with_logits(tf.where(kept, labels, 0), logits)
+        labels = tf.where(kept, labels, 0)
+        with plain_errors():
+            check_range(labels, config.num_labels, "labels")
+        losses = tf.nn.sparse_softmax_cross_entropy_with_logits(labels, logits)
         kept = tf.cast(kept, logits.dtype)
         return tf.reduce_sum(losses * kept) / tf.reduce_sum(kept)
-    return tf.reduce_mean(tf.nn.sigmoid_cross_entropy_with_logits(tf.cast(labels, logits.dtype), logits))
+    labels = tf.reshape(tf.cast(labels, logits.dtype), tf.shape(logits))
+    return tf.reduce_mean(tf.nn.sigmoid_cross_entropy_with_logits(labels, logits))
 
 
 def _default(value: Any, default: Any) -> Any:
