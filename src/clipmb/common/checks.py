@@ -1,4 +1,4 @@
-"""The checks of model inputs that need shapes only: the same errors with the same words in every framework.
+"""The checks of model inputs: the same errors with the same words in every framework.
 
 Source of the limits: transformers 4.57.6, whose PyTorch models make the first three checks; its TensorFlow and Flax
 models computed silently with several of these inputs.
@@ -10,7 +10,9 @@ import warnings
 from collections.abc import Sequence
 from typing import Any
 
-from clipmb.common.config import CLIPTextConfig, CLIPVisionConfig
+import numpy as np
+
+from clipmb.common.config import CLIPConfig, CLIPTextConfig, CLIPVisionConfig
 from clipmb.common.errors import bad_input
 
 _warned: set[str] = set()
@@ -88,14 +90,78 @@ def check_pixels(pixels: Any, config: CLIPVisionConfig, interpolate: bool) -> No
         )
 
 
+_FIXES = {
+    "input_ids": "Use the tokenizer of this model",
+    "position_ids": "Pass smaller positions",
+    "labels": "Pass class indices, or -100 for what is to be left out",
+}
+
+
+def check_ids(ids: np.ndarray, size: int, field: str) -> None:
+    """Checks that ids can be looked up in a table, where their values are known.
+
+    Args:
+        ids: Of any shape.
+        size: Rows of the table.
+        field: What they are called: input_ids, position_ids or labels.
+
+    Raises:
+        TypeError: They are not integers.
+        ValueError: Some lie outside of the table.
+    """
+    check_integers(ids, field)
+    low, high = (int(ids.min()), int(ids.max())) if ids.size else (0, 0)
+    if low < 0 or (ids.size and high >= size):
+        raise outside(field, low, high, size)
+
+
 def outside(field: str, low: int, high: int, size: int) -> Exception:
-    """Builds the error for ids outside an embedding table."""
-    return bad_input(
-        f"{field} must lie in [0, {size})",
-        f"values from {low} to {high}",
-        "Use the tokenizer of this model" if field == "input_ids" else "Pass smaller positions",
-        shown=True,
+    """Builds the error for ids outside a table."""
+    return bad_input(f"{field} must lie in [0, {size})", f"values from {low} to {high}", _FIXES[field], shown=True)
+
+
+def check_integers(ids: Any, field: str) -> None:
+    """Checks the dtype of ids, an array or tensor of any framework.
+
+    Raises:
+        TypeError: It is not one of integers.
+    """
+    if not _is_integer(ids):
+        raise bad_input(f"{field} must be integers", _dtype(ids), "Pass int32 or int64", TypeError, shown=True)
+
+
+def loss_kind(labels: Any, logits: Any, config: CLIPConfig) -> str:
+    """Returns what loss the labels of `CLIPForImageClassification` ask for, and checks their shape and dtype.
+
+    Axes of length 1 do not count. Where a size is not known before the call, the shape is not checked.
+
+    Args:
+        labels: Array or tensor of any framework.
+        logits: (batch, num_labels), likewise.
+        config: Its ``problem_type`` is the answer; without one, a single label means squares, integers mean
+            cross-entropy, and numbers one binary question for each label.
+
+    Raises:
+        TypeError: Class indices are not integers.
+        ValueError: The shape does not fit, or there is no such problem type.
+    """
+    kind = config.problem_type or (
+        "regression"
+        if config.num_labels == 1
+        else "single_label_classification"
+        if _is_integer(labels)
+        else "multi_label_classification"
     )
+    single = kind == "single_label_classification"
+    expected = tuple(logits.shape)[:1] if single else tuple(logits.shape)
+    if not _fits(labels.shape, expected):
+        shape = f"({', '.join(map(str, expected))}{',' if single else ''})"
+        raise bad_input(
+            f"labels must have the shape {shape} for {kind}", _shape(labels), "Pass labels of that shape", shown=True
+        )
+    if single:
+        check_integers(labels, "labels")
+    return kind
 
 
 def not_square(texts: int, images: int) -> Exception:
@@ -130,6 +196,21 @@ ATTENTIONS_NEED_EAGER = (
     "output_attentions=True needs attn_implementation='eager', because fused attention never forms the weights; "
     "this call computes attention eagerly. Load with attn_implementation='eager' to do so always."
 )
+
+
+def _dtype(array: Any) -> str:
+    return getattr(array.dtype, "name", None) or str(array.dtype).removeprefix("torch.")
+
+
+def _is_integer(array: Any) -> bool:
+    return _dtype(array).startswith(("int", "uint"))
+
+
+def _fits(shape: Any, expected: tuple[int | None, ...]) -> bool:
+    """Whether two shapes are the same but for axes of length 1, as far as it is known before the call."""
+    if getattr(shape, "rank", 0) is None or None in (*shape, *expected):
+        return True
+    return [size for size in shape if size != 1] == [size for size in expected if size != 1]
 
 
 def _shape(array: Any) -> str:

@@ -84,7 +84,7 @@ class Engine:
 
     def text_features(self, input_ids: np.ndarray, attention_mask: np.ndarray | None = None) -> np.ndarray:
         """(batch, seq) to (batch, proj), not normalised; float32, or float64 for such a model."""
-        self._check(input_ids)
+        checks.check_ids(input_ids, self.config.text_config.vocab_size, "input_ids")
         with self._exact():
             return self._numpy(self._text(input_ids=input_ids, attention_mask=attention_mask, params=self.model.params))
 
@@ -108,12 +108,6 @@ class Engine:
     def _exact(self) -> contextlib.AbstractContextManager:
         """Lets a model of float64 compute in float64, whatever ``jax_enable_x64`` says outside."""
         return jax.enable_x64(True) if self.model.dtype == jnp.float64 else contextlib.nullcontext()
-
-    def _check(self, input_ids: np.ndarray) -> None:
-        """Raises for ids outside the vocabulary, which the model cannot see under jit."""
-        size = self.config.text_config.vocab_size
-        if input_ids.size and not 0 <= input_ids.min() <= input_ids.max() < size:
-            raise checks.outside("input_ids", int(input_ids.min()), int(input_ids.max()), size)
 
     @staticmethod
     def _numpy(array: Any) -> np.ndarray:

@@ -321,15 +321,9 @@ def checked_ids(ids: Array, size: int, field: str) -> Array:
         TypeError: They are not integers.
         ValueError: Some lie outside, and this is not under a transformation.
     """
-    if not jnp.issubdtype(ids.dtype, jnp.integer):
-        raise bad_input(f"{field} must be integers", str(ids.dtype), "Convert them", TypeError, shown=True)
-    if ids.size == 0:
-        return jnp.asarray(ids)
+    checks.check_integers(ids, field)
     if not isinstance(ids, jax.core.Tracer):
-        values = np.asarray(ids)  # operations of JAX would be traced, where this is inside someone's jit
-        low, high = int(values.min()), int(values.max())
-        if low < 0 or high >= size:
-            raise checks.outside(field, low, high, size)
+        checks.check_ids(np.asarray(ids), size, field)  # JAX's operations would be traced, where this is inside a jit
         return jnp.asarray(ids)
     return jnp.where(ids < 0, size, ids)  # JAX would count negative ones from the end
 
@@ -784,22 +778,9 @@ class FlaxCLIPForImageClassificationModule(nn.Module):
 
 
 def classification_loss(logits: Array, labels: Array, config: CLIPConfig) -> Array:
-    """The loss that ``problem_type`` names, or else: one label: squares; integers: cross-entropy; numbers: binary."""
-    integers = not jnp.issubdtype(labels.dtype, jnp.floating)
-    kind = config.problem_type or (
-        "regression"
-        if config.num_labels == 1
-        else "single_label_classification"
-        if integers
-        else "multi_label_classification"
-    )
-    single = kind == "single_label_classification"
-    expected = logits.shape[:1] if single else logits.shape
-    if labels.size != np.prod(expected):
-        raise bad_input(
-            f"labels must have the shape {expected} for {kind}", tuple(labels.shape), "Pass matching labels"
-        )
-    if single:
+    """The loss of `clipmb.common.checks.loss_kind`; cross-entropies leave out labels of -100."""
+    kind = checks.loss_kind(labels, logits, config)
+    if kind == "single_label_classification":
         return cross_entropy(logits, labels.reshape(-1))
     dtype, statistics = logits.dtype, statistics_dtype(logits.dtype)
     logits, labels = logits.astype(statistics), jnp.asarray(labels, dtype).astype(statistics)

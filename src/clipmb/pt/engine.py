@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from clipmb.common import checks
 from clipmb.common.config import CLIPConfig
 from clipmb.common.outputs import stages
 from clipmb.pt.modeling import CLIPModel
@@ -73,6 +74,7 @@ class Engine:
     @torch.inference_mode()
     def text_features(self, input_ids: np.ndarray, attention_mask: np.ndarray | None = None) -> np.ndarray:
         """(batch, seq) to (batch, proj), not normalised; float32, or float64 for such a model."""
+        checks.check_ids(input_ids, self.config.text_config.vocab_size, "input_ids")
         mask = None if attention_mask is None else self._tensor(attention_mask)
         return self._numpy(self._text(input_ids=self._tensor(input_ids), attention_mask=mask))
 

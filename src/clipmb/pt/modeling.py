@@ -241,10 +241,12 @@ class CLIPTextEmbeddings(nn.Module):
 def _look_up(table: nn.Embedding, ids: Tensor, field: str) -> Tensor:
     if torch.compiler.is_compiling():
         return table(ids)
+    checks.check_integers(ids, field)
     try:
-        return table(ids)
+        return table(ids if ids.dtype == torch.int else ids.long())
     except IndexError:
-        raise checks.outside(field, int(ids.min()), int(ids.max()), table.num_embeddings) from None
+        checks.check_ids(ids.numpy(force=True), table.num_embeddings, field)
+        raise
 
 
 class CLIPVisionEmbeddings(nn.Module):
@@ -789,21 +791,19 @@ class CLIPForImageClassification(CLIPPreTrainedModel):
 
 
 def classification_loss(logits: Tensor, labels: Tensor, config: CLIPConfig) -> Tensor:
-    """The loss that ``problem_type`` names, or else: one label: squares; integers: cross-entropy; numbers: binary."""
+    """The loss of `clipmb.common.checks.loss_kind`; cross-entropies leave out labels of -100."""
     labels = labels.to(logits.device)
-    integers = not labels.is_floating_point()
-    kind = config.problem_type or (
-        "regression"
-        if config.num_labels == 1
-        else "single_label_classification"
-        if integers
-        else "multi_label_classification"
-    )
+    kind = checks.loss_kind(labels, logits, config)
     if kind == "regression":
         return F.mse_loss(logits.squeeze(), labels.squeeze().to(logits.dtype))
     if kind == "single_label_classification":
-        return F.cross_entropy(logits.view(-1, config.num_labels), labels.view(-1))
-    return F.binary_cross_entropy_with_logits(logits, labels.to(logits.dtype))
+        labels = labels.reshape(-1).long()
+        try:
+            return F.cross_entropy(logits, labels)
+        except IndexError:
+            checks.check_ids(labels.where(labels != -100, 0).numpy(force=True), config.num_labels, "labels")
+            raise
+    return F.binary_cross_entropy_with_logits(logits, labels.reshape(logits.shape).to(logits.dtype))
 
 
 class _Uninitialised(TorchFunctionMode):

@@ -11,6 +11,7 @@ import keras
 import numpy as np
 import tensorflow as tf
 
+from clipmb.common import checks
 from clipmb.common.config import CLIPConfig
 from clipmb.common.outputs import stages
 from clipmb.tf.modeling import TFCLIPModel
@@ -81,6 +82,7 @@ class Engine:
 
     def text_features(self, input_ids: np.ndarray, attention_mask: np.ndarray | None = None) -> np.ndarray:
         """(batch, seq) to (batch, proj), not normalised; float32, or float64 for such a model."""
+        checks.check_ids(input_ids, self.config.text_config.vocab_size, "input_ids")
         with _placed(self._device):
             return self._numpy(self._text(*self._ids(input_ids, attention_mask)))
 
