@@ -22,9 +22,10 @@ from typing import Any, BinaryIO, cast
 import ml_dtypes
 import numpy as np
 
+from clipmb.common.checkpoint.content import read_files
 from clipmb.common.checkpoint.formats import Loaded
 from clipmb.common.checkpoint.names import Deferred, Maker, canonical, in_framework
-from clipmb.common.checkpoint.sharding import read_shards, write_shards
+from clipmb.common.checkpoint.sharding import write_shards
 from clipmb.common.config import BaseConfig
 from clipmb.common.errors import CheckpointError
 from clipmb.common.hub import Source
@@ -71,18 +72,11 @@ def read(source: Source, variant: str | None = None) -> Loaded | None:
     Raises:
         CheckpointError: A file is damaged or hostile, or a shard is missing.
     """
-    name = _FILE if source.file is None else source.file.name
-    if variant is not None or not name.endswith(".msgpack"):
+    found = None if variant else read_files(source, "msgpack", _FILE, _INDEX, read_tree)
+    if found is None:
         return None
-    tensors: Mapping[str, np.ndarray]
-    if (path := source.find(name)) is not None:
-        tensors, files = Deferred(read_tree(path)), [name]
-    elif source.file is None and (path := source.find(_INDEX)) is not None:
-        makers, files = read_shards(source, path, read_tree)
-        tensors, files = Deferred(makers), [*files, _INDEX]
-    else:
-        return None
-    return Loaded("flax-msgpack", canonical(tensors, "flax", source), files)
+    makers, files = found
+    return Loaded("flax-msgpack", canonical(Deferred(makers), "flax", source), files)
 
 
 def read_tree(path: Path) -> dict[str, Maker]:

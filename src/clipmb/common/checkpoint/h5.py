@@ -21,7 +21,6 @@ import numpy as np
 from clipmb.common.checkpoint.names import Deferred, Maker
 from clipmb.common.errors import CheckpointError, MissingBackendError
 
-_SIGNATURE = b"\x89HDF\r\n\x1a\n"
 _DTYPES = (
     "float64", "float32", "float16", "int64", "int32", "int16", "int8", "uint64", "uint32", "uint16", "uint8", "bool",
 )  # fmt: skip
@@ -30,12 +29,6 @@ _OPAQUE = np.dtype("V2")  # how HDF5, which has no bfloat16, holds one
 _FILTERS = (1, 2, 3)  # deflate, shuffle, Fletcher's checksum; others would load plugins
 _MAX_OBJECTS, _MAX_DEPTH = 100_000, 32
 _MAX_RATIO, _ALLOWANCE = 16, 1 << 20  # of what compressed arrays may be larger than the file
-
-
-def is_h5(path: Path) -> bool:
-    """Tells whether a file begins as HDF5 files do."""
-    with open(path, "rb") as file:
-        return file.read(len(_SIGNATURE)) == _SIGNATURE
 
 
 def read_h5(path: Path) -> Deferred:

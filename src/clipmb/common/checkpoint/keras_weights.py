@@ -18,8 +18,9 @@ from collections.abc import Mapping
 
 import numpy as np
 
+from clipmb.common.checkpoint.content import kind_of
 from clipmb.common.checkpoint.formats import Loaded
-from clipmb.common.checkpoint.h5 import is_h5, read_h5, write_h5
+from clipmb.common.checkpoint.h5 import read_h5, write_h5
 from clipmb.common.checkpoint.names import Deferred, in_canonical, in_framework
 from clipmb.common.config import BaseConfig
 from clipmb.common.hub import Source
@@ -40,8 +41,8 @@ def read(source: Source, variant: str | None = None) -> Loaded | None:
         CheckpointError: The file is damaged or hostile.
         MissingBackendError: h5py is not installed.
     """
-    name = _FILE if source.file is None else source.file.name
-    if variant is not None or (path := source.find(name)) is None or (source.file is not None and not is_h5(path)):
+    path = None if variant else source.find(_FILE) if source.file is None else source.file
+    if path is None or (source.file is not None and kind_of(path) != "h5"):
         return None
     tensors = read_h5(path)
     towers = {
@@ -62,7 +63,7 @@ def read(source: Source, variant: str | None = None) -> Loaded | None:
         else:
             canonical = at_block(spec.name, int(block[1] or 0)) if block else spec.name
             makers[canonical] = in_canonical(maker, spec.kind, where, path)
-    return Loaded("keras-weights", Deferred(makers), [name])
+    return Loaded("keras-weights", Deferred(makers), [path.name])
 
 
 def write(

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 from safetensors.numpy import save_file
 
+from clipmb.common.checkpoint.content import kind_of
 from clipmb.common.checkpoint.formats import Loaded
 from clipmb.common.checkpoint.openai import (
     CONFIG,
@@ -23,7 +24,7 @@ from clipmb.common.checkpoint.openai import (
     sizes_of,
     to_canonical,
 )
-from clipmb.common.checkpoint.pickled import inspect, is_pickled
+from clipmb.common.checkpoint.pickled import inspect
 from clipmb.common.checkpoint.safetensors import map_file
 from clipmb.common.checkpoint.sharding import to_json
 from clipmb.common.config import BaseConfig, CLIPConfig, CLIPTextConfig, CLIPVisionConfig, read_json
@@ -95,9 +96,10 @@ def read(source: Source, variant: str | None = None) -> Loaded | None:
         MissingBackendError: PyTorch is not installed, and the file is pickled.
     """
     path = None if variant else find_weights(source, _NAMES)
-    if path is None or not (path.suffix == ".safetensors" or is_pickled(path)):
+    kind = None if path is None else kind_of(path)
+    if path is None or kind not in ("safetensors", "pickle"):
         return None
-    pickled = None if path.suffix == ".safetensors" else inspect(path)
+    pickled = inspect(path) if kind == "pickle" else None
     stored: Mapping[str, Any] = map_file(path) if pickled is None else pickled.layouts()
     if not is_openai(stored):
         return None

@@ -13,8 +13,9 @@ from typing import Any
 
 import numpy as np
 
+from clipmb.common.checkpoint.content import kind_of
 from clipmb.common.checkpoint.formats import Loaded
-from clipmb.common.checkpoint.pickled import inspect, is_pickled, write_pickle
+from clipmb.common.checkpoint.pickled import inspect, write_pickle
 from clipmb.common.config import CONFIG_NAME, BaseConfig, CLIPConfig, read_json
 from clipmb.common.errors import CheckpointError
 from clipmb.common.hub import Source
@@ -248,7 +249,7 @@ def read(source: Source, variant: str | None = None) -> Loaded | None:
         MissingBackendError: PyTorch is not installed, and it is not a TorchScript archive.
     """
     path = None if variant else find_weights(source, NAMES)
-    if path is None or not is_pickled(path):
+    if path is None or kind_of(path) != "pickle":
         return None
     pickled = inspect(path)
     names = plain(pickled.layouts())

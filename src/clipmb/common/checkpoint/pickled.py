@@ -25,9 +25,8 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
+from clipmb.common.checkpoint.content import LEGACY, ZIP
 from clipmb.common.errors import CheckpointError, MissingBackendError
-
-SUFFIXES = (".bin", ".pt", ".pth", ".ckpt")
 
 _DTYPES = {
     "DoubleStorage": np.dtype(np.float64),
@@ -41,8 +40,6 @@ _DTYPES = {
     "ByteStorage": np.dtype(np.uint8),
     "BoolStorage": np.dtype(np.bool_),
 }
-_ZIP = b"PK\x03\x04"
-_LEGACY = b"\x80\x02\x8a\x0al\xfc\x9cF\xf9 j\xa8P\x19."  # the magic number with which files of before PyTorch 1.6 begin
 _MAX_OPERATIONS = 5_000_000  # a training checkpoint of a ViT-L/14, with the optimizer's state, has some 100,000
 _MAX_AXES = 8
 
@@ -274,7 +271,10 @@ class Pickled:
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # about old forms of files; the values are the same
-                tree = torch.load(str(self.path), map_location="cpu", weights_only=True, mmap=self.zipped)
+                if self.path.suffix == ".safetensors":  # PyTorch would take its word for it, were it given the path
+                    tree = torch.load(io.BytesIO(self.path.read_bytes()), map_location="cpu", weights_only=True)
+                else:
+                    tree = torch.load(str(self.path), map_location="cpu", weights_only=True, mmap=self.zipped)
         except Exception as error:
             raise CheckpointError(f"{self.path} cannot be loaded by PyTorch: {error}") from error
         return {
@@ -360,20 +360,6 @@ def import_torch() -> ModuleType:
         raise MissingBackendError("pt", cause=str(error)) from error
 
 
-def is_pickled(path: Path) -> bool:
-    """Tells whether a file is one of PyTorch's, by its suffix or, failing that, by its content."""
-    if path.suffix in SUFFIXES:
-        return True
-    with open(path, "rb") as file:
-        head = file.read(len(_LEGACY))
-    if head == _LEGACY:
-        return True
-    try:
-        return head.startswith(_ZIP) and any(name.endswith("/data.pkl") for name in zipfile.ZipFile(path).namelist())
-    except (zipfile.BadZipFile, *_DAMAGE, OSError, NotImplementedError):
-        return False
-
-
 def inspect(path: Path) -> Pickled:
     """Checks a file of pickled weights and reads its names, shapes and dtypes, but not its numbers.
 
@@ -382,10 +368,10 @@ def inspect(path: Path) -> Pickled:
     """
     try:
         with open(path, "rb") as file:
-            head = file.read(len(_LEGACY))
-            if head == _LEGACY:
+            head = file.read(len(LEGACY))
+            if head == LEGACY:
                 return _inspect_legacy(path, file)
-            if head.startswith(_ZIP):
+            if head.startswith(ZIP):
                 return _inspect_zip(path, file)
     except (zipfile.BadZipFile, *_DAMAGE, NotImplementedError, MemoryError) as error:
         raise CheckpointError(f"{path} is not a readable checkpoint of PyTorch: {error}.") from error
@@ -434,7 +420,7 @@ def _records(file: Any) -> dict[str, tuple[int, int]]:
     for entry in entries:
         file.seek(entry.header_offset)
         header = file.read(30)
-        if not header.startswith(_ZIP) or entry.flag_bits & 1 or entry.orig_filename in records:
+        if not header.startswith(ZIP) or entry.flag_bits & 1 or entry.orig_filename in records:
             raise ValueError(f"the archive's entry {entry.filename!r:.60} is damaged, encrypted, or there twice")
         start = entry.header_offset + 30 + sum(struct.unpack("<HH", header[26:]))
         if entry.compress_type == zipfile.ZIP_STORED and entry.file_size == entry.compress_size:

@@ -7,10 +7,11 @@ from pathlib import Path
 
 import numpy as np
 
+from clipmb.common.checkpoint.content import read_files
 from clipmb.common.checkpoint.formats import Loaded
 from clipmb.common.checkpoint.openai import is_openai
-from clipmb.common.checkpoint.pickled import inspect, is_pickled, write_pickle
-from clipmb.common.checkpoint.sharding import read_shards, write_shards
+from clipmb.common.checkpoint.pickled import inspect, write_pickle
+from clipmb.common.checkpoint.sharding import write_shards
 from clipmb.common.config import BaseConfig
 from clipmb.common.hub import Source
 from clipmb.common.saving import Transaction
@@ -34,14 +35,8 @@ def read(source: Source, variant: str | None = None) -> Loaded | None:
     """
     single = f"pytorch_model.{variant}.bin" if variant else _SINGLE
     index = f"pytorch_model.bin.index.{variant}.json" if variant else _INDEX
-    path = source.file if source.file is not None and is_pickled(source.file) else source.find(single)
-    if path is not None:
-        pickled = inspect(path)
-        return None if is_openai(pickled.layouts()) else Loaded("pytorch", pickled.arrays(), [path.name])
-    if (path := source.find(index)) is not None:
-        tensors, files = read_shards(source, path, _read_file)
-        return Loaded("pytorch", tensors, [*files, path.name])
-    return None
+    found = read_files(source, "pickle", single, index, _read_file)
+    return None if found is None or is_openai(found[0]) else Loaded("pytorch", *found)
 
 
 def _read_file(path: Path) -> dict[str, np.ndarray]:

@@ -14,12 +14,13 @@ import numpy as np
 import safetensors
 from safetensors.numpy import save_file
 
+from clipmb.common.checkpoint.content import read_files
 from clipmb.common.checkpoint.formats import Loaded
 from clipmb.common.checkpoint.names import canonical, dialect_of
 from clipmb.common.checkpoint.openai import is_openai
 from clipmb.common.checkpoint.sharding import parse_size as parse_size
-from clipmb.common.checkpoint.sharding import read_shards, write_shards
 from clipmb.common.checkpoint.sharding import to_json as to_json
+from clipmb.common.checkpoint.sharding import write_shards
 from clipmb.common.config import BaseConfig
 from clipmb.common.errors import CheckpointError
 from clipmb.common.hub import Source
@@ -47,12 +48,9 @@ def read(source: Source, variant: str | None = None) -> Loaded | None:
     Raises:
         CheckpointError: A file is damaged, a shard is missing, or the index names a path outside the folder.
     """
-    if source.file is not None:
-        single = source.file.name if source.file.suffix == ".safetensors" else None
-        found = None if single is None else (map_file(source.file), [single])
-    else:
-        found = _read_folder(source, variant)
-    if found is None:
+    dot = f".{variant}" if variant else ""
+    index = f"model.safetensors.index{dot}.json"
+    if (found := read_files(source, "safetensors", f"model{dot}.safetensors", index, map_file)) is None:
         return None
     tensors, files = found
     if is_openai(tensors):
@@ -60,17 +58,6 @@ def read(source: Source, variant: str | None = None) -> Loaded | None:
     dialect = dialect_of(tensors)
     decisions = {} if dialect == "pt" else {"dialect": f"{dialect}, from the tensors' names"}
     return Loaded("safetensors", canonical(tensors, dialect, source), files, decisions=decisions)
-
-
-def _read_folder(source: Source, variant: str | None) -> tuple[dict[str, np.ndarray], list[str]] | None:
-    name = f"model.{variant}.safetensors" if variant else "model.safetensors"
-    index = f"model.safetensors.index.{variant}.json" if variant else "model.safetensors.index.json"
-    if (path := source.find(name)) is not None:
-        return map_file(path), [name]
-    if (path := source.find(index)) is not None:
-        tensors, files = read_shards(source, path, map_file)
-        return tensors, [*files, index]
-    return None
 
 
 def read_safetensors(source: Source, variant: str | None = None) -> dict[str, np.ndarray] | None:

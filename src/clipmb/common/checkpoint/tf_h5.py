@@ -17,10 +17,11 @@ from pathlib import Path
 
 import numpy as np
 
+from clipmb.common.checkpoint.content import read_files
 from clipmb.common.checkpoint.formats import Loaded
-from clipmb.common.checkpoint.h5 import is_h5, read_h5, write_h5
+from clipmb.common.checkpoint.h5 import read_h5, write_h5
 from clipmb.common.checkpoint.names import Deferred, Maker, canonical, dialect_of, in_framework, makers_of, tf_name
-from clipmb.common.checkpoint.sharding import read_shards, write_shards
+from clipmb.common.checkpoint.sharding import write_shards
 from clipmb.common.config import BaseConfig
 from clipmb.common.hub import Source
 from clipmb.common.parameters import Spec, specs
@@ -44,20 +45,11 @@ def read(source: Source, variant: str | None = None) -> Loaded | None:
         CheckpointError: A file is damaged or hostile, or a shard is missing.
         MissingBackendError: h5py is not installed.
     """
-    name = _FILE if source.file is None else source.file.name
-    tensors: Mapping[str, np.ndarray]
-    if variant is not None:
+    found = None if variant else read_files(source, "h5", _FILE, _INDEX, lambda path: makers_of(read_h5(path)))
+    if found is None or (source.file is not None and dialect_of(found[0]) != "tf"):
         return None
-    if (path := source.find(name)) is not None and (source.file is None or is_h5(path)):
-        tensors, files = read_h5(path), [name]
-        if source.file is not None and dialect_of(tensors) != "tf":
-            return None
-    elif source.file is None and (path := source.find(_INDEX)) is not None:
-        makers, files = read_shards(source, path, lambda shard: makers_of(read_h5(shard)))
-        tensors, files = Deferred(makers), [*files, _INDEX]
-    else:
-        return None
-    return Loaded("tf-h5", canonical(tensors, "tf", source), files)
+    makers, files = found
+    return Loaded("tf-h5", canonical(Deferred(makers), "tf", source), files)
 
 
 def write(
