@@ -11,7 +11,7 @@ from typing import Any, ClassVar, TypeVar
 
 from clipmb.common.errors import CheckpointError, bad_input, one_of
 from clipmb.common.hub import Source
-from clipmb.common.saving import Transaction
+from clipmb.common.saving import Transaction, check_former
 
 CONFIG_NAME = "config.json"
 
@@ -167,8 +167,14 @@ class BaseConfig:
         """Writes `to_json_string` to a file."""
         Path(path).write_text(self.to_json_string(use_diff), encoding="utf-8")
 
-    def save_pretrained(self, save_directory: str | os.PathLike[str]) -> None:
-        """Writes ``config.json`` into a folder, which is made when it is missing."""
+    def save_pretrained(
+        self, save_directory: str | os.PathLike[str], push_to_hub: bool = False, **options: Any
+    ) -> None:
+        """Writes ``config.json`` into a folder, which is made when it is missing.
+
+        Options are those of `clipmb.common.saving.check_former`.
+        """
+        check_former({"push_to_hub": push_to_hub, **options})
         with Transaction(save_directory) as save:
             save.write(CONFIG_NAME, self.to_json_string())
 
@@ -233,8 +239,11 @@ class BaseConfig:
         return cls.from_dict(read_json(Path(path)))
 
     @classmethod
-    def get_config_dict(cls, name_or_path: str | os.PathLike[str] | Source, **options: Any) -> tuple[dict, dict]:
+    def get_config_dict(
+        cls, pretrained_model_name_or_path: str | os.PathLike[str] | Source, **options: Any
+    ) -> tuple[dict, dict]:
         """Reads the content of ``config.json`` and returns it with the options that are not about where it is."""
+        name_or_path = pretrained_model_name_or_path
         path = Path(name_or_path) if isinstance(name_or_path, str | os.PathLike) else None
         if path is not None and path.is_file() and path.suffix == ".json":
             return read_json(path), options
@@ -244,7 +253,7 @@ class BaseConfig:
     @classmethod
     def from_pretrained(
         cls: type[ConfigT],
-        name_or_path: str | os.PathLike[str] | Source,
+        pretrained_model_name_or_path: str | os.PathLike[str] | Source,
         *,
         return_unused_kwargs: bool = False,
         **options: Any,
@@ -252,7 +261,7 @@ class BaseConfig:
         """Reads a config from a folder, a hub id or a JSON file.
 
         Args:
-            name_or_path: Folder, hub id, or path of a ``.json`` file.
+            pretrained_model_name_or_path: Folder, hub id, or path of a ``.json`` file.
             return_unused_kwargs: As in `from_dict`.
             **options: ``subfolder``, ``revision``, ``cache_dir``, ``token``, ``local_files_only``, ``force_download``
                 say where; all others override fields.
@@ -261,8 +270,8 @@ class BaseConfig:
             CheckpointError: There is no readable ``config.json``.
             ValueError: It is the config of another model, or a value is impossible.
         """
-        fields, changes = cls.get_config_dict(name_or_path, **options)
-        fields["_name_or_path"] = str(name_or_path)
+        fields, changes = cls.get_config_dict(pretrained_model_name_or_path, **options)
+        fields["_name_or_path"] = str(pretrained_model_name_or_path)
         return cls.from_dict(fields, return_unused_kwargs=return_unused_kwargs, **changes)
 
     def update(self, changes: dict[str, Any]) -> None:

@@ -26,7 +26,7 @@ from clipmb.common import pixels as px
 from clipmb.common.batch import BatchFeature, check_tensor_type
 from clipmb.common.errors import CheckpointError, bad_input, one_of
 from clipmb.common.hub import Source
-from clipmb.common.saving import Transaction
+from clipmb.common.saving import Transaction, check_former
 
 OPENAI_CLIP_MEAN = [0.48145466, 0.4578275, 0.40821073]
 OPENAI_CLIP_STD = [0.26862954, 0.26130258, 0.27577711]
@@ -330,9 +330,14 @@ class CLIPImageProcessor:
             settings = read_json(source.require(name))
         return cls.from_dict(settings, **kwargs)
 
-    def save_pretrained(self, save_directory: str | os.PathLike[str], push_to_hub: bool = False) -> list[str]:
-        """Writes preprocessor_config.json into a folder, and returns its path in a list."""
-        refuse_push(push_to_hub)
+    def save_pretrained(
+        self, save_directory: str | os.PathLike[str], push_to_hub: bool = False, **options: Any
+    ) -> list[str]:
+        """Writes preprocessor_config.json into a folder, and returns its path in a list.
+
+        Options are those of `clipmb.common.saving.check_former`.
+        """
+        check_former({"push_to_hub": push_to_hub, **options})
         with Transaction(save_directory) as save:
             self._write(save)
         return [os.path.join(save_directory, FILE)]
@@ -536,11 +541,3 @@ def write_json(content: dict[str, Any]) -> str:
         raise bad_input("Settings must be JSON values", value, "Remove this attribute before saving", TypeError)
 
     return json.dumps(content, indent=2, sort_keys=True, default=plain) + "\n"
-
-
-def refuse_push(push_to_hub: bool) -> None:
-    """Raises for the former library's ``push_to_hub=True``: saving never uploads."""
-    if push_to_hub:
-        raise bad_input(
-            "Saving writes local files only", "push_to_hub=True", "Save, then huggingface_hub.upload_folder", shown=True
-        )

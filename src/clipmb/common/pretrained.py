@@ -14,7 +14,7 @@ from clipmb.common.config import CONFIG_NAME, BaseConfig
 from clipmb.common.errors import CheckpointError, bad_input, one_of
 from clipmb.common.hub import Source
 from clipmb.common.parameters import Spec, specs
-from clipmb.common.saving import Transaction
+from clipmb.common.saving import Transaction, check_former
 
 logger = logging.getLogger("clipmb")
 _told: set[str] = set()  # the sources whose format was already remarked on
@@ -36,6 +36,7 @@ class PretrainedMixin:
     config_class: ClassVar[type[BaseConfig]]
     head: ClassVar[str]
     load_options: ClassVar[tuple[str, ...]] = ()  # what `_from_arrays` takes beyond the mixin's own options
+    save_options: ClassVar[tuple[str, ...]] = ()  # what `_to_arrays` takes
     config: Any
 
     @classmethod
@@ -52,7 +53,7 @@ class PretrainedMixin:
     @classmethod
     def from_pretrained(
         cls,
-        name_or_path: str | os.PathLike[str] | Source | None,
+        pretrained_model_name_or_path: str | os.PathLike[str] | Source | None,
         *,
         config: Any = None,
         dtype: Any = None,
@@ -70,7 +71,7 @@ class PretrainedMixin:
         something that no CLIP has, is an error that lists all of it.
 
         Args:
-            name_or_path: Folder, file of weights or hub id; None with ``config`` and ``state_dict``.
+            pretrained_model_name_or_path: Folder, file of weights or hub id; None with ``config`` and ``state_dict``.
             config: A config, or where to read one, instead of the checkpoint's own, which is its ``config.json``, or
                 without that file what its format holds or its shapes imply.
             dtype: "float32", "float16", "bfloat16", "float64" (or the framework's object for one), or "auto" for that
@@ -90,6 +91,7 @@ class PretrainedMixin:
             ValueError: An option or a config value is impossible.
             TypeError: An option is unknown.
         """
+        name_or_path = pretrained_model_name_or_path
         for name in _UNNEEDED:
             options.pop(name, None)
         dtype = normal_dtype(torch_dtype if dtype is None else dtype, cls.__name__)
@@ -154,7 +156,7 @@ class PretrainedMixin:
 
     def save_pretrained(
         self,
-        folder: str | os.PathLike[str],
+        save_directory: str | os.PathLike[str],
         *,
         max_shard_size: int | str = "5GB",
         variant: str | None = None,
@@ -165,23 +167,20 @@ class PretrainedMixin:
         A kill at any moment leaves the files that were there, or the new ones.
 
         Args:
-            folder: Where; made when it is missing.
+            save_directory: Where; made when it is missing.
             max_shard_size: Files larger than this are split and given an index.
             variant: Write ``model.<variant>.safetensors``.
-            **options: ``params`` in Flax. ``safe_serialization`` is accepted when it is True, since safetensors is the
-                only format that a model writes itself.
+            **options: ``params`` in Flax, and those of `clipmb.common.saving.check_former`.
 
         Raises:
-            ValueError: ``safe_serialization=False`` was asked for, or the folder is a file.
+            ValueError: ``safe_serialization=False`` or ``push_to_hub=True`` was asked for, or the folder is a file.
             TypeError: An option is unknown.
         """
-        if not options.pop("safe_serialization", True):
-            raise bad_input(
-                "Models are written as safetensors", "safe_serialization=False", "Convert the saved folder", shown=True
-            )
-        arrays = self._to_arrays(**options)
+        params = {name: options.pop(name) for name in self.save_options if name in options}
+        check_former(options)
+        arrays = self._to_arrays(**params)
         content = config_text(self.config, self.head, (array.dtype.name for array in arrays.values()))
-        with Transaction(folder) as save:
+        with Transaction(save_directory) as save:
             save.write(CONFIG_NAME, content)
             write_safetensors(save, arrays, max_shard_size=max_shard_size, variant=variant)
 

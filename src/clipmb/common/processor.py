@@ -14,9 +14,9 @@ from clipmb.common.batch import BatchFeature
 from clipmb.common.config import CLIPTextConfig, CLIPVisionConfig, read_json
 from clipmb.common.errors import CheckpointError, bad_input
 from clipmb.common.hub import Source
-from clipmb.common.image_processor import FILE, PROCESSOR_FILE, CLIPImageProcessor, refuse_push, write_json
+from clipmb.common.image_processor import FILE, PROCESSOR_FILE, CLIPImageProcessor, write_json
 from clipmb.common.pixels import is_array
-from clipmb.common.saving import Transaction
+from clipmb.common.saving import Transaction, check_former
 from clipmb.common.tokenizer import CLIPTokenizerFast
 
 
@@ -160,7 +160,11 @@ class CLIPProcessor:
         )
 
     def save_pretrained(
-        self, save_directory: str | os.PathLike[str], push_to_hub: bool = False, legacy_serialization: bool = True
+        self,
+        save_directory: str | os.PathLike[str],
+        push_to_hub: bool = False,
+        legacy_serialization: bool = True,
+        **options: Any,
     ) -> list[str]:
         """Writes the files of both parts into a folder, all or nothing.
 
@@ -169,13 +173,14 @@ class CLIPProcessor:
 
         Args:
             save_directory: A folder; made when missing.
-            push_to_hub: Not supported; saving never uploads.
+            push_to_hub: Refused when true; saving never uploads.
             legacy_serialization: Without effect; the former library's choice between the two layouts.
+            **options: As in `clipmb.common.saving.check_former`.
 
         Returns:
             The paths of the two settings files.
         """
-        refuse_push(push_to_hub)
+        check_former({"push_to_hub": push_to_hub, **options})
         with Transaction(save_directory) as save:
             self._write(save)
         return [os.path.join(save_directory, name) for name in (FILE, PROCESSOR_FILE)]

@@ -15,7 +15,7 @@ from clipmb.common.bpe import AddedToken, Engine
 from clipmb.common.errors import CheckpointError, bad_input, one_of
 from clipmb.common.hub import Source
 from clipmb.common.layout import NO_LIMIT
-from clipmb.common.saving import Transaction
+from clipmb.common.saving import Transaction, check_former
 from clipmb.common.vocabulary import (
     SUFFIX,
     Vocabulary,
@@ -566,15 +566,13 @@ class Tokens:
         Args:
             save_directory: A folder; made when missing. All files are replaced at once.
             filename_prefix: Goes before each file's name, with a hyphen.
-            **kwargs: ``legacy_format``, without effect. Nothing else.
+            **kwargs: ``legacy_format``, without effect, and those of `clipmb.common.saving.check_former`.
 
         Returns:
             The paths written.
         """
-        for former in ("legacy_format", "safe_serialization", "is_main_process"):
-            kwargs.pop(former, None)
-        if kwargs:
-            raise bad_input("save_pretrained has no such argument", next(iter(kwargs)), "Leave it out", TypeError)
+        kwargs.pop("legacy_format", None)
+        check_former(kwargs)
         files = self._written(filename_prefix)
         with Transaction(save_directory) as save:
             for name, content in files.items():

@@ -67,6 +67,7 @@ class FlaxCLIPPreTrainedModel(PretrainedMixin):
     framework = "flax"
     supports_gradient_checkpointing = True
     load_options: ClassVar[tuple[str, ...]] = ("seed", "input_shape", "_do_init", "gradient_checkpointing")
+    save_options: ClassVar[tuple[str, ...]] = ("params",)
 
     def __init__(
         self,

@@ -1,0 +1,33 @@
+"""The argument names of the former library, wherever something is loaded or saved."""
+
+from __future__ import annotations
+
+import cases
+import pytest
+from conftest import BACKENDS
+
+import clipmb
+
+MODELS = {"pt": "CLIPTextModel", "tf": "TFCLIPTextModel", "flax": "FlaxCLIPTextModel"}
+NAMES = ["CLIPTextConfig", "CLIPTokenizer", "CLIPTokenizerFast", "CLIPImageProcessor", "CLIPProcessor"]
+NAMES += [MODELS[backend] for backend in BACKENDS]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_former_arguments(name, tmp_path):
+    folder, saved = tmp_path / "a", tmp_path / "b"
+    cases.write_checkpoint(folder, cases.CONFIGS["plain"], "CLIPTextModel")
+    if name in ("CLIPProcessor", "CLIPImageProcessor", "CLIPTokenizer", "CLIPTokenizerFast"):
+        clipmb.CLIPProcessor(clipmb.CLIPImageProcessor(), clipmb.CLIPTokenizerFast()).save_pretrained(folder)
+    thing = getattr(clipmb, name).from_pretrained(pretrained_model_name_or_path=folder)
+    thing.save_pretrained(
+        save_directory=saved, push_to_hub=False, safe_serialization=True, is_main_process=True, token=None
+    )
+    assert type(getattr(clipmb, name).from_pretrained(saved)) is type(thing)
+    with pytest.raises(ValueError, match=r"push_to_hub=True.*huggingface_hub\.upload_folder\(repo_id="):
+        thing.save_pretrained(tmp_path / "c", push_to_hub=True)
+    with pytest.raises(ValueError, match="safe_serialization=False"):
+        thing.save_pretrained(tmp_path / "c", safe_serialization=False)
+    with pytest.raises(TypeError, match="push_to_hubb"):
+        thing.save_pretrained(tmp_path / "c", push_to_hubb=False)
+    assert not (tmp_path / "c").exists()
