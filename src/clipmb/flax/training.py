@@ -155,6 +155,8 @@ def start_processes(recipe: Recipe) -> Processes:
 
 
 def _initialize(**options: Any) -> None:
+    if hasattr(jax.config, "jax_enable_preemption_service"):  # which keeps SIGTERM from ending the process
+        jax.config.update("jax_enable_preemption_service", False)
     try:
         jax.distributed.initialize(**options)
     except RuntimeError as error:
@@ -176,6 +178,11 @@ def _started_by_cluster() -> bool:
 def local_device() -> str | None:
     """Where the model of this process goes: JAX's default device; a `Trainer` spreads it from there."""
     return None
+
+
+def scope() -> contextlib.AbstractContextManager:
+    """Inside what the model has to be made; Flax needs nothing."""
+    return contextlib.nullcontext()
 
 
 class Trainer:
@@ -233,7 +240,11 @@ class Trainer:
         self._take_step = jax.jit(
             self._stepped,
             donate_argnums=(0, 1),
-            out_shardings=(self._shardings(self._parameters), self._shardings(self._moments), None),
+            out_shardings=(
+                self._shardings(self._parameters),
+                self._shardings(self._moments),
+                NamedSharding(self.mesh, WHOLE),
+            ),
         )
         self._differentiate = jax.jit(self._backward)
         self._show()
@@ -494,8 +505,7 @@ class Trainer:
         text, vision = self.model.config.text_config, self.model.config.vision_config
         checks.check_text(ids, None, None, text)
         checks.check_pixels(pixels, vision, False)
-        if ids.size and not 0 <= ids.min() <= ids.max() < text.vocab_size:
-            raise checks.outside("input_ids", int(ids.min()), int(ids.max()), text.vocab_size)
+        checks.check_ids(ids, text.vocab_size, "input_ids")
         length = text.max_position_embeddings  # the one that several processes agree upon
         if self.processes.count == 1:
             length = min(length, -(-ids.shape[1] // _LENGTHS) * _LENGTHS)
