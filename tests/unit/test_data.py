@@ -937,19 +937,23 @@ def test_the_crop_is_resized_once_then_rescaled_and_normalised(tmp_path):
     assert not np.array_equal(later.pixel_values[rows], batch.pixel_values)
 
 
+class Spy:
+    """A picture that notes how it is resized."""
+
+    def __init__(self, width, height):
+        self.size = (width, height)
+        self.resized = []
+
+    def resize(self, size, resample=None, box=None, reducing_gap=None):
+        self.resized.append((size, resample, box))
+
+
 @given(st.integers(1, 400), st.integers(1, 400), st.integers(0, 2**32), st.floats(0.05, 1.0))
 @settings(max_examples=200, deadline=None)
 def test_crops_lie_inside_and_keep_scale_and_ratio(width, height, seed, least):
-    boxes = []
-
-    class Spy(Image.Image):
-        size = (width, height)
-
-        def resize(self, size, resample=None, box=None, reducing_gap=None):
-            boxes.append((size, resample, box))
-
-    random_resized_crop(Spy(), np.random.default_rng(seed), (7, 5), scale=(least, 1.0))
-    ((size, resample, (left, top, right, bottom)),) = boxes
+    spy = Spy(width, height)
+    random_resized_crop(spy, np.random.default_rng(seed), (7, 5), scale=(least, 1.0))
+    ((size, resample, (left, top, right, bottom)),) = spy.resized
     assert size == (5, 7)
     assert resample == Image.Resampling.BICUBIC
     assert 0 <= left < right <= width
@@ -957,6 +961,23 @@ def test_crops_lie_inside_and_keep_scale_and_ratio(width, height, seed, least):
     wide, tall = right - left, bottom - top
     slack = 1 / min(wide, tall) + 1e-9
     assert 3 / 4 * (1 - slack) <= wide / tall <= 4 / 3 * (1 + slack) or min(width, height) == 1
+
+
+def test_area_and_place_of_crops_are_uniform():
+    spy, generator = Spy(40, 40), np.random.default_rng(0)
+    for _ in range(4000):
+        random_resized_crop(spy, generator, (7, 5), scale=(0.3, 0.5))
+    left, top, right, bottom = np.array([box for _, _, box in spy.resized]).T
+    areas = (right - left) * (bottom - top) / 1600
+    counts = np.histogram(areas, 4, (0.3, 0.5))[0]
+    assert counts.min() > 850
+    ratios = np.log((right - left) / (bottom - top)) / np.log(4 / 3)
+    assert np.histogram(ratios, 4, (-1, 1))[0].min() > 850
+    for place, room in ((left, 40 - (right - left)), (top, 40 - (bottom - top))):
+        chosen = np.histogram(place / (room + 1), 4, (0, 1))[0]
+        assert chosen.min() > 850
+        assert 0 < (place == room).mean() < 0.15
+        assert 0 < (place == 0).mean() < 0.15
 
 
 def test_crops_are_spread_over_the_picture():
