@@ -218,7 +218,8 @@ def test_the_former_models(tmp_path, head):
         shown = np.ones(value.shape[:2], bool)
         if value.ndim == 3 and "Vision" not in head and "vision" not in name:
             shown[2, :3] = False  # the row that begins with padding
-        assert relative(found[name][shown], value[shown]) < 1e-5, name
+        pooled = name.endswith(("pooler_output", "text_embeds", "image_embeds"))
+        assert relative(found[name][shown], value[shown]) < (2e-6 if pooled else 1e-5), name
 
 
 def test_what_is_saved_loads_in_the_former_pytorch_models(tmp_path):
