@@ -40,6 +40,7 @@ from clipmb.common.recipe import MAX_LOGIT_SCALE, Recipe, decays
 from clipmb.common.vocabulary import SUFFIX, byte_symbols, official
 from clipmb.pt import CLIPModel
 from clipmb.pt.modeling import normalize
+from clipmb.pt.training import clip_loss
 
 SIZE, PATCH, WIDTH, LAYERS, CONTEXT = 64, 8, 128, 4, 32  # pixels, pixels, of both towers, of both towers, tokens
 MERGES = 4000  # the first of CLIP's list
@@ -375,7 +376,7 @@ def backward(model: CLIPModel, data: Data, batch: Batch, rank: int, count: int) 
     scale = model.logit_scale.detach().clone().requires_grad_()
     captions = true_captions_loss(texts, images, scale, torch.from_numpy(batch.truth))
     half = rows // 2
-    artists = pairs_loss(images[:half], images[half:], scale)
+    artists = clip_loss(images[:half], images[half:], scale)
     (captions + PICTURES_WEIGHT * artists).backward()
     torch.autograd.backward([own_images, own_texts], [images.grad[part], texts.grad[part]])
     model.logit_scale.grad = scale.grad / count  # it is the same in every process, and they are summed
@@ -407,13 +408,6 @@ def true_captions_loss(texts: Tensor, images: Tensor, scale: Tensor, truth: Tens
     of_images = F.cross_entropy(logits, right / right.sum(dim=1, keepdim=True))
     of_texts = F.cross_entropy(logits.T, right.T / right.T.sum(dim=1, keepdim=True))
     return (of_images + of_texts) / 2
-
-
-def pairs_loss(first: Tensor, second: Tensor, scale: Tensor) -> Tensor:
-    """CLIP's loss between the pictures of two artists."""
-    logits = scale.exp() * first @ second.T
-    right = torch.arange(len(first))
-    return (F.cross_entropy(logits, right) + F.cross_entropy(logits.T, right)) / 2
 
 
 def image_features(model: CLIPModel, pixels: Tensor, kept: Tensor | None) -> Tensor:
