@@ -158,7 +158,8 @@ def train(
 
     def evaluated() -> dict[str, Any]:
         found = evaluate(CLIPPipeline(trainer.engine(), processor), held_out, templates=templates)
-        metrics.write({"step": trainer.steps, "evaluation": found})
+        told = {**found, "skipped": len(found["skipped"])}
+        metrics.write({"step": trainer.steps, "evaluation": told})
         return found
 
     result: dict[str, Any] = {"out": str(folder), "steps": chosen.steps, "skipped": 0}
@@ -170,11 +171,11 @@ def train(
             last = trainer.steps == chosen.steps
             metrics.write({"step": trainer.steps, "epoch": epoch, **values})
             show(trainer.steps, values)
+            if held_out is not None and evaluate_every and trainer.steps % evaluate_every == 0 and not last:
+                evaluated()
             if last or trainer.steps % save_every == 0:
                 here = (epoch, number + 1) if number + 1 < loader.per_epoch else (epoch + 1, 0)
                 _save(folder, trainer, config, pairs.fingerprint, here, processes)
-            if held_out is not None and evaluate_every and trainer.steps % evaluate_every == 0 and not last:
-                evaluated()
             result |= {"loss": values["loss"], "skipped": result["skipped"] + batch.skipped}
         if held_out is not None:
             result["evaluation"] = evaluated()

@@ -119,7 +119,9 @@ def run(
     if as_json:
         typer.echo(json.dumps(result, indent=2))
         return
-    rows = [["steps", str(result["steps"])], ["loss of the last step", f"{result.get('loss', float('nan')):.4f}"]]
+    rows = [["steps", str(result["steps"])]]
+    if "loss" in result:  # a run that was over before takes no step
+        rows.append(["loss of the last step", f"{result['loss']:.4f}"])
     rows.append(["items skipped", str(result["skipped"])])
     rows += [[name, f"{value:.4f}"] for name, value in _flat(result.get("evaluation", {}))]
     common.table(f"Trained into {result['out']}", ["what", "value"], rows, right=(1,))

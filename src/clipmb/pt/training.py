@@ -405,8 +405,11 @@ def _whole(tensor: Tensor) -> Tensor:
 
 
 def _like(array: np.ndarray, parameter: nn.Parameter) -> Tensor:
-    """Returns a copy of an array as a tensor of a parameter's dtype, on its device, sharded as it is."""
-    tensor = torch.tensor(to_numpy(from_numpy(array)), dtype=parameter.dtype, device=parameter.device)
+    """Returns a copy of an array as a tensor of a parameter's dtype, on its device, laid out and sharded as it is.
+
+    The fused AdamW goes through memory without a look at strides, which those of loaded weights may be any.
+    """
+    tensor = torch.tensor(array, dtype=parameter.dtype, device=parameter.device)
     if isinstance(parameter, DTensor):
         return distribute_tensor(tensor, parameter.device_mesh, parameter.placements)
-    return tensor
+    return torch.empty_like(parameter, requires_grad=False).copy_(tensor)
