@@ -12,10 +12,11 @@ export TF_CPP_MIN_LOG_LEVEL       ?= 3
 .PHONY: demo test fuzz lint format bench docs clean
 
 demo: $(VENV)/.installed
-	$(BIN)/python examples/demo.py
+	$(BIN)/python -m clipmb demo --out build/demo.png
 
+# The whole suite in two processes, a file at a time; a part, as ARGS names it, in one.
 test: $(VENV)/.installed $(V5)/.installed
-	$(BIN)/python -m pytest $(ARGS)
+	$(BIN)/python -m pytest $(or $(ARGS),-n 2 --dist loadfile)
 
 fuzz: $(VENV)/.installed
 	$(BIN)/python tests/fuzz/fuzz_readers.py $(ARGS)
