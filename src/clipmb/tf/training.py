@@ -26,6 +26,7 @@ import numpy as np
 import tensorflow as tf
 from tensorflow import Tensor
 
+from clipmb.common import checks
 from clipmb.common.errors import bad_input
 from clipmb.common.parameters import KINDS, specs
 from clipmb.common.recipe import INITIAL_LOGIT_BIAS, LOGIT_BIAS, MAX_LOGIT_SCALE, Processes, Recipe, decays
@@ -159,7 +160,7 @@ def local_device() -> str | None:
 
 
 def scope() -> contextlib.AbstractContextManager:
-    """Within it the model of a run is made, on every device that `start_processes` chose."""
+    """Inside what the model has to be made, to be on every device that `start_processes` chose."""
     return contextlib.nullcontext() if _strategy is None else _strategy.scope()
 
 
@@ -345,20 +346,29 @@ class Trainer:
         return Engine(model)
 
     def _inputs(self, batch: Mapping[str, np.ndarray]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Returns what a step takes: the pairs, padded for the devices, their number, and the seed of dropout."""
-        self.model.check_ids(batch["input_ids"])  # before anything changes
-        size, devices = len(batch["input_ids"]), self._replicas // self.processes.count
-        padding = -size % devices if size else devices
-        key = (self.recipe.seed, self.steps, self.processes.rank)
-        with tf.device("CPU:0"):  # from where each device takes its part
-            input_ids, pixel_values = (
-                tf.convert_to_tensor(
-                    np.pad(values, ((0, padding), *[(0, 0)] * (values.ndim - 1))) if padding else values
-                )
-                for values in (np.asarray(batch["input_ids"], np.int64), np.asarray(batch["pixel_values"], np.float32))
+        """Returns what a step takes: the pairs, padded for the devices, their number, and the seed of dropout.
+
+        Raises:
+            ValueError: The texts are not as many as the pictures, or a shape or an id does not fit the model.
+        """
+        ids, pixels = np.asarray(batch["input_ids"]), np.asarray(batch["pixel_values"], np.float32)
+        text, vision = self.model.config.text_config, self.model.config.vision_config
+        if len(ids) != len(pixels):
+            raise bad_input(
+                "A batch has as many texts as pictures", f"{len(ids)} and {len(pixels)}", "Pass pairs", shown=True
             )
-            seed = tf.constant(np.random.SeedSequence(key).generate_state(2, np.uint32).view(np.int32))
-            return input_ids, pixel_values, tf.constant(size, tf.int32), seed
+        checks.check_text(ids, None, None, text)
+        checks.check_pixels(pixels, vision, False)
+        checks.check_ids(ids, text.vocab_size, "input_ids")
+        devices = self._replicas // self.processes.count
+        padding = -len(ids) % devices if len(ids) else devices
+        size = tf.constant(len(ids), tf.int32)
+        if padding:
+            ids, pixels = (np.pad(rows, ((0, padding), *[(0, 0)] * (rows.ndim - 1))) for rows in (ids, pixels))
+        key = (self.recipe.seed, self.steps, self.processes.rank)
+        seed = np.random.SeedSequence(key).generate_state(2, np.uint32).view(np.int32)
+        with tf.device("CPU:0"):  # from where each device takes its part
+            return tf.constant(ids.astype(np.int64)), tf.constant(pixels), size, tf.constant(seed)
 
     def _step(self, *inputs: Tensor) -> tuple[Tensor, Tensor]:
         """Takes a step on every device; returns loss and norm."""
