@@ -31,7 +31,7 @@ class Processes(NamedTuple):
     """The processes of a run: the number of this one, and how many there are."""
 
     rank: int = 0
-    count: int = 1
+    count: int = 1  # type: ignore[assignment]  # which hides tuple's method of that name
 
 
 @dataclass(frozen=True)
