@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 
@@ -12,8 +13,10 @@ import pytest
 from cases import CONFIGS, VISION, write_checkpoint
 from conftest import BACKENDS
 from PIL import Image
+from safetensors import safe_open
 
 from clipmb import CLIPConfig, CLIPPipeline
+from clipmb.common.small_model import TEMPLATES, held_out_pictures, small_model
 
 CONFIG = CLIPConfig(
     {"hidden_size": 32, "intermediate_size": 56, "num_hidden_layers": 2, "num_attention_heads": 4},
@@ -69,6 +72,74 @@ def test_classify(folder, photos, backend):
     assert sum(label in shown.stdout for label in ("a cat", "a dog", "a cup")) == 1
 
 
+def test_classify_without_a_model_uses_the_small_one_and_says_so(tmp_path):
+    pictures, truth = held_out_pictures()
+    pictures[truth.index("rocket")].save(tmp_path / "picture.png")
+    done = clipmb("classify", tmp_path / "picture.png", "--labels", "rocket,panda,pizza", "--json", "-b", BACKENDS[0])
+    assert done.returncode == 0
+    assert "emoji-like pictures only" in done.stderr
+    assert "--model openai/clip-vit-base-patch32" in done.stderr
+    found = json.loads(done.stdout)
+    assert found["model"] == str(small_model())
+    best = found["images"][0]["labels"][0]
+    clip = CLIPPipeline.from_pretrained(small_model(), backend=BACKENDS[0])
+    expected = clip.classify(str(tmp_path / "picture.png"), ["rocket", "panda", "pizza"], TEMPLATES)[0]
+    assert best == {"label": "rocket", "probability": pytest.approx(expected[0], abs=1e-6)}
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_encode(folder, photos, tmp_path, backend):
+    (tmp_path / "texts.txt").write_text("a dog\n\na small cup\n", "utf-8")
+    texts = ["--text", "a cat", "--texts", tmp_path / "texts.txt"]
+    options = ["--model", folder, "--backend", backend]
+    clip = CLIPPipeline.from_pretrained(folder, backend=backend)
+    images = clip.encode_image([str(photo) for photo in photos])
+    lines = ["a cat", "a dog", "a small cup"]
+    words = clip.encode_text(lines)
+
+    done = clipmb("encode", *photos, *texts, *options)
+    assert (done.returncode, done.stderr) == (0, "")
+    found = json.loads(done.stdout)
+    assert found["backend"] == backend
+    assert [row["name"] for row in found["images"]] == [str(photo) for photo in photos]
+    assert [row["name"] for row in found["texts"]] == lines
+    assert np.abs(np.array([row["embedding"] for row in found["images"]]) - images).max() < 1e-6
+    assert np.abs(np.array([row["embedding"] for row in found["texts"]]) - words).max() < 1e-6
+    if backend != BACKENDS[0]:
+        return  # how files are written does not depend on the backend
+
+    done = clipmb("encode", *photos, *texts, *options, "--out", tmp_path / "both.npz")
+    assert done.returncode == 0
+    assert "images 2 x 24, texts 3 x 24 float32" in done.stdout
+    with np.load(tmp_path / "both.npz") as arrays:
+        assert np.abs(arrays["images"] - images).max() < 1e-6
+        assert np.abs(arrays["texts"] - words).max() < 1e-6
+        assert arrays["texts_names"].tolist() == lines
+    assert clipmb("encode", *photos, *options, "--no-normalize", "--out", tmp_path / "images.npy").returncode == 0
+    raw = np.load(tmp_path / "images.npy")
+    assert np.abs(raw - clip.encode_image([str(photo) for photo in photos], normalize=False)).max() < 1e-6
+    assert clipmb("encode", *texts, *options, "--out", tmp_path / "texts.safetensors").returncode == 0
+    with safe_open(tmp_path / "texts.safetensors", "np") as file:
+        assert list(file.keys()) == ["texts"]
+        assert np.abs(file.get_tensor("texts") - words).max() < 1e-6
+        assert json.loads(file.metadata()["texts_names"]) == lines
+    assert not list(tmp_path.glob("*.part"))
+
+
+def test_demo(tmp_path):
+    done = clipmb("demo", "--backend", BACKENDS[0], "--out", tmp_path / "new" / "demo.png")
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "emoji-like pictures only" in done.stdout.replace("\n", " ")
+    right = re.search(r"(\d+) of 16 right", done.stdout)
+    assert int(right[1]) >= 12
+    for label in ("rocket", "Statue of Liberty", "fruit"):
+        assert label in done.stdout
+    with Image.open(tmp_path / "new" / "demo.png") as sheet:
+        assert sheet.width == 1200
+        assert len(sheet.convert("RGB").getcolors(10**6)) > 1000
+    assert str(tmp_path / "new" / "demo.png") in done.stdout
+
+
 def test_info(folder):
     done = clipmb("info", folder, "--json")
     assert (done.returncode, done.stderr) == (0, "")
@@ -97,6 +168,12 @@ def test_info_of_a_tower(tmp_path):
         (["classify"], 2, "IMAGE"),
         (["classify", "PHOTO"], 2, "--labels"),
         (["classify", "PHOTO", "--labels", "a", "--batch-size", "0"], 2, "batch-size"),
+        (["encode", "--model", "FOLDER"], 1, "something to encode"),
+        (["encode", "PHOTO", "--out", "rows.csv", "--model", "FOLDER"], 1, ".safetensors"),
+        (["encode", "PHOTO", "--text", "a", "--out", "rows.npy", "--model", "FOLDER"], 1, ".npz"),
+        (["encode", "PHOTO", "--out", "/no/such/rows.npy", "--model", "FOLDER"], 1, "folder that exists"),
+        (["encode", "--texts", "/no/such/file", "--model", "FOLDER"], 1, "/no/such/file"),
+        (["demo", "--backend", "onnx"], 1, "backend"),
         (["nonsense"], 2, "nonsense"),
         (["info"], 2, "MODEL"),
         (["classify", "nowhere.png", "--labels", "a,b", "--model", "FOLDER"], 1, "nowhere.png"),
