@@ -61,6 +61,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=1800)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--processes", type=int, default=2, help="they share the batch; one core each")
+    parser.add_argument("--save-every", type=int, default=100, help="steps between saved states and validations")
     parser.add_argument("--stop-after", type=int, help="end early, at this step, as a kill would")
     arguments = parser.parse_args()
     arguments.out.mkdir(parents=True, exist_ok=True)
@@ -104,7 +105,7 @@ def train(rank: int, arguments: argparse.Namespace) -> None:
         if rank == 0:
             line = {"step": step + 1, **losses, "scale": model.logit_scale.exp().item()}
             done = step + 1
-            if done % 100 == 0 or done == arguments.steps:
+            if done % arguments.save_every == 0 or done == arguments.steps:
                 line |= validate(model, data)
                 torch.save(
                     {"step": done, "model": model.state_dict(), "optimizers": [o.state_dict() for o in optimizers]},
