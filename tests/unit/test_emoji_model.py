@@ -6,6 +6,7 @@ The pictures are 360 of Twemoji's, chosen by a seed; the labels are those of all
 from __future__ import annotations
 
 import json
+from functools import partial
 
 import numpy as np
 import pytest
