@@ -135,14 +135,13 @@ def test_the_gradient_is_that_of_the_models_loss(one):
     assert largest_difference(gradients, one["model"][1]) < 1e-10
 
 
-def test_chunks_change_nothing_but_memory(one):
-    same(one["chunks"], one["plain"])
+def test_chunks_and_checkpointing_change_nothing(one):
+    same(one["recomputed"], one["plain"])
+
+
+def test_chunks_take_less_memory(one):
     whole, chunks = one["memory"]
     assert chunks < 0.2 * whole  # of 96 pairs in chunks of 8; parameters and their gradient are in it
-
-
-def test_gradient_checkpointing_changes_nothing(one):
-    same(one["checkpointing"], one["plain"])
 
 
 @pytest.mark.parametrize("name", EIGHT)
@@ -155,7 +154,7 @@ def test_what_moves_between_devices(eight):
         assert not {"all-to-all", "collective-permute"} & eight[name]["exchanges"], name
     assert {"all-gather", "all-reduce"} <= eight["data"]["exchanges"]
     assert "reduce-scatter" not in eight["data"]["exchanges"]
-    assert "reduce-scatter" in eight["fsdp"]["exchanges"]
+    assert "reduce-scatter" in eight["fsdp, siglip"]["exchanges"]
 
 
 # -- the step ---------------------------------------------------------------------------------------------------------
@@ -262,16 +261,15 @@ def test_dropout_repeats_itself_within_a_step(one):
     assert abs(found["loss"] - one["plain"][12][0]) > 1e-3
 
 
-def test_precisions(one):
+def test_bfloat16_is_near(one):
+    """With ``jax_enable_x64`` on, which changes nothing: the parameters are of float32."""
     loss, gradients = one["plain"][12]
-    for precision, of_loss, of_gradients in (("float32", 1e-5, 1e-3), ("bfloat16", 0.05, 0.2)):
-        (found, other), dtypes = one[precision]
-        assert dtypes == {"float32"}
-        assert found == pytest.approx(loss, rel=of_loss)
-        distance = np.sqrt(sum(((other[name] - values) ** 2).sum() for name, values in gradients.items()))
-        distance /= np.sqrt(sum((values**2).sum() for values in gradients.values()))
-        assert distance < of_gradients
-        assert distance > of_gradients / 1e5  # it was computed in this precision
+    (found, other), dtypes = one["bfloat16"]
+    assert dtypes == {"float32"}
+    assert found == pytest.approx(loss, rel=0.05)
+    distance = np.sqrt(sum(((other[name] - values) ** 2).sum() for name, values in gradients.items()))
+    distance /= np.sqrt(sum((values**2).sum() for values in gradients.values()))
+    assert 1e-3 < distance < 0.2  # no nearer than bfloat16 can be
 
 
 # -- what is refused --------------------------------------------------------------------------------------------------
