@@ -7,7 +7,6 @@ folder for the results, and the variants to train.
 from __future__ import annotations
 
 import os
-import resource
 import sys
 from pathlib import Path
 
@@ -47,9 +46,15 @@ def trainer_of(variant: str, **changed: object) -> Trainer:
 def growth(trainer: Trainer, size: int) -> int:
     """By how many bytes a batch raises the highest memory that this process has had."""
     trainer.gradients(batch(2))  # traces
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    before = peak()
     trainer.gradients(batch(size))
-    return 1024 * (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
+    return peak() - before
+
+
+def peak() -> int:
+    """The highest memory of this process in bytes; not ru_maxrss, which starts with that of the parent."""
+    status = Path("/proc/self/status").read_text()
+    return 1024 * int(status.split("VmHWM:")[1].split()[0])
 
 
 def main() -> None:

@@ -1071,6 +1071,7 @@ from clipmb import CLIPProcessor
 from clipmb.common.data import Batches, Pairs
 pairs = Pairs.open(sys.argv[1])
 slow = lambda image, generator: time.sleep(0.05) or image
+signal.signal(signal.SIGINT, signal.default_int_handler)  # which a process started in the background lacks
 threading.Timer(0.4, signal.raise_signal, [signal.SIGINT]).start()
 try:
     for batch in Batches(pairs, CLIPProcessor(), batch_size=30, context=77, workers=2, augment=slow).epoch(0):

@@ -217,6 +217,14 @@ def test_a_run_continues_from_its_state_to_the_bit(tmp_path, changed):
     assert continued.logit_bias == whole.logit_bias
 
 
+def test_training_leaves_the_arrays_that_a_model_was_made_of():
+    arrays = random_arrays(CONFIG, "CLIPModel")
+    model = CLIPModel.from_pretrained(None, config=CONFIG, state_dict=arrays)
+    Trainer(model, recipe(precision="float32")).step(batch(4))
+    assert all(np.array_equal(arrays[name], value) for name, value in random_arrays(CONFIG, "CLIPModel").items())
+    assert not np.array_equal(model.logit_scale.detach().numpy(), arrays["logit_scale"])
+
+
 def test_a_run_continues_from_weights_of_any_layout():
     """As those are that another framework had transposed; fused AdamW goes through memory as it lies."""
     chosen, pairs = recipe(steps=6), batches(6)

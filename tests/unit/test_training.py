@@ -164,10 +164,9 @@ def test_twenty_kills_at_random_moments_change_no_bit(files, tmp_path):
 @pytest.mark.several
 def test_a_run_changes_the_framework_and_the_way_it_computes(files, tmp_path):
     options = {"steps": 6, "batch_size": 6, "learning_rate": 1e-3}
-    for name in ("whole", "parted"):
-        train(files / "pairs", files / "model", tmp_path / name, backend=BACKENDS[0], **options)
+    train(files / "pairs", files / "model", tmp_path / "whole", backend=BACKENDS[0], **options)
     begun = tmp_path / "begun"
-    with pytest.raises(StopIteration):
+    with pytest.raises(IndexError):
         train(files / "pairs", files / "model", begun, backend=BACKENDS[0], save_every=3, augment=_stops_after(20),
               workers=0, **options)  # fmt: skip
     assert TrainingState.read(begun).step == 3
@@ -179,10 +178,10 @@ def test_a_run_changes_the_framework_and_the_way_it_computes(files, tmp_path):
 
 def _stops_after(count: int):
     """An augmentation that changes nothing and ends the run at a picture."""
-    left = iter(range(count))
+    left = list(range(count))
 
     def augment(image: Image.Image, generator: np.random.Generator) -> Image.Image:
-        next(left)
+        left.pop()
         return image
 
     return augment

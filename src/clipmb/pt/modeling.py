@@ -410,7 +410,7 @@ class CLIPPreTrainedModel(PretrainedMixin, nn.Module):
 
     @classmethod
     def _canonical_array(cls, value: Any) -> np.ndarray:
-        return to_numpy(value) if isinstance(value, Tensor) else np.asarray(value)
+        return np.array(to_numpy(value) if isinstance(value, Tensor) else value)  # a copy, which training may change
 
     def _to_arrays(self) -> dict[str, np.ndarray]:
         return {spec.name: to_numpy(self.get_parameter(spec.name)) for spec in specs(self.config, self.head)}
