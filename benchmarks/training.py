@@ -37,7 +37,7 @@ def pt(folder: Path, batch: dict[str, np.ndarray]) -> Callable[[], Any]:
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()
-        return float(loss)
+        return float(loss.detach())
 
     return step
 
