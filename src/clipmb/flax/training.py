@@ -227,7 +227,9 @@ class Trainer:
             self._parameters = {spec.name: placed.pop(spec.name) for spec in self.table}
             self._frozen = placed
             if recipe.loss == "siglip":
-                value = INITIAL_LOGIT_BIAS if state is None else float(state.tensors["logit_bias"])
+                value = (
+                    INITIAL_LOGIT_BIAS if state is None else float(state.tensors.get("logit_bias", INITIAL_LOGIT_BIAS))
+                )
                 self._parameters[LOGIT_BIAS.name] = self._like(np.array(value), LOGIT_BIAS)
                 self.table.append(LOGIT_BIAS)
             self._lie = {name: self._spec(array.shape) for name, array in {**self._parameters, **self._frozen}.items()}

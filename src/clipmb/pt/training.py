@@ -181,7 +181,7 @@ class Trainer:
         self._towers = self._distributed(Towers(model))
         self._parameters = {spec.name: model.get_parameter(spec.name) for spec in self.table}
         if recipe.loss == "siglip":
-            value = INITIAL_LOGIT_BIAS if state is None else float(state.tensors["logit_bias"])
+            value = INITIAL_LOGIT_BIAS if state is None else float(state.tensors.get("logit_bias", INITIAL_LOGIT_BIAS))
             bias = torch.tensor(value, dtype=model.logit_scale.dtype, device=model.logit_scale.device)
             self._parameters[LOGIT_BIAS.name] = nn.Parameter(bias)
             self.table.append(LOGIT_BIAS)
