@@ -311,3 +311,9 @@ def test_a_distributed_run_without_torchrun_is_refused(monkeypatch):
     monkeypatch.delenv("RANK", raising=False)
     with pytest.raises(ValueError, match=r"torchrun --nproc-per-node 2 -m clipmb train"):
         start_processes(recipe(distributed="data"))
+
+
+def test_a_state_without_the_bias_of_the_sigmoid_loss_is_refused():
+    state = TrainingState(0, 0, 0, recipe(), tensors=Trainer(new_model(), recipe()).moments())
+    with pytest.raises(CheckpointError, match=r"missing: first_moment\.logit_bias"):
+        Trainer(new_model(), recipe(loss="siglip"), state)
