@@ -52,6 +52,25 @@ def share(whole: dict[str, np.ndarray], rank: int, count: int) -> dict[str, np.n
     return {name: np.array_split(values, count)[rank] for name, values in whole.items()}
 
 
+def unit(rows: int, seed: int) -> np.ndarray:
+    """Random features of length 1."""
+    values = np.random.default_rng(seed).normal(size=(rows, 6))
+    return values / np.linalg.norm(values, axis=1, keepdims=True)
+
+
+def expected_losses(text: np.ndarray, image: np.ndarray, scale: float, bias: float) -> tuple[float, float]:
+    """The softmax loss and the sigmoid loss, term by term."""
+    logits = np.exp(scale) * text @ image.T
+    n = len(text)
+    clip = sum(
+        np.log(np.exp(logits[i]).sum()) + np.log(np.exp(logits[:, i]).sum()) - 2 * logits[i, i] for i in range(n)
+    ) / (2 * n)
+    siglip = (
+        sum(np.log1p(np.exp(-(1 if i == j else -1) * (logits[i, j] + bias))) for i in range(n) for j in range(n)) / n
+    )
+    return clip, siglip
+
+
 def largest_difference(found: dict[str, np.ndarray], expected: dict[str, np.ndarray]) -> float:
     """The largest of max|a - b| / max|b| over all arrays, each with its own largest; names must be equal.
 

@@ -30,6 +30,7 @@ from jax.experimental import checkify
 from clipmb import CheckpointError, CLIPConfig, flax
 from clipmb.common.outputs import CLIPOutput
 from clipmb.common.parameters import KINDS, specs
+from clipmb.flax import modules
 from clipmb.flax.engine import Engine
 
 CONFIG = CONFIGS["plain"]
@@ -435,14 +436,45 @@ def test_attentions_under_fused_attention_fall_back_with_one_warning(tmp_path, m
 
 def test_fused_attention_is_used(tmp_path, monkeypatch):
     calls = []
-    fused = jax.nn.dot_product_attention
-    monkeypatch.setattr(jax.nn, "dot_product_attention", lambda *a, **k: calls.append(k) or fused(*a, **k))
+    fused = modules.fused_attention
+    monkeypatch.setattr(modules, "fused_attention", lambda *a, **k: calls.append(k) or fused(*a, **k))
     model = load(tmp_path)
     model(**inputs_of("CLIPModel", CONFIG))
     assert len(calls) == 5
     model.set_attn_implementation({"text_config": "eager"})
     model(**inputs_of("CLIPModel", CONFIG))
     assert len(calls) == 7
+
+
+@pytest.mark.parametrize("biased", [False, True])
+@pytest.mark.parametrize(("dtype", "bound"), [("float32", 2e-6), ("bfloat16", 0.01), ("float16", 0.001)])
+def test_fused_attention_on_a_cpu_is_that_of_jax(biased, dtype, bound):
+    rng = np.random.default_rng(0)
+    query, key, value = (jnp.asarray(rng.standard_normal((2, 7, 3, 8)), dtype) for _ in range(3))
+    bias = jnp.asarray(rng.standard_normal((2, 1, 7, 7)), dtype) if biased else None
+    ours, theirs = (
+        jax.value_and_grad(lambda *inputs, call=call: jnp.square(call(*inputs, bias, scale=0.3)).sum(), (0, 1, 2))
+        for call in (modules.fused_attention, jax.nn.dot_product_attention)
+    )
+    for a, b in zip(jax.tree.leaves(ours(query, key, value)), jax.tree.leaves(theirs(query, key, value)), strict=True):
+        a, b = np.asarray(a, np.float64), np.asarray(b, np.float64)
+        assert np.abs(a - b).max() <= bound * np.abs(b).max()
+
+
+@pytest.mark.parametrize("platform", ["cuda", "tpu"])
+def test_fused_attention_elsewhere_is_that_of_jax(platform):
+    query = jnp.zeros((2, 7, 3, 8))
+
+    def products(call, platform):
+        traced = jax.jit(lambda query: call(query, query, query, None, scale=0.3)).trace(query)
+        text = traced.lower(lowering_platforms=(platform,)).as_text()
+        return [line.split("dot_general")[1] for line in text.splitlines() if "dot_general" in line]
+
+    dimensions = [[part.split(",")[2:] for part in products(jax.nn.dot_product_attention, platform)]]
+    dimensions += [
+        [part.split(",")[2:] for part in products(modules.fused_attention, name)] for name in (platform, "cpu")
+    ]
+    assert dimensions[0] == dimensions[1] != dimensions[2]
 
 
 def test_dropout_draws_one_mask_per_row_and_head(tmp_path):

@@ -282,6 +282,12 @@ def test_a_state_of_another_run():
         trainer(state=state)
 
 
+def test_a_state_without_the_bias_of_the_sigmoid_loss_is_refused():
+    state = TrainingState(0, 0, 0, recipe(), tensors=trainer().moments())
+    with pytest.raises(CheckpointError, match=r"missing: first_moment\.logit_bias"):
+        trainer(state=state, loss="siglip")
+
+
 def test_bad_batches():
     made = trainer(batch_size=4)
     with pytest.raises(ValueError, match=r"at most 4 texts .*Received: 5 texts and 5 pictures"):

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 from cases import random_arrays
-from training_cases import CONFIG, VARIANTS, batch, batches, largest_difference, recipe
+from training_cases import CONFIG, VARIANTS, batch, batches, expected_losses, largest_difference, recipe, unit
 
 from clipmb import CheckpointError, CLIPConfig, CLIPModel
 from clipmb.common.recipe import MAX_LOGIT_SCALE, decays
@@ -24,24 +24,6 @@ TESTS = Path(__file__).parents[1]
 
 def new_model(config: CLIPConfig = CONFIG, dtype: str = "float64") -> CLIPModel:
     return CLIPModel.from_pretrained(None, config=config, state_dict=random_arrays(config, "CLIPModel"), dtype=dtype)
-
-
-def unit(rows: int, seed: int) -> np.ndarray:
-    values = np.random.default_rng(seed).normal(size=(rows, 6))
-    return values / np.linalg.norm(values, axis=1, keepdims=True)
-
-
-def expected_losses(text: np.ndarray, image: np.ndarray, scale: float, bias: float) -> tuple[float, float]:
-    """Both losses, term by term."""
-    logits = np.exp(scale) * text @ image.T
-    n = len(text)
-    clip = sum(
-        np.log(np.exp(logits[i]).sum()) + np.log(np.exp(logits[:, i]).sum()) - 2 * logits[i, i] for i in range(n)
-    ) / (2 * n)
-    siglip = (
-        sum(np.log1p(np.exp(-(1 if i == j else -1) * (logits[i, j] + bias))) for i in range(n) for j in range(n)) / n
-    )
-    return clip, siglip
 
 
 @pytest.mark.parametrize("padding", [0, 3])

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import tensorflow as tf
 from cases import random_arrays
-from training_cases import batch, batches, largest_difference, recipe
+from training_cases import batch, batches, expected_losses, largest_difference, recipe, unit
 from training_tf_worker import CONFIG, DEVICES, PROCESSES, SIZES, STEPS, new_model, trainer_of
 
 from clipmb import CheckpointError, CLIPConfig, TFCLIPModel
@@ -30,24 +30,6 @@ TESTS = Path(__file__).parents[1]
 def plain() -> Trainer:
     """A trainer that takes no step."""
     return trainer_of("plain")
-
-
-def unit(rows: int, seed: int) -> np.ndarray:
-    values = np.random.default_rng(seed).normal(size=(rows, 6))
-    return values / np.linalg.norm(values, axis=1, keepdims=True)
-
-
-def expected_losses(text: np.ndarray, image: np.ndarray, scale: float, bias: float) -> tuple[float, float]:
-    """Both losses, term by term."""
-    logits = np.exp(scale) * text @ image.T
-    n = len(text)
-    clip = sum(
-        np.log(np.exp(logits[i]).sum()) + np.log(np.exp(logits[:, i]).sum()) - 2 * logits[i, i] for i in range(n)
-    ) / (2 * n)
-    siglip = (
-        sum(np.log1p(np.exp(-(1 if i == j else -1) * (logits[i, j] + bias))) for i in range(n) for j in range(n)) / n
-    )
-    return clip, siglip
 
 
 @pytest.mark.parametrize("padding", [0, 3])

@@ -24,6 +24,7 @@ For NNX, ``nnx.bridge.ToNNX(FlaxCLIPTextModule(config), rngs=nnx.Rngs(0)).lazy_i
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import jax
@@ -113,9 +114,10 @@ class FlaxCLIPLayerNorm(nn.Module):
         scale = self.param("scale", nn.initializers.ones, (width,)).astype(self.dtype).astype(statistics)
         bias = self.param("bias", nn.initializers.zeros, (width,)).astype(self.dtype).astype(statistics)
         hidden_states = hidden_states.astype(statistics)
-        centred = hidden_states - hidden_states.mean(axis=-1, keepdims=True)
-        variance = jnp.square(centred).mean(axis=-1, keepdims=True)
-        return (centred * jax.lax.rsqrt(variance + self.epsilon) * scale + bias).astype(self.dtype)
+        mean = hidden_states.mean(axis=-1, keepdims=True)
+        # The mean of the squared distances from the mean, which XLA fuses better in one word than in three.
+        variance = hidden_states.var(axis=-1, keepdims=True)
+        return ((hidden_states - mean) * jax.lax.rsqrt(variance + self.epsilon) * scale + bias).astype(self.dtype)
 
 
 class FlaxCLIPAttention(nn.Module):
@@ -136,7 +138,7 @@ class FlaxCLIPAttention(nn.Module):
         self.out_proj = nn.Dense(width, dtype=self.dtype, kernel_init=initial(config, "out_proj.weight"))
 
     def __call__(
-        self, hidden_states: Array, mask: Array | None, causal: bool, fused: bool, deterministic: bool
+        self, hidden_states: Array, mask: Array | None, fused: bool, deterministic: bool
     ) -> tuple[Array, Array | None]:
         """Returns the context (batch, seq, width) and, unless fused, the weights (batch, heads, seq, seq)."""
         batch, seq, width = hidden_states.shape
@@ -146,19 +148,53 @@ class FlaxCLIPAttention(nn.Module):
         value = self.v_proj(hidden_states).reshape(split)
         if fused:
             weights = None
-            context = jax.nn.dot_product_attention(
-                query, key, value, mask, scale=self.scale, is_causal=causal and mask is None
-            )
+            context = fused_attention(query, key, value, mask, scale=self.scale)
         else:
-            scores = jnp.einsum("bqhd,bkhd->bhqk", query, key) * self.scale  # (batch, heads, seq, seq)
+            scores = attention_scores(query, key) * self.scale  # (batch, heads, seq, seq)
             if mask is not None:
                 scores = scores + mask
             statistics = statistics_dtype(scores.dtype)
             weights = jax.nn.softmax(scores.astype(statistics), axis=-1).astype(query.dtype)
             weights = self.dropout(weights, deterministic)
-            context = jnp.einsum("bhqk,bkhd->bqhd", weights, value)
+            context = attention_context(weights, value)
         context = context.reshape(batch, seq, width)
         return self.out_proj(context), weights
+
+
+def attention_scores(query: Array, key: Array, **options: Any) -> Array:
+    """(batch, seq, heads, head_dim) twice to (batch, heads, seq, seq), on a CPU faster than by einsum."""
+    return jnp.matmul(query.transpose(0, 2, 1, 3), key.transpose(0, 2, 3, 1), **options)
+
+
+def attention_context(weights: Array, value: Array) -> Array:
+    """(batch, heads, seq, seq) and (batch, seq, heads, head_dim) to (batch, seq, heads, head_dim)."""
+    return jnp.matmul(weights, value.transpose(0, 2, 1, 3)).transpose(0, 2, 1, 3)
+
+
+@partial(jax.jit, static_argnames="scale")
+def fused_attention(query: Array, key: Array, value: Array, bias: Array | None, *, scale: float) -> Array:
+    """``jax.nn.dot_product_attention``; on a CPU the same arithmetic in the order of axes that is fast there.
+
+    Args:
+        query: (batch, seq, heads, head_dim).
+        key: The same shape.
+        value: The same shape.
+        bias: (batch or 1, 1, seq, seq), added to the scores.
+        scale: Of the scores, which are in float32 at least.
+
+    Returns:
+        (batch, seq, heads, head_dim).
+    """
+
+    def on_cpu(query: Array, key: Array, value: Array, *bias: Array) -> Array:
+        statistics = statistics_dtype(query.dtype)
+        scores = attention_scores(query, key, preferred_element_type=statistics) * scale
+        for part in bias:
+            scores = scores + part
+        return attention_context(jax.nn.softmax(scores, axis=-1).astype(value.dtype), value)
+
+    operands = (query, key, value) if bias is None else (query, key, value, bias)
+    return jax.lax.platform_dependent(*operands, cpu=on_cpu, default=partial(jax.nn.dot_product_attention, scale=scale))
 
 
 class FlaxCLIPMLP(nn.Module):
@@ -191,10 +227,10 @@ class FlaxCLIPEncoderLayer(nn.Module):
         self.layer_norm2 = FlaxCLIPLayerNorm(self.config.layer_norm_eps, self.dtype)
 
     def __call__(
-        self, hidden_states: Array, mask: Array | None, causal: bool, fused: bool, deterministic: bool
+        self, hidden_states: Array, mask: Array | None, fused: bool, deterministic: bool
     ) -> tuple[Array, Array | None]:
         """(batch, seq, width) to the same, and the attention weights unless fused."""
-        context, weights = self.self_attn(self.layer_norm1(hidden_states), mask, causal, fused, deterministic)
+        context, weights = self.self_attn(self.layer_norm1(hidden_states), mask, fused, deterministic)
         hidden_states = hidden_states + context
         hidden_states = hidden_states + self.mlp(self.layer_norm2(hidden_states))
         return hidden_states, weights
@@ -210,16 +246,16 @@ class FlaxCLIPLayerCollection(nn.Module):
     def setup(self) -> None:
         layer = FlaxCLIPEncoderLayer
         if self.gradient_checkpointing:
-            layer = nn.remat(layer, static_argnums=(3, 4, 5))  # causal, fused, deterministic
+            layer = nn.remat(layer, static_argnums=(3, 4))  # fused, deterministic
         self.blocks = [layer(self.config, self.dtype, name=str(i)) for i in range(self.config.num_hidden_layers)]
 
     def __call__(
-        self, hidden_states: Array, mask: Array | None, causal: bool, fused: bool, deterministic: bool
+        self, hidden_states: Array, mask: Array | None, fused: bool, deterministic: bool
     ) -> tuple[list[Array], list[Array | None]]:
         """Returns the input and the output of each block, and the attention weights of each."""
         states, attentions = [hidden_states], []
         for layer in self.blocks:
-            hidden_states, weights = layer(hidden_states, mask, causal, fused, deterministic)
+            hidden_states, weights = layer(hidden_states, mask, fused, deterministic)
             states.append(hidden_states)
             attentions.append(weights)
         return states, attentions
@@ -254,10 +290,8 @@ class FlaxCLIPEncoder(nn.Module):
         # JAX's fused attention has no dropout, and its softmax is in float32 even for float64.
         dropout = not deterministic and self.config.attention_dropout > 0
         fused = fused and not dropout and hidden_states.dtype != jnp.float64
-        mask = None
-        if causal and (attention_mask is not None or not fused):
-            mask = attention_bias(attention_mask, hidden_states)
-        states, attentions = self.layers(hidden_states, mask, causal, fused, deterministic)
+        mask = attention_bias(attention_mask, hidden_states) if causal else None
+        states, attentions = self.layers(hidden_states, mask, fused, deterministic)
         return BaseModelOutput(
             last_hidden_state=states[-1],
             hidden_states=tuple(states) if output_hidden_states else None,
@@ -346,6 +380,7 @@ class FlaxCLIPVisionEmbeddings(nn.Module):
             use_bias=False,
             dtype=self.dtype,
             kernel_init=initial(config, "patch_embedding.weight"),
+            conv_general_dilated=patch_product,
         )
         position = initial(config, "position_embedding.weight")
         self.position_embedding = nn.Embed(config.num_patches + 1, width, self.dtype, embedding_init=position)
@@ -360,6 +395,26 @@ class FlaxCLIPVisionEmbeddings(nn.Module):
         if interpolate_pos_encoding:
             positions = interpolate_positions(positions, rows, columns)
         return jnp.concatenate([class_token, patches], axis=1) + positions
+
+
+def patch_product(pixel_values: Array, kernel: Array, *_: Any, precision: Any, **__: Any) -> Array:
+    """The convolution of patches that do not overlap, as one matrix product: faster than XLA's convolution on a CPU.
+
+    Args:
+        pixel_values: (batch, height, width, channels); what is left of a patch at the right and bottom is not seen.
+        kernel: (patch, patch, channels, width).
+        precision: Of the product, as in ``jax.lax.dot``.
+
+    Returns:
+        (batch, rows, columns, width).
+    """
+    batch, height, width, channels = pixel_values.shape
+    size = kernel.shape[0]
+    rows, columns = height // size, width // size
+    pixel_values = pixel_values[:, : rows * size, : columns * size]
+    patches = pixel_values.reshape(batch, rows, size, columns, size, channels).transpose(0, 1, 3, 2, 4, 5)
+    flat = patches.reshape(batch * rows * columns, -1)  # (batch * patches, patch * patch * channels)
+    return jnp.dot(flat, kernel.reshape(flat.shape[1], -1), precision=precision).reshape(batch, rows, columns, -1)
 
 
 def interpolate_positions(positions: Array, rows: int, columns: int) -> Array:
