@@ -152,31 +152,26 @@ def check_range(ids: Tensor, size: int, field: str) -> None:
         tf.debugging.Assert(tf.reduce_all((ids >= 0) & (ids < size)), [message, ids], summarize=16)
 
 
-class Convolution(keras.layers.Conv2D):
-    """The convolution that embeds patches."""
+class Convolution(keras.layers.Layer):
+    """The convolution that embeds patches, which do not overlap: one product of matrices."""
 
     def __init__(self, channels: int, filters: int, size: int, **kwargs: Any) -> None:
-        super().__init__(filters, size, strides=size, use_bias=False, data_format="channels_last", **kwargs)
-        self.channels = channels
+        super().__init__(**kwargs)
+        self.shape = (size, size, channels, filters)
 
     def build(self, input_shape: Any = None) -> None:
         """Creates the kernel (size, size, channels, filters)."""
-        super().build((None, *self.kernel_size, self.channels))
-        self.input_spec = keras.InputSpec(ndim=4, axes={1: self.channels})
+        self.kernel = self.add_weight(shape=self.shape, initializer=self.kernel_initializer, name="kernel")
 
     def call(self, pixel_values: Tensor) -> Tensor:
-        """(batch, channels, height, width) to (batch, rows, columns, filters), as one product of matrices.
-
-        Patches do not overlap; what is left of one at the right and at the bottom is not seen.
-        """
-        batch, channels, height, width = keras.ops.shape(pixel_values)
-        size = self.kernel_size[0]
+        """(batch, channels, height, width) to (batch, rows, columns, filters); what is left of a patch is not seen."""
+        size, _, channels, filters = self.shape
+        batch, _, height, width = keras.ops.shape(pixel_values)
         rows, columns = height // size, width // size
         pixel_values = pixel_values[:, :, : rows * size, : columns * size]
         patches = tf.reshape(pixel_values, (batch, channels, rows, size, columns, size))
         patches = tf.reshape(tf.transpose(patches, (0, 2, 4, 3, 5, 1)), (-1, size * size * channels))
-        outputs = tf.matmul(patches, tf.reshape(self.kernel, (-1, self.filters)))
-        return tf.reshape(outputs, (batch, rows, columns, self.filters))
+        return tf.reshape(tf.matmul(patches, tf.reshape(self.kernel, (-1, filters))), (batch, rows, columns, filters))
 
 
 class LayerNorm(keras.layers.LayerNormalization):
