@@ -158,7 +158,7 @@ class FlaxCLIPAttention(nn.Module):
         self.out_proj = nn.Dense(width, dtype=self.dtype, kernel_init=initial(config, "out_proj.weight"))
 
     def __call__(
-        self, hidden_states: Array, mask: Array | None, fused: bool, deterministic: bool
+        self, hidden_states: Array, bias: Array | None, fused: bool, deterministic: bool
     ) -> tuple[Array, Array | None]:
         """Returns the context (batch, seq, width) and, unless fused, the weights (batch, heads, seq, seq)."""
         batch, seq, width = hidden_states.shape
@@ -168,11 +168,11 @@ class FlaxCLIPAttention(nn.Module):
         value = self.v_proj(hidden_states).reshape(split)
         if fused:
             weights = None
-            context = fused_attention(query, key, value, mask, scale=self.scale)
+            context = fused_attention(query, key, value, bias, scale=self.scale)
         else:
             scores = attention_scores(query, key) * self.scale  # (batch, heads, seq, seq)
-            if mask is not None:
-                scores = scores + mask
+            if bias is not None:
+                scores = scores + bias
             statistics = statistics_dtype(scores.dtype)
             weights = jax.nn.softmax(scores.astype(statistics), axis=-1).astype(query.dtype)
             weights = self.dropout(weights, deterministic)
@@ -247,10 +247,10 @@ class FlaxCLIPEncoderLayer(nn.Module):
         self.layer_norm2 = FlaxCLIPLayerNorm(self.config.layer_norm_eps, self.dtype)
 
     def __call__(
-        self, hidden_states: Array, mask: Array | None, fused: bool, deterministic: bool
+        self, hidden_states: Array, bias: Array | None, fused: bool, deterministic: bool
     ) -> tuple[Array, Array | None]:
         """(batch, seq, width) to the same, and the attention weights unless fused."""
-        context, weights = self.self_attn(self.layer_norm1(hidden_states), mask, fused, deterministic)
+        context, weights = self.self_attn(self.layer_norm1(hidden_states), bias, fused, deterministic)
         hidden_states = hidden_states + context
         hidden_states = hidden_states + self.mlp(self.layer_norm2(hidden_states))
         return hidden_states, weights
@@ -270,12 +270,12 @@ class FlaxCLIPLayerCollection(nn.Module):
         self.blocks = [layer(self.config, self.dtype, name=str(i)) for i in range(self.config.num_hidden_layers)]
 
     def __call__(
-        self, hidden_states: Array, mask: Array | None, fused: bool, deterministic: bool
+        self, hidden_states: Array, bias: Array | None, fused: bool, deterministic: bool
     ) -> tuple[list[Array], list[Array | None]]:
         """Returns the input and the output of each block, and the attention weights of each."""
         states, attentions = [hidden_states], []
         for layer in self.blocks:
-            hidden_states, weights = layer(hidden_states, mask, fused, deterministic)
+            hidden_states, weights = layer(hidden_states, bias, fused, deterministic)
             states.append(hidden_states)
             attentions.append(weights)
         return states, attentions
@@ -310,8 +310,8 @@ class FlaxCLIPEncoder(nn.Module):
         # JAX's fused attention has no dropout, and its softmax is in float32 even for float64.
         dropout = not deterministic and self.config.attention_dropout > 0
         fused = fused and not dropout and hidden_states.dtype != jnp.float64
-        mask = attention_bias(attention_mask, hidden_states) if causal else None
-        states, attentions = self.layers(hidden_states, mask, fused, deterministic)
+        bias = attention_bias(attention_mask, hidden_states) if causal else None
+        states, attentions = self.layers(hidden_states, bias, fused, deterministic)
         return BaseModelOutput(
             last_hidden_state=states[-1],
             hidden_states=tuple(states) if output_hidden_states else None,

@@ -94,7 +94,7 @@ class CLIPAttention(nn.Module):
         self.out_proj = nn.Linear(width, width)
 
     def forward(
-        self, hidden_states: Tensor, mask: Tensor | None, causal: bool, fused: bool
+        self, hidden_states: Tensor, bias: Tensor | None, causal: bool, fused: bool
     ) -> tuple[Tensor, Tensor | None]:
         """Returns the context (batch, seq, width) and, unless fused, the weights (batch, heads, seq, seq)."""
         batch, seq, width = hidden_states.shape
@@ -106,12 +106,12 @@ class CLIPAttention(nn.Module):
         if fused:
             weights = None
             context = F.scaled_dot_product_attention(
-                query, key, value, mask, dropout, is_causal=causal and mask is None, scale=self.scale
+                query, key, value, bias, dropout, is_causal=causal and bias is None, scale=self.scale
             )
         else:
             scores = query @ key.transpose(-1, -2) * self.scale  # (batch, heads, seq, seq)
-            if mask is not None:
-                scores = scores + mask
+            if bias is not None:
+                scores = scores + bias
             statistics = torch.float32 if scores.dtype.itemsize < 4 else scores.dtype
             weights = torch.softmax(scores, dim=-1, dtype=statistics).to(query.dtype)
             weights = F.dropout(weights, dropout)
@@ -145,10 +145,10 @@ class CLIPEncoderLayer(nn.Module):
         self.layer_norm2 = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
 
     def forward(
-        self, hidden_states: Tensor, mask: Tensor | None, causal: bool, fused: bool
+        self, hidden_states: Tensor, bias: Tensor | None, causal: bool, fused: bool
     ) -> tuple[Tensor, Tensor | None]:
         """(batch, seq, width) to the same, and the attention weights unless fused."""
-        context, weights = self.self_attn(self.layer_norm1(hidden_states), mask, causal, fused)
+        context, weights = self.self_attn(self.layer_norm1(hidden_states), bias, causal, fused)
         hidden_states = hidden_states + context
         hidden_states = hidden_states + self.mlp(self.layer_norm2(hidden_states))
         return hidden_states, weights
@@ -179,15 +179,15 @@ class CLIPEncoder(nn.Module):
             fused = False
             if not torch.compiler.is_compiling():
                 checks.warn_once(checks.ATTENTIONS_NEED_EAGER)
-        mask = None
+        bias = None
         if causal and (attention_mask is not None or not fused):
-            mask = attention_bias(attention_mask, hidden_states)
+            bias = attention_bias(attention_mask, hidden_states)
         states, attentions = [hidden_states], []
         for layer in self.layers:
             if self.checkpointing is not None and self.training:
-                hidden_states, weights = checkpoint(layer, hidden_states, mask, causal, fused, **self.checkpointing)
+                hidden_states, weights = checkpoint(layer, hidden_states, bias, causal, fused, **self.checkpointing)
             else:
-                hidden_states, weights = layer(hidden_states, mask, causal, fused)
+                hidden_states, weights = layer(hidden_states, bias, causal, fused)
             states.append(hidden_states)
             attentions.append(weights)
         return BaseModelOutput(
