@@ -1,13 +1,18 @@
-"""A checkpoint of ViT-B/32's size with seeded random weights, for benchmarks and the demo."""
+"""A checkpoint of ViT-B/32's size with seeded random weights, and the command line of the benchmarks that use it."""
 
 from __future__ import annotations
 
+import argparse
 import hashlib
+import subprocess
+import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
-from clipmb import CLIPConfig, CLIPImageProcessor, CLIPProcessor, CLIPTokenizerFast
+from clipmb import CLIPConfig, CLIPImageProcessor, CLIPProcessor, CLIPTokenizerFast, backends
 from clipmb.common.checkpoint import write_safetensors
 from clipmb.common.parameters import specs
 from clipmb.common.saving import Transaction
@@ -39,3 +44,26 @@ def vit_b_32(folder: Path, config: CLIPConfig | None = None) -> Path:
     CLIPProcessor(CLIPImageProcessor(), CLIPTokenizerFast()).save_pretrained(folder)
     done.write_text(mark)
     return folder
+
+
+def for_each_backend(measure: Callable[..., None], description: str | None, **options: Any) -> None:
+    """The command line of a benchmark of ViT-B/32: each installed backend in a process of its own, or the one named.
+
+    Args:
+        measure: Called with a backend, the checkpoint's folder, and the options by name.
+        description: For ``--help``.
+        options: Of the command line, with what ``argparse`` needs to know of each.
+    """
+    parser = argparse.ArgumentParser(description=description)
+    parser.add_argument("--folder", type=Path, default=Path("build/vit-b-32"))
+    parser.add_argument("--backend", choices=tuple(backends.BACKENDS), help="one of them, in this process")
+    for name, known in options.items():
+        parser.add_argument(f"--{name}", **known)
+    arguments = vars(parser.parse_args())
+    vit_b_32(arguments["folder"])
+    backend = arguments.pop("backend")
+    if backend is not None:
+        measure(backend, **arguments)
+        return
+    for backend in backends.installed():
+        subprocess.run([sys.executable, sys.argv[0], "--backend", backend, *sys.argv[1:]], check=True)

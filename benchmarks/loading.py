@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import argparse
 import subprocess
 import sys
 from pathlib import Path
 
-from _checkpoint import vit_b_32
+from _checkpoint import for_each_backend
 from _compare import compare
-
-from clipmb import backends
 
 PEAK = """
 import re, sys
@@ -68,19 +65,5 @@ def measure(backend: str, folder: Path) -> None:
     print(f"peak memory of loading ({backend}): {ratio:.3f} x the file  (goal at most {memory}: {verdict})", flush=True)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--folder", type=Path, default=Path("build/vit-b-32"))
-    parser.add_argument("--backend", choices=tuple(backends.BACKENDS), help="one of them, in this process")
-    arguments = parser.parse_args()
-    vit_b_32(arguments.folder)
-    if arguments.backend is None:
-        for backend in backends.installed():
-            command = [sys.executable, __file__, "--backend", backend, "--folder", str(arguments.folder)]
-            subprocess.run(command, check=True)
-    else:
-        measure(arguments.backend, arguments.folder)
-
-
 if __name__ == "__main__":
-    main()
+    for_each_backend(measure, __doc__)

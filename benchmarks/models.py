@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import argparse
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from _checkpoint import vit_b_32
+from _checkpoint import for_each_backend
 from _compare import compare
 
 from clipmb import backends
@@ -105,31 +102,20 @@ def cases(batch: int) -> dict[str, tuple[dict[str, np.ndarray], str]]:
     return {"image": (pixels, "images"), "text": (text, "texts"), "both": ({**pixels, **text}, "pairs")}
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--folder", type=Path, default=Path("build/vit-b-32"))
-    parser.add_argument("--backend", choices=tuple(backends.BACKENDS), help="one of them, in this process")
-    parser.add_argument("--batches", type=int, nargs="+", default=[1, 8, 32])
-    parser.add_argument("--rounds", type=int, default=9)
-    arguments = parser.parse_args()
-    vit_b_32(arguments.folder)
-    if arguments.backend is None:
-        for backend in backends.installed():
-            subprocess.run([sys.executable, __file__, "--backend", backend, *sys.argv[1:]], check=True)
-        return
-    ours, theirs = globals()[arguments.backend](arguments.folder)
-    for batch in arguments.batches:
+def measure(backend: str, folder: Path, batches: list[int], rounds: int) -> None:
+    ours, theirs = globals()[backend](folder)
+    for batch in batches:
         for tower, (inputs, unit) in cases(batch).items():
             compare(
-                f"{arguments.backend}: {tower}, batch {batch}",
+                f"{backend}: {tower}, batch {batch}",
                 lambda tower=tower, inputs=inputs: ours[tower](**inputs),
                 lambda tower=tower, inputs=inputs: theirs[tower](**inputs),
                 count=batch,
                 unit=unit,
-                rounds=arguments.rounds,
+                rounds=rounds,
                 goal=1.0,
             )
-    modes(arguments.backend, arguments.folder, arguments.rounds)
+    modes(backend, folder, rounds)
 
 
 def modes(backend: str, folder: Path, rounds: int) -> None:
@@ -156,4 +142,9 @@ def modes(backend: str, folder: Path, rounds: int) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    for_each_backend(
+        measure,
+        __doc__,
+        batches={"type": int, "nargs": "+", "default": [1, 8, 32]},
+        rounds={"type": int, "default": 15},
+    )

@@ -6,16 +6,13 @@ logits), an attention mask, AdamW of the framework, no clipping. clipmb's step d
 
 from __future__ import annotations
 
-import argparse
 import importlib
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from _checkpoint import vit_b_32
+from _checkpoint import for_each_backend
 from _compare import compare
 
 from clipmb import backends
@@ -102,34 +99,22 @@ def pairs(size: int) -> dict[str, np.ndarray]:
     return {"input_ids": ids, "pixel_values": rng.standard_normal((size, 3, 224, 224), np.float32)}
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--folder", type=Path, default=Path("build/vit-b-32"))
-    parser.add_argument("--backend", choices=tuple(backends.BACKENDS), help="one of them, in this process")
-    parser.add_argument("--batch", type=int, default=32)
-    parser.add_argument("--rounds", type=int, default=5)
-    arguments = parser.parse_args()
-    vit_b_32(arguments.folder)
-    if arguments.backend is None:
-        for backend in backends.installed():
-            subprocess.run([sys.executable, __file__, "--backend", backend, *sys.argv[1:]], check=True)
-        return
-    backend, size = arguments.backend, arguments.batch
-    batch = pairs(size)
+def measure(backend: str, folder: Path, batch: int, rounds: int) -> None:
+    inputs = pairs(batch)
     framework = importlib.import_module(f"clipmb.{backend}.training")
-    recipe = Recipe(steps=1000, batch_size=size, learning_rate=RATE, betas=BETAS, eps=EPS, weight_decay=DECAY)
-    trainer = framework.Trainer(backends.engine(backend).load(arguments.folder).model, recipe)
-    theirs = globals()[backend](arguments.folder, {**batch, "attention_mask": np.ones_like(batch["input_ids"])})
+    recipe = Recipe(steps=1000, batch_size=batch, learning_rate=RATE, betas=BETAS, eps=EPS, weight_decay=DECAY)
+    trainer = framework.Trainer(backends.engine(backend).load(folder).model, recipe)
+    theirs = globals()[backend](folder, {**inputs, "attention_mask": np.ones_like(inputs["input_ids"])})
     compare(
-        f"{backend}: training step, batch {size}",
-        lambda: trainer.step(batch),
+        f"{backend}: training step, batch {batch}",
+        lambda: trainer.step(inputs),
         theirs,
-        count=size,
+        count=batch,
         unit="pairs",
-        rounds=arguments.rounds,
+        rounds=rounds,
         goal=1.0,
     )
 
 
 if __name__ == "__main__":
-    main()
+    for_each_backend(measure, __doc__, batch={"type": int, "default": 32}, rounds={"type": int, "default": 5})
