@@ -110,39 +110,46 @@ def test_resuming_gives_the_bits_of_an_uninterrupted_run(files, tmp_path, backen
 
 
 KILLED = """
-import os, random, signal, sys, time
+import importlib, os, random, signal, sys, time, warnings
 from pathlib import Path
-import torch
-import torch._dynamo  # here once and not in every child: what an optimizer imports
-import clipmb.pt.training
+warnings.filterwarnings("ignore", "os.fork", RuntimeWarning)  # nothing is computed before it
 from clipmb.training import train
-torch.set_num_threads(1)
 
-pairs, model, out, seed = sys.argv[1:]
+pairs, model, out, backend, seed = sys.argv[1:]
+importlib.import_module(f"clipmb.{backend}.training")  # once and not in every child
+if backend == "pt":
+    import torch, torch._dynamo  # which an optimizer imports
+    torch.set_num_threads(1)
 metrics, dice, reached = Path(out, "metrics.jsonl"), random.Random(int(seed)), []
 size = lambda: metrics.stat().st_size if metrics.exists() else 0
 for kill in range(21):
     child = os.fork()
     if not child:
-        train(pairs, model, out, backend="pt", resume=True, save_every=2, steps=120, batch_size=4, learning_rate=3e-3)
+        recipe = {"steps": 120, "batch_size": 4, "learning_rate": 3e-3}
+        train(pairs, model, out, backend=backend, resume=True, save_every=2, **recipe)
         os._exit(0)
-    if kill < 20:
-        begun = size()
-        while size() < begun + 300 * dice.randrange(1, 6):  # some steps, and then in the middle of anything
-            time.sleep(0.001)
+    wanted = size() + 300 * dice.randrange(1, 6) if kill < 20 else float("inf")
+    ended, status = 0, 0
+    while not ended and size() < wanted:  # some steps, and then in the middle of anything
+        time.sleep(0.001)
+        ended, status = os.waitpid(child, os.WNOHANG)
+    if not ended:
         time.sleep(dice.random() * 0.03)
         os.kill(child, signal.SIGKILL)
-    _, status = os.waitpid(child, 0)
+        _, status = os.waitpid(child, 0)
     reached.append(os.waitstatus_to_exitcode(status))
+    if reached[-1] > 0:
+        sys.exit(f"after {kill} kills a child ended by itself: {reached}")
 print(*reached)
 """
 
 
-@pytest.mark.backend("pt")
-def test_twenty_kills_at_random_moments_change_no_bit(files, tmp_path):
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_twenty_kills_at_random_moments_change_no_bit(files, tmp_path, backend):
     """kill -9, each time a while into the run, whatever it is doing: stepping, saving, writing metrics."""
-    options = {"backend": "pt", "steps": 120, "batch_size": 4, "learning_rate": 3e-3}
-    script = "import torch; torch.set_num_threads(1); from clipmb.training import train; import sys; train"
+    options = {"backend": backend, "steps": 120, "batch_size": 4, "learning_rate": 3e-3}
+    script = "import torch; torch.set_num_threads(1); " if backend == "pt" else ""
+    script += "from clipmb.training import train; import sys; train"
     whole = [files / "pairs", files / "model", tmp_path / "a"]
     done = subprocess.run(
         [sys.executable, "-c", f"{script}(*sys.argv[1:], **{options})", *whole],
@@ -150,7 +157,7 @@ def test_twenty_kills_at_random_moments_change_no_bit(files, tmp_path):
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]
     done = subprocess.run(
-        [sys.executable, "-c", KILLED, files / "pairs", files / "model", tmp_path / "b", "7"],
+        [sys.executable, "-c", KILLED, files / "pairs", files / "model", tmp_path / "b", backend, "7"],
         capture_output=True, text=True, check=False, timeout=400,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]
