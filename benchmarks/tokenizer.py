@@ -17,7 +17,7 @@ from collections.abc import Callable
 from _compare import compare
 
 import clipmb
-from clipmb.common.vocabulary import official
+from clipmb.common.text.vocabulary import official
 
 COUNT = 20_000
 ROUNDS = 5

@@ -16,7 +16,7 @@ from _checkpoint import for_each_backend
 from _compare import compare
 
 from clipmb import backends
-from clipmb.common.recipe import Recipe
+from clipmb.common.training.recipe import Recipe
 
 RATE, BETAS, EPS, DECAY = 1e-6, (0.9, 0.98), 1e-6, 0.2
 

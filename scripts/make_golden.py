@@ -18,7 +18,7 @@ from safetensors.numpy import save_file
 from clipmb.common.config import CLIPConfig
 from clipmb.common.outputs import stages
 from clipmb.common.parameters import specs
-from clipmb.common.tokenizer import CLIPTokenizerFast
+from clipmb.common.text.tokenizer import CLIPTokenizerFast
 
 FOLDER = Path(__file__).parents[1] / "src/clipmb/data/golden"
 TEXT = {

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import importlib
 import os
+from pathlib import Path
 
 import pytest
 
+TESTS = Path(__file__).parent
 ALL_BACKENDS = ("pt", "tf", "flax")
 BACKENDS = tuple(name.strip() for name in os.environ.get("CLIPMB_TEST_BACKENDS", ",".join(ALL_BACKENDS)).split(","))
 
@@ -14,7 +16,9 @@ if unknown := set(BACKENDS) - set(ALL_BACKENDS):
     raise pytest.UsageError(f"CLIPMB_TEST_BACKENDS names {sorted(unknown)}; there are {ALL_BACKENDS}")
 
 # Files of a backend that is not named are left out; this is a choice of the caller, so it is no skip.
-collect_ignore_glob = [f"**/test_{name}*.py" for name in ALL_BACKENDS if name not in BACKENDS]
+collect_ignore_glob = [
+    f"**/{where}" for name in ALL_BACKENDS if name not in BACKENDS for where in (f"{name}/*", f"test_{name}.py")
+]
 
 for _name in ALL_BACKENDS:  # torch before tensorflow: the other order can crash
     if _name in BACKENDS:

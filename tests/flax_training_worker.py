@@ -17,7 +17,7 @@ from cases import TEXT, VISION, random_arrays
 from training_cases import batch, recipe, share
 
 from clipmb.common.config import CLIPConfig
-from clipmb.common.training_state import TrainingState
+from clipmb.common.training.state import TrainingState
 
 SIZES = (12, 7, 1)  # of the batches whose gradients are compared; the recipe's batch_size is 12
 STEPS = (12, 7, 1, 12)  # of the batches of a run

@@ -11,7 +11,7 @@ from cases import CONFIGS, write_checkpoint
 from PIL import Image
 
 from clipmb import CLIPConfig
-from clipmb.common.recipe import Recipe
+from clipmb.common.training.recipe import Recipe
 
 CONFIG = CONFIGS["plain"]
 STEPS = 50
@@ -104,7 +104,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
 def small_model(folder: Path) -> Path:
     """Saves a random CLIP with a small vocabulary, tokenizer and image processor."""
     from clipmb import CLIPImageProcessor, CLIPProcessor, CLIPTokenizerFast
-    from clipmb.common.vocabulary import official
+    from clipmb.common.text.vocabulary import official
 
     vocabulary = official(200)
     folder.mkdir(parents=True)

@@ -36,8 +36,8 @@ from torch import Tensor
 
 from clipmb import CLIPConfig, CLIPImageProcessor, CLIPProcessor, CLIPTokenizerFast
 from clipmb.common.parameters import specs
-from clipmb.common.recipe import MAX_LOGIT_SCALE, Recipe, decays
-from clipmb.common.vocabulary import SUFFIX, byte_symbols, official
+from clipmb.common.text.vocabulary import SUFFIX, byte_symbols, official
+from clipmb.common.training.recipe import MAX_LOGIT_SCALE, Recipe, decays
 from clipmb.pt import CLIPModel
 from clipmb.pt.modeling import normalize
 from clipmb.pt.training import clip_loss

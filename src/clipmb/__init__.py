@@ -9,10 +9,10 @@ __version__ = "0.1.0"
 
 _PUBLIC = {
     "clipmb.common.errors": ("CheckpointError", "ClipmbError", "MissingBackendError"),
-    "clipmb.common.batch": ("BatchFeature",),
+    "clipmb.common.features": ("BatchFeature",),
     "clipmb.common.config": ("CLIPConfig", "CLIPTextConfig", "CLIPVisionConfig"),
-    "clipmb.common.tokenizer": ("BatchEncoding", "CLIPTokenizer", "CLIPTokenizerFast"),
-    "clipmb.common.image_processor": ("CLIPFeatureExtractor", "CLIPImageProcessor"),
+    "clipmb.common.text.tokenizer": ("BatchEncoding", "CLIPTokenizer", "CLIPTokenizerFast"),
+    "clipmb.common.image.processor": ("CLIPFeatureExtractor", "CLIPImageProcessor"),
     "clipmb.common.processor": ("CLIPProcessor",),
     "clipmb.common.convert": ("convert",),
     "clipmb.pipeline": ("CLIPPipeline",),

@@ -65,7 +65,7 @@ def evaluate(
 
     Args:
         model: A pipeline, or the folder or hub id of a checkpoint.
-        data: Path of a data set, as ``clipmb.common.data.Pairs.open`` takes it, or an opened one.
+        data: Path of a data set, as ``clipmb.common.data.batches.Pairs.open`` takes it, or an opened one.
         backend: "pt", "tf" or "flax" for a model that is loaded here; the first installed one when None.
         labels: The classes: names; {label in the data: its name in the prompts}; or a text file with one label, or
             label, tab and name, a line. The labels of the data when None.
@@ -122,7 +122,7 @@ def evaluate(
 
 def _opened(data: Any, columns: dict[str, Any]) -> Any:
     if isinstance(data, str | os.PathLike):
-        from clipmb.common.data import Pairs
+        from clipmb.common.data.batches import Pairs
 
         data = Pairs.open(data, **columns)
     elif given := [name for name, value in columns.items() if value is not None]:

@@ -22,10 +22,10 @@ from clipmb import backends as _backends
 from clipmb.common.config import CLIPConfig, CLIPTextConfig
 from clipmb.common.errors import CheckpointError, MissingBackendError, bad_input, one_of
 from clipmb.common.hub import Source
-from clipmb.common.image_processor import CLIPImageProcessor
+from clipmb.common.image.processor import CLIPImageProcessor
 from clipmb.common.pretrained import normal_dtype
 from clipmb.common.processor import has_tokenizer, image_processor_of, tokenizer_of
-from clipmb.common.tokenizer import CLIPTokenizerFast
+from clipmb.common.text.tokenizer import CLIPTokenizerFast
 
 # Largest relative difference, max|a - b| / max|b|, by dtype: of projected and pooled vectors, and of everything else.
 # float64 shows whether two implementations are the same function; the others allow for rounding in another order.

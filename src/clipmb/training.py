@@ -18,16 +18,16 @@ import numpy as np
 from clipmb import backends
 from clipmb.common.checkpoint import write_safetensors
 from clipmb.common.config import CONFIG_NAME, CLIPConfig
-from clipmb.common.curves import CURVES_NAME, METRICS_NAME, Metrics, draw
-from clipmb.common.data import Batch, Batches, Pairs
+from clipmb.common.data.batches import Batch, Batches, Pairs
 from clipmb.common.errors import bad_input
 from clipmb.common.hub import Source
 from clipmb.common.parameters import initial_weights, specs
 from clipmb.common.pretrained import config_text
 from clipmb.common.processor import CLIPProcessor
-from clipmb.common.recipe import Processes, Recipe
 from clipmb.common.saving import Transaction, finish
-from clipmb.common.training_state import STATE_NAME, TrainingState
+from clipmb.common.training.metrics import CURVES_NAME, METRICS_NAME, Metrics, draw
+from clipmb.common.training.recipe import Processes, Recipe
+from clipmb.common.training.state import STATE_NAME, TrainingState
 from clipmb.evaluation import evaluate
 from clipmb.pipeline import CLIPPipeline, processor_for
 
@@ -70,7 +70,7 @@ def train(
     names the items that could not be read.
 
     Args:
-        data: Pictures with captions, as ``clipmb.common.data.Pairs.open`` takes them, or opened `Pairs`.
+        data: Pictures with captions, as ``clipmb.common.data.batches.Pairs.open`` takes them, or opened `Pairs`.
         model: Folder or hub id of what to begin from; not needed to resume.
         out: Where the trained model goes.
         backend: "pt", "tf" or "flax"; the first installed one when None. A run may be resumed with another.
@@ -90,7 +90,7 @@ def train(
         device: Where to compute, as the framework names it; its own choice when None.
         progress: Show a progress bar, when there is a terminal.
         columns: ``image_column``, ``caption_column``, ``label_column``, ``separator`` of the data.
-        **recipe: The other fields of `clipmb.common.recipe.Recipe`, such as ``batch_size`` and ``learning_rate``.
+        **recipe: The other fields of `Recipe`: ``batch_size``, ``learning_rate`` ….
 
     Returns:
         ``out``, ``steps``, ``loss`` of the last step, ``skipped`` (items left out by this process in this call) and,

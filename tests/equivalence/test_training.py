@@ -13,9 +13,9 @@ from conftest import BACKENDS
 from training_cases import CONFIG, STEPS, VARIANTS, batch, batches, largest_difference, recipe
 
 from clipmb.backends import engine
-from clipmb.common.recipe import Recipe
 from clipmb.common.saving import Transaction
-from clipmb.common.training_state import TrainingState
+from clipmb.common.training.recipe import Recipe
+from clipmb.common.training.state import TrainingState
 
 FIRST, *OTHERS = BACKENDS
 HALF = STEPS // 2

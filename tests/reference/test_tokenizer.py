@@ -273,7 +273,7 @@ def add(tokenizer, added_token) -> list[int]:
 @pytest.mark.parametrize("name", ["fast", "slow"])
 def test_added_tokens(name, files, tmp_path):
     oracle, tokenizer = reference(name, files), ours(name)
-    assert add(tokenizer, clipmb.common.tokenizer.AddedToken) == add(oracle, transformers.AddedToken)
+    assert add(tokenizer, clipmb.common.text.tokenizer.AddedToken) == add(oracle, transformers.AddedToken)
     assert len(tokenizer) == len(oracle)
     assert tokenizer.added_tokens_encoder == oracle.added_tokens_encoder
     assert tokenizer.pad_token_id == oracle.pad_token_id
@@ -385,7 +385,7 @@ def test_transformers_5_reads_what_we_save_and_we_read_what_it_saves(tmp_path, s
 
 def test_transformers_5_reads_our_added_tokens(tmp_path):
     tokenizer = clipmb.CLIPTokenizerFast()
-    add(tokenizer, clipmb.common.tokenizer.AddedToken)
+    add(tokenizer, clipmb.common.text.tokenizer.AddedToken)
     tokenizer.save_pretrained(tmp_path / "ours")
     texts = tmp_path / "texts.json"
     texts.write_text(json.dumps(ADDED_TEXTS), "utf-8")

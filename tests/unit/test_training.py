@@ -20,11 +20,10 @@ import clipmb
 from clipmb import CheckpointError, CLIPPipeline
 from clipmb.cli import app
 from clipmb.common.checkpoint.safetensors import map_file
-from clipmb.common.recipe import Recipe
-from clipmb.common.training_state import STATE_NAME, TrainingState
+from clipmb.common.training.recipe import Recipe
+from clipmb.common.training.state import STATE_NAME, TrainingState
 from clipmb.training import train
 
-TESTS = Path(__file__).parents[1]
 STEPS = {"steps": 7, "batch_size": 4, "learning_rate": 3e-3, "warmup_steps": 2}
 
 

@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from clipmb.cli import common
-from clipmb.common.recipe import DISTRIBUTED, LOSSES, PRECISIONS, Recipe
+from clipmb.common.training.recipe import DISTRIBUTED, LOSSES, PRECISIONS, Recipe
 
 
 def run(

@@ -25,9 +25,9 @@ import numpy as np
 from clipmb import __version__
 from clipmb.common.checkpoint import OwnArrays, fit, formats, openai
 from clipmb.common.checkpoint.fitting import canonical_names
+from clipmb.common.checkpoint.safetensors_writer import stand_in, write_stream
 from clipmb.common.checkpoint.sharding import to_json
 from clipmb.common.checkpoint.shown import names_in
-from clipmb.common.checkpoint.streaming import stand_in, write_stream
 from clipmb.common.config import CONFIG_NAME, BaseConfig, CLIPConfig, CLIPTextConfig, CLIPVisionConfig, read_json
 from clipmb.common.errors import CheckpointError, ClipmbError, bad_input, one_of
 from clipmb.common.hub import Source

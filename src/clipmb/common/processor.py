@@ -10,14 +10,14 @@ from typing import Any, NoReturn
 
 from PIL import Image
 
-from clipmb.common.batch import BatchFeature
 from clipmb.common.config import CLIPTextConfig, CLIPVisionConfig, read_json
 from clipmb.common.errors import CheckpointError, bad_input
+from clipmb.common.features import BatchFeature
 from clipmb.common.hub import Source
-from clipmb.common.image_processor import FILE, PROCESSOR_FILE, CLIPImageProcessor, write_json
-from clipmb.common.pixels import is_array
+from clipmb.common.image.pixels import is_array
+from clipmb.common.image.processor import FILE, PROCESSOR_FILE, CLIPImageProcessor, write_json
 from clipmb.common.saving import Transaction, check_former
-from clipmb.common.tokenizer import CLIPTokenizerFast
+from clipmb.common.text.tokenizer import CLIPTokenizerFast
 
 
 def _arguments(function: Any) -> frozenset[str]:

@@ -30,8 +30,8 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from clipmb.common import checks
 from clipmb.common.errors import MissingBackendError, bad_input
 from clipmb.common.parameters import KINDS, Spec, specs
-from clipmb.common.recipe import INITIAL_LOGIT_BIAS, LOGIT_BIAS, MAX_LOGIT_SCALE, Processes, Recipe, decays
-from clipmb.common.training_state import FIRST, SECOND, TrainingState
+from clipmb.common.training.recipe import INITIAL_LOGIT_BIAS, LOGIT_BIAS, MAX_LOGIT_SCALE, Processes, Recipe, decays
+from clipmb.common.training.state import FIRST, SECOND, TrainingState
 from clipmb.flax.engine import Engine
 from clipmb.flax.modeling import FlaxCLIPModel
 from clipmb.flax.modules import normalize, statistics_dtype

@@ -27,8 +27,8 @@ from torch.nn.parallel import DistributedDataParallel
 
 from clipmb.common.errors import bad_input
 from clipmb.common.parameters import specs
-from clipmb.common.recipe import INITIAL_LOGIT_BIAS, LOGIT_BIAS, MAX_LOGIT_SCALE, Processes, Recipe, decays
-from clipmb.common.training_state import FIRST, SECOND, TrainingState
+from clipmb.common.training.recipe import INITIAL_LOGIT_BIAS, LOGIT_BIAS, MAX_LOGIT_SCALE, Processes, Recipe, decays
+from clipmb.common.training.state import FIRST, SECOND, TrainingState
 from clipmb.pt.engine import Engine
 from clipmb.pt.modeling import CLIPModel, normalize
 from clipmb.pt.tensors import from_numpy, to_numpy

@@ -29,8 +29,8 @@ from tensorflow import Tensor
 from clipmb.common import checks
 from clipmb.common.errors import bad_input
 from clipmb.common.parameters import KINDS, specs
-from clipmb.common.recipe import INITIAL_LOGIT_BIAS, LOGIT_BIAS, MAX_LOGIT_SCALE, Processes, Recipe, decays
-from clipmb.common.training_state import FIRST, SECOND, TrainingState
+from clipmb.common.training.recipe import INITIAL_LOGIT_BIAS, LOGIT_BIAS, MAX_LOGIT_SCALE, Processes, Recipe, decays
+from clipmb.common.training.state import FIRST, SECOND, TrainingState
 from clipmb.tf.engine import Engine
 from clipmb.tf.modeling import TFCLIPModel, normalize
 

@@ -22,10 +22,10 @@ from typing import Any, BinaryIO, cast
 import ml_dtypes
 import numpy as np
 
-from clipmb.common.checkpoint.content import read_files
 from clipmb.common.checkpoint.formats import Loaded
 from clipmb.common.checkpoint.names import Deferred, Maker, canonical, in_framework
 from clipmb.common.checkpoint.sharding import write_shards
+from clipmb.common.checkpoint.sniffing import read_files
 from clipmb.common.config import BaseConfig
 from clipmb.common.errors import CheckpointError
 from clipmb.common.hub import Source

@@ -18,10 +18,10 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from clipmb.common.checkpoint.content import kind_of
 from clipmb.common.checkpoint.formats import Loaded
 from clipmb.common.checkpoint.h5 import read_h5, write_h5
 from clipmb.common.checkpoint.names import Deferred, in_canonical, in_framework
+from clipmb.common.checkpoint.sniffing import kind_of
 from clipmb.common.config import BaseConfig
 from clipmb.common.hub import Source
 from clipmb.common.parameters import Spec, at_block, known_specs, specs

@@ -10,7 +10,6 @@ from typing import Any
 import numpy as np
 from safetensors.numpy import save_file
 
-from clipmb.common.checkpoint.content import kind_of
 from clipmb.common.checkpoint.formats import Loaded
 from clipmb.common.checkpoint.openai import (
     CONFIG,
@@ -27,6 +26,7 @@ from clipmb.common.checkpoint.openai import (
 from clipmb.common.checkpoint.pickled import inspect
 from clipmb.common.checkpoint.safetensors import map_file
 from clipmb.common.checkpoint.sharding import to_json
+from clipmb.common.checkpoint.sniffing import kind_of
 from clipmb.common.config import BaseConfig, CLIPConfig, CLIPTextConfig, CLIPVisionConfig, read_json
 from clipmb.common.errors import CheckpointError
 from clipmb.common.hub import Source

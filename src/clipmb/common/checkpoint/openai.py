@@ -13,9 +13,9 @@ from typing import Any
 
 import numpy as np
 
-from clipmb.common.checkpoint.content import kind_of
 from clipmb.common.checkpoint.formats import Loaded
 from clipmb.common.checkpoint.pickled import inspect, write_pickle
+from clipmb.common.checkpoint.sniffing import kind_of
 from clipmb.common.config import CONFIG_NAME, BaseConfig, CLIPConfig, read_json
 from clipmb.common.errors import CheckpointError
 from clipmb.common.hub import Source

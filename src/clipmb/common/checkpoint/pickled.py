@@ -25,7 +25,7 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
-from clipmb.common.checkpoint.content import LEGACY, ZIP
+from clipmb.common.checkpoint.sniffing import LEGACY, ZIP
 from clipmb.common.errors import CheckpointError, MissingBackendError
 
 _DTYPES = {

@@ -7,11 +7,11 @@ from pathlib import Path
 
 import numpy as np
 
-from clipmb.common.checkpoint.content import read_files
 from clipmb.common.checkpoint.formats import Loaded
 from clipmb.common.checkpoint.openai import is_openai
 from clipmb.common.checkpoint.pickled import inspect, write_pickle
 from clipmb.common.checkpoint.sharding import write_shards
+from clipmb.common.checkpoint.sniffing import read_files
 from clipmb.common.config import BaseConfig
 from clipmb.common.hub import Source
 from clipmb.common.saving import Transaction

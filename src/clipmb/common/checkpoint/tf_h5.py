@@ -17,11 +17,11 @@ from pathlib import Path
 
 import numpy as np
 
-from clipmb.common.checkpoint.content import read_files
 from clipmb.common.checkpoint.formats import Loaded
 from clipmb.common.checkpoint.h5 import read_h5, write_h5
 from clipmb.common.checkpoint.names import Deferred, Maker, canonical, dialect_of, in_framework, makers_of, tf_name
 from clipmb.common.checkpoint.sharding import write_shards
+from clipmb.common.checkpoint.sniffing import read_files
 from clipmb.common.config import BaseConfig
 from clipmb.common.hub import Source
 from clipmb.common.parameters import Spec, specs

@@ -1,0 +1,449 @@
+"""Pairs of pictures and captions as numpy batches: the same ones in every framework, on any number of processes.
+
+Everything random comes from Philox generators that are placed by (seed, epoch, item): the order of an epoch, which of
+several captions is used, how a picture is cropped. Batch size, workers and processes change none of it.
+
+Source: Philox4x64-10 is from "Parallel Random Numbers: As Easy as 1, 2, 3" (Salmon et al., 2011). numpy fixes its raw
+output for good, so orders and choices are drawn from that.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import os
+from collections import Counter, deque
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from clipmb.common.data.pairs import Pairs
+from clipmb.common.errors import bad_input
+from clipmb.common.processor import CLIPProcessor
+
+__all__ = ["Batch", "Batches", "Pairs", "random_resized_crop"]
+
+Augment = Callable[[Image.Image, np.random.Generator], Image.Image]
+
+_ORDER, _CAPTION, _PICTURE = range(3)  # what random numbers are for
+_MOST_WORKERS = 8
+_LARGE = 1 << 28  # bytes of a batch
+_WINDOW = 1000  # items, of which at most half may be broken
+_MULTIPLE = 8  # of tokens in a row
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Batch:
+    """The rows of one global batch that this process has.
+
+    Attributes:
+        input_ids: (n, seq) int64, padded on the right.
+        pixel_values: (n, channels, height, width) float32.
+        ids: Names of the n pairs.
+        indices: (n,) int64, their numbers in the `Pairs`.
+        skipped: How many further pairs of this process's part were broken.
+        truncated: How many of the n captions were cut to the context.
+    """
+
+    input_ids: np.ndarray
+    pixel_values: np.ndarray
+    ids: list[str]
+    indices: np.ndarray
+    skipped: int = 0
+    truncated: int = 0
+
+
+class Batches:
+    """Goes through pairs in epochs of batches.
+
+    Args:
+        pairs: What to go through.
+        processor: Tokenizer and image processor of the model.
+        batch_size: Pairs in a global batch.
+        context: Tokens that the text tower takes, ``max_position_embeddings``; longer captions are cut, their end token
+            stays.
+        seed: Of the order, the choice among captions, and the augmentation.
+        rank: Which of the processes this is, from 0. It gets its part of each batch, as `numpy.array_split` makes them.
+        count: How many processes there are.
+        workers: Threads that read and decode; 0 for none. By default one for each processor, at most 8.
+        augment: What happens to pictures before the processor: None for nothing; "crop" for `random_resized_crop` in
+            the place of the processor's own resizing; or a function of a picture and a generator.
+        shuffle: Another order in each epoch; otherwise that of the pairs.
+        drop_last: Leave out a last batch that is smaller than the others.
+        ledger: A file of JSON Lines to which broken items are appended. Without one they are logged.
+        pad_to: Cut and pad all captions to this many tokens. By default a batch is as long as its longest caption,
+            rounded up to a multiple of 8.
+
+    Raises:
+        ValueError: An argument is out of its range, the processor gives pictures of different sizes, or more things in
+            the files are no pairs than are.
+    """
+
+    def __init__(
+        self,
+        pairs: Pairs,
+        processor: CLIPProcessor,
+        *,
+        batch_size: int,
+        context: int,
+        seed: int = 0,
+        rank: int = 0,
+        count: int = 1,
+        workers: int | None = None,
+        augment: str | Augment | None = None,
+        shuffle: bool = True,
+        drop_last: bool = False,
+        ledger: str | os.PathLike[str] | None = None,
+        pad_to: int | None = None,
+    ) -> None:
+        self.pairs, self.processor, self.shuffle, self.drop_last = pairs, processor, shuffle, drop_last
+        self.batch_size = _whole("batch_size", batch_size, 1)
+        self.context = _whole("context", context, 2)
+        self.seed = _whole("seed", seed, 0, 2**63 - 1)
+        self.count = _whole("count", count, 1)
+        self.rank = _whole("rank", rank, 0, self.count - 1)
+        self.workers = _cores() if workers is None else _whole("workers", workers, 0, 1024)
+        self.pad_to = None if pad_to is None else _whole("pad_to", pad_to, 2, self.context)
+        if augment is not None and augment != "crop" and not callable(augment):
+            raise bad_input(
+                "augment must be None, 'crop', or a function of a picture and a generator", augment, "Pass one of these"
+            )
+        self.augment = augment
+        self.size = _picture_size(processor.image_processor)
+        if len(pairs) < self.batch_size and drop_last:
+            raise bad_input(
+                "With drop_last there must be at least one whole batch", f"{len(pairs)} pairs, batch_size {batch_size}",
+                "Pass a smaller batch_size, or drop_last=False", shown=True,
+            )  # fmt: skip
+        if len(pairs.left_out) > len(pairs):
+            name, why = pairs.left_out[0]
+            raise bad_input(
+                "Most of what is in the files must be pairs",
+                f"{len(pairs)} pairs, and {len(pairs.left_out)} items that are none; {name}: {why}", "Mend them",
+                shown=True,
+            )  # fmt: skip
+        self._ledger = _Ledger(ledger)
+        self._tokenizer = processor.tokenizer
+        self._padding = _padding_id(self._tokenizer)
+        self._limit = self.pad_to or self.context
+        self._told = False
+
+    @property
+    def per_epoch(self) -> int:
+        """Batches in an epoch."""
+        whole, rest = divmod(len(self.pairs), self.batch_size)
+        return whole + (rest > 0 and not self.drop_last)
+
+    def epoch(self, epoch: int, start: int = 0) -> Iterator[Batch]:
+        """Yields the batches of an epoch.
+
+        Broken items are missing from their batch, which may leave it empty.
+
+        Args:
+            epoch: Its number, from 0.
+            start: How many of its batches to pass over, without reading them.
+
+        Raises:
+            ValueError: More than half of 1000 items that follow each other, or of all, are broken.
+        """
+        epoch = _whole("epoch", epoch, 0, 2**63 - 1)
+        start = _whole("start", start, 0, self.per_epoch)
+        return self._run(epoch, start)
+
+    def order(self, epoch: int) -> np.ndarray:
+        """Returns the numbers of all pairs, (pairs,) int64, in the order of an epoch."""
+        if not self.shuffle:
+            return np.arange(len(self.pairs))
+        raw = self._random(epoch, _ORDER).random_raw(len(self.pairs))
+        return np.argsort(raw, kind="stable").astype(np.int64, copy=False)
+
+    def _random(self, epoch: int, purpose: int, index: int = 0) -> np.random.Philox:
+        """Returns the random numbers of one purpose: 2**128 of them for each item of each epoch."""
+        return np.random.Philox(
+            key=np.array([self.seed, epoch], np.uint64), counter=np.array([0, 0, index, purpose], np.uint64)
+        )
+
+    def _run(self, epoch: int, start: int) -> Iterator[Batch]:
+        if self.rank == 0:
+            self._ledger.add([(name, why, None, None) for name, why in self.pairs.left_out])
+        order = self.order(epoch)
+        watch = _Watch(-(-len(order) // self.count), self.count)
+        ahead = self._ahead()
+        pool = ThreadPoolExecutor(self.workers, thread_name_prefix="clipmb-data") if self.workers else None
+        submit = _Done if pool is None else pool.submit
+        waiting: deque[_Decoding] = deque()
+        upcoming = iter(range(start, self.per_epoch))
+        try:
+            for _ in range(start, self.per_epoch):
+                while len(waiting) <= ahead and (number := next(upcoming, None)) is not None:
+                    waiting.append(self._submit(submit, order, epoch, number))
+                yield self._collect(waiting.popleft(), epoch, watch)
+        finally:
+            if pool is not None:
+                pool.shutdown(wait=True, cancel_futures=True)
+
+    def _ahead(self) -> int:
+        """Returns how many batches are decoded while another is used: enough for all workers, few of large ones."""
+        if not self.workers:
+            return 0
+        own = -(-self.batch_size // self.count)
+        few = own * 3 * self.size[0] * self.size[1] * 4 > _LARGE
+        return max(1 if few else 2, -(-2 * self.workers // own))
+
+    def _submit(self, submit: Callable[..., Any], order: np.ndarray, epoch: int, number: int) -> _Decoding:
+        """Starts to decode this process's part of one batch."""
+        first, last = number * self.batch_size, min((number + 1) * self.batch_size, len(order))
+        part = np.array_split(np.arange(first, last), self.count)[self.rank]
+        pixels = np.empty((len(part), 3, *self.size), np.float32)
+        indices = order[part]
+        items = [submit(self._item, epoch, index, row) for index, row in zip(indices.tolist(), pixels, strict=True)]
+        return _Decoding(number, part, indices, pixels, items)
+
+    def _collect(self, decoding: _Decoding, epoch: int, watch: _Watch) -> Batch:
+        """Waits for the items of one batch and puts them together."""
+        results = [item.result() for item in decoding.items]
+        names = [self.pairs.id(index) for index in decoding.indices.tolist()]
+        good = np.array([isinstance(result, list) for result in results], bool)
+        broken = [(names[i], results[i], epoch, decoding.number) for i in np.flatnonzero(~good).tolist()]
+        self._ledger.add(broken)
+        watch.check(decoding.places[~good], broken)
+        rows: list[list[int]] = [result for result in results if isinstance(result, list)]
+        long = [i for i, ids in enumerate(rows) if len(ids) > self._limit]
+        kept = decoding.indices[good]
+        pixels = decoding.pixels if good.all() else decoding.pixels[good]
+        names = [name for name, fine in zip(names, good, strict=True) if fine]
+        if long and not self._told:
+            self._told = True
+            _log.warning(
+                "Captions of more than %d tokens are cut; the first is that of %s with %d. Each batch counts its own.",
+                self._limit, names[long[0]], len(rows[long[0]]),
+            )  # fmt: skip
+        return Batch(self._padded(rows), pixels, names, kept, len(broken), len(long))
+
+    def _padded(self, rows: list[list[int]]) -> np.ndarray:
+        """Cuts rows to the limit and pads them on the right; (n, seq) int64."""
+        longest = max(map(len, rows), default=2)
+        seq = self.pad_to or min(-(-longest // _MULTIPLE) * _MULTIPLE, self.context)
+        ids = np.full((len(rows), seq), self._padding, np.int64)
+        for row, own in zip(ids, rows, strict=True):
+            own = own if len(own) <= seq else [*own[: seq - 1], own[-1]]
+            row[: len(own)] = own
+        return ids
+
+    def _item(self, epoch: int, index: int, out: np.ndarray) -> list[int] | str:
+        """Reads one pair: its pixels into ``out``, and returns its ids, or why it is broken."""
+        try:
+            captions = self.pairs.captions(index)
+            if not captions:
+                raise bad_input("A pair needs a caption", "none", "Write one, or leave the picture out", shown=True)
+            chosen = 0
+            if len(captions) > 1:
+                chosen = self._random(epoch, _CAPTION, index).random_raw() % len(captions)
+            ids = _encode(self._tokenizer, captions[chosen])
+            image = self.pairs.image(index)
+        except (ValueError, OSError) as error:
+            return str(error)
+        options = {}
+        if self.augment is not None:
+            generator = np.random.Generator(self._random(epoch, _PICTURE, index))
+            if callable(self.augment):
+                image = self._augmented(self.augment, image, generator, index)
+            else:
+                image = random_resized_crop(image, generator, self.size)
+                options = {"do_resize": False, "do_center_crop": False}
+        try:
+            out[:] = self.processor.image_processor(image, return_tensors="np", **options)["pixel_values"][0]
+        except ValueError as error:
+            return str(error)
+        return ids
+
+    def _augmented(
+        self, augment: Augment, image: Image.Image, generator: np.random.Generator, index: int
+    ) -> Image.Image:
+        try:
+            image = augment(image, generator)
+        except Exception as error:
+            error.add_note(f"This is an error of the augment function, at the picture of {self.pairs.id(index)}.")
+            raise
+        if not isinstance(image, Image.Image):
+            raise bad_input("augment must return a Pillow image", type(image), "Change the function", TypeError)
+        return image
+
+
+def random_resized_crop(
+    image: Image.Image,
+    generator: np.random.Generator,
+    size: tuple[int, int],
+    scale: tuple[float, float] = (0.9, 1.0),
+    ratio: tuple[float, float] = (3 / 4, 4 / 3),
+) -> Image.Image:
+    """Cuts a random part out of a picture and resizes it, bicubic.
+
+    Area and the logarithm of the ratio are uniform; after ten parts that do not fit into the picture it is the largest
+    one around the centre whose ratio is allowed. Resizing looks at the pixels beside the part too, as Pillow does.
+
+    Args:
+        image: RGB.
+        generator: Where the random numbers come from.
+        size: (height, width) of the result.
+        scale: The least and the largest share of the picture's area; open_clip's default.
+        ratio: The least and the largest width / height.
+
+    Source: "Going Deeper with Convolutions" (Szegedy et al., arXiv 1409.4842), section 6.
+    """
+    width, height = image.size
+    for _ in range(10):
+        area = width * height * (scale[0] + (scale[1] - scale[0]) * generator.random())
+        low, high = math.log(ratio[0]), math.log(ratio[1])
+        wanted = math.exp(low + (high - low) * generator.random())
+        wide, tall = round(math.sqrt(area * wanted)), round(math.sqrt(area / wanted))
+        if 0 < wide <= width and 0 < tall <= height:
+            left = int(generator.random() * (width - wide + 1))
+            top = int(generator.random() * (height - tall + 1))
+            break
+    else:
+        wide = min(width, max(round(height * ratio[1]), 1))
+        tall = min(height, max(round(width / ratio[0]), 1))
+        left, top = (width - wide) // 2, (height - tall) // 2
+    box = (left, top, left + wide, top + tall)
+    return image.resize((size[1], size[0]), Image.Resampling.BICUBIC, box=box)
+
+
+@dataclass(frozen=True)
+class _Decoding:
+    """A batch that is on its way: its number, the places of its items in the epoch, and what becomes of each."""
+
+    number: int
+    places: np.ndarray
+    indices: np.ndarray
+    pixels: np.ndarray
+    items: list[Any]
+
+
+class _Watch:
+    """Counts broken items by windows of the epoch, and stops when more than half of one are.
+
+    Windows lie at fixed places of the epoch, so that going on in the middle of one stops nothing that would not have
+    stopped before.
+    """
+
+    def __init__(self, items: int, count: int) -> None:
+        self._allowed = min(items, _WINDOW) / 2
+        self._width = _WINDOW * count
+        self._broken: Counter[int] = Counter()
+
+    def check(self, places: np.ndarray, broken: list[tuple[str, str, int, int]]) -> None:
+        for place, (name, why, _, _) in zip(places.tolist(), broken, strict=True):
+            window = place // self._width
+            self._broken[window] += 1
+            if self._broken[window] > self._allowed:
+                raise bad_input(
+                    "At most half of the items may be broken",
+                    f"{self._broken[window]} of {round(2 * self._allowed)} are; the last one, {name}: {why}",
+                    "Mend the files; the ledger or the log lists them",
+                    shown=True,
+                )
+
+
+class _Ledger:
+    """Appends what is broken to a file, each item once for an epoch, or logs it where there is none."""
+
+    def __init__(self, path: str | os.PathLike[str] | None) -> None:
+        self._path = None if path is None else Path(path)
+        self._known = self._load()
+
+    def add(self, entries: Sequence[tuple[str, str, int | None, int | None]]) -> None:
+        """Adds (id, error, epoch, batch); the last two are None of what was found before any epoch."""
+        new = []
+        for entry in entries:
+            if (entry[0], entry[2]) not in self._known:
+                self._known.add((entry[0], entry[2]))
+                new.append(entry)
+        if not new:
+            return
+        if self._path is None:
+            for name, error, epoch, _ in new:
+                if epoch is not None:  # the others were logged when they were found
+                    _log.warning("%s is broken and left out: %s", name, error)
+            return
+        lines = [
+            json.dumps({"id": name, "error": error, "epoch": epoch, "batch": batch}) + "\n"
+            for name, error, epoch, batch in new
+        ]
+        self._path.parent.mkdir(parents=True, exist_ok=True)
+        with open(self._path, "ab+") as file:
+            if file.seek(0, os.SEEK_END):
+                file.seek(-1, os.SEEK_END)
+                if file.read(1) != b"\n":  # the last line was cut when its process was killed
+                    lines.insert(0, "\n")
+            file.write("".join(lines).encode())
+
+    def _load(self) -> set[tuple[str, int | None]]:
+        known: set[tuple[str, int | None]] = set()
+        if self._path is not None and self._path.is_file():
+            for line in self._path.read_text("utf-8", errors="replace").splitlines():
+                try:
+                    entry = json.loads(line)
+                    known.add((entry["id"], entry["epoch"]))
+                except (ValueError, TypeError, KeyError):
+                    continue  # a line that was cut
+        return known
+
+
+class _Done:
+    """A future of what was computed at once, for running without threads."""
+
+    def __init__(self, function: Callable[..., Any], *arguments: Any) -> None:
+        self._result = function(*arguments)
+
+    def result(self) -> Any:
+        return self._result
+
+
+def _encode(tokenizer: Any, text: str) -> list[int]:
+    """Returns the ids of a caption, whose only end token is its last."""
+    ids = list(tokenizer(text, padding=False, truncation=False)["input_ids"])
+    end = tokenizer.eos_token_id
+    if end in ids[:-1] and tokenizer.eos_token.lower() in text.lower():  # written out: the model would pool there
+        ids = list(tokenizer(text, padding=False, truncation=False, split_special_tokens=True)["input_ids"])
+    return ids
+
+
+def _padding_id(tokenizer: Any) -> int:
+    """Returns what follows captions, unmasked: never larger than the end token, as old models pool at the largest."""
+    end, padding = tokenizer.eos_token_id, tokenizer.pad_token_id
+    if end is None or tokenizer.bos_token_id is None:
+        raise bad_input("Captions need a start and an end token", tokenizer.special_tokens_map, "Set both")
+    return end if padding is None or padding > end else padding
+
+
+def _picture_size(processor: Any) -> tuple[int, int]:
+    """Returns the (height, width) that an image processor gives all pictures."""
+    size = processor.crop_size if processor.do_center_crop else processor.size if processor.do_resize else {}
+    if not {"height", "width"} <= set(size):
+        raise bad_input(
+            "The image processor must give all pictures one size", size,
+            "Set do_center_crop=True and crop_size, or size to height and width",
+        )  # fmt: skip
+    return size["height"], size["width"]
+
+
+def _cores() -> int:
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return min(cores, _MOST_WORKERS)
+
+
+def _whole(field: str, value: Any, least: int, most: int | None = None) -> int:
+    """Checks a whole number."""
+    fine = isinstance(value, int | np.integer) and not isinstance(value, bool)
+    if not fine or value < least or (most is not None and value > most):
+        span = f"at least {least}" if most is None else f"from {least} to {most}"
+        raise bad_input(f"{field} must be a whole number, {span}", value, "Pass such a number")
+    return int(value)

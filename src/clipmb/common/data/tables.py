@@ -1,0 +1,415 @@
+"""Tables of pictures and captions: CSV, TSV, JSON Lines and Parquet."""
+
+from __future__ import annotations
+
+import contextlib
+import csv
+import json
+import logging
+import threading
+from array import array
+from collections import OrderedDict
+from collections.abc import Collection, Iterator
+from dataclasses import dataclass
+from hashlib import sha256
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from clipmb.common.data.strings import Strings
+from clipmb.common.errors import bad_input
+
+SUFFIXES = (".csv", ".tsv", ".jsonl", ".parquet")
+# What columns and fields are called, the first match wins; upper and lower case are the same.
+NAMES = {
+    "image": ("image", "file_name", "filename", "filepath", "path", "image_path"),
+    "caption": ("caption", "captions", "text", "title", "sentence", "sentences"),
+    "label": ("label", "class"),
+}
+_REMOTE = ("http://", "https://")
+_LARGEST_GROUP = 1 << 30  # bytes of pictures in a row group of a Parquet file
+_KEPT = 1 << 28  # bytes of row groups that are kept in memory
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Columns:
+    """Which columns of tables, or fields of .json members, hold what; None for the first known name.
+
+    Attributes:
+        image: Pictures, by their paths.
+        caption: Captions.
+        label: Names of classes.
+        separator: What separates the cells of text tables; None for a comma in .csv and a tab in .tsv.
+    """
+
+    image: str | None = None
+    caption: str | None = None
+    label: str | None = None
+    separator: str | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("image", "caption", "label"):
+            value = getattr(self, name)
+            if value is not None and not (isinstance(value, str) and value):
+                raise bad_input(f"{name}_column must be the name of a column", value, "Pass a string, or None")
+        separator = self.separator
+        if separator is not None and not (
+            isinstance(separator, str) and len(separator) == 1 and separator not in '"\r\n'
+        ):
+            raise bad_input("separator must be one character", separator, "Pass for example ';'")
+
+    def first(self, kind: str, available: Collection[str]) -> str | None:
+        """Returns the name under which ``kind`` is available, or None."""
+        wanted = getattr(self, kind)
+        if wanted is not None:
+            return wanted if wanted in available else None
+        lower: dict[str, str] = {}
+        for name in available:
+            lower.setdefault(name.strip().lower(), name)
+        return next((lower[name] for name in NAMES[kind] if name in lower), None)
+
+    def find(self, path: Path, available: Collection[str]) -> dict[str, str]:
+        """Returns the names of the columns of a table; "caption" or "label" may be missing, but not both.
+
+        Raises:
+            ValueError: There is no column of pictures, or neither captions nor labels, or not the one asked for.
+        """
+        found = {kind: name for kind in NAMES if (name := self.first(kind, available)) is not None}
+        shown = f"{', '.join(map(repr, available)) or 'none'} in {path}"
+        for kind in NAMES:
+            if getattr(self, kind) is not None and kind not in found:
+                raise bad_input(
+                    f"{kind}_column must name a column", f"{getattr(self, kind)!r}; there are {shown}",
+                    "Correct the name", shown=True,
+                )  # fmt: skip
+        if "image" not in found:
+            if urls := [name for name in available if name.strip().lower() in ("url", "image_url")]:
+                raise bad_input(
+                    "Pictures must be local files; nothing is downloaded", f"only the column {urls[0]!r} in {path}",
+                    "Download them first, for example with img2dataset", shown=True,
+                )  # fmt: skip
+            raise bad_input(
+                f"A table needs a column of pictures, called {', '.join(NAMES['image'])}", f"the columns {shown}",
+                "Rename it, or pass image_column=; the first line must hold the names", shown=True,
+            )  # fmt: skip
+        if "caption" not in found and "label" not in found:
+            raise bad_input(
+                f"A table needs a column of captions, called {', '.join(NAMES['caption'])}", f"the columns {shown}",
+                "Rename it, or pass caption_column=", shown=True,
+            )  # fmt: skip
+        return found
+
+
+class Table:
+    """One file that says which captions, and which label, each picture has.
+
+    Rows of the same picture and label are one pair with several captions. Rows that say nothing are left out.
+
+    Args:
+        path: The file.
+        name: What its ids begin with when ids are not paths, and in reasons.
+        columns: Which columns to use.
+        prefix: Begin all ids with ``name``, since there are several files.
+
+    Attributes:
+        left_out: (id, reason) of the rows that cannot be a pair.
+
+    Raises:
+        ValueError: The file is not readable as what its suffix says, or a column is missing.
+        ImportError: It is a Parquet file and pyarrow is not installed.
+    """
+
+    def __init__(self, path: Path, name: str, columns: Columns, prefix: bool = False) -> None:
+        self.path, self.name, self._prefix = path, name, prefix
+        self.left_out: list[tuple[str, str]] = []
+        self._pictures, self._captions, self._labels = Strings(), Strings(), Strings()
+        self._embedded: _Embedded | None = None
+        self._rows = array("q")  # of embedded pictures: their numbers in the file
+        owners = array("q")  # the pair of each caption
+        pairs: dict[tuple[str, str], int] = {}
+        rows = 0
+        for rows, (where, row) in enumerate(self._read(columns), 1):
+            try:
+                picture, captions, label = self._checked(row)
+            except ValueError as error:
+                self.left_out.append((name + where, str(error)))
+                continue
+            pair = len(self)
+            if self._embedded is None:
+                pair = pairs.setdefault((picture, label), pair)
+            else:
+                self._rows.append(rows - 1)
+            if pair == len(self):
+                self._pictures.append(_packed(picture))
+                self._labels.append(_packed(label))
+            for caption in captions:
+                self._captions.append(_packed(caption))
+                owners.append(pair)
+        if not rows:
+            raise bad_input(f"{path} must hold pairs", "no row", "Pass a table that is not empty", shown=True)
+        of = np.array(owners, np.int64)
+        self._order = np.argsort(of, kind="stable")
+        self._starts = np.searchsorted(of[self._order], np.arange(len(self) + 1))
+        if len(self) < rows - len(self.left_out):
+            _log.info("%s: %d rows are %d pictures", path, rows - len(self.left_out), len(self))
+
+    def __len__(self) -> int:
+        return len(self._labels)
+
+    def id(self, index: int) -> str:
+        """The path of the picture as the table has it; for pictures inside the file its name and the row's number."""
+        if self._embedded is not None:
+            return f"{self.name}/{self._rows[index]}"
+        picture = _unpacked(self._pictures[index])
+        return f"{self.name}/{picture}" if self._prefix else picture
+
+    def captions(self, index: int) -> list[str]:
+        """The different captions, in the order of the rows."""
+        own = self._order[self._starts[index] : self._starts[index + 1]].tolist()
+        return list(dict.fromkeys(_unpacked(self._captions[i]) for i in own))
+
+    def label(self, index: int) -> str | None:
+        """The label, or None."""
+        return _unpacked(self._labels[index]) or None
+
+    def image(self, index: int) -> bytes | Path:
+        """The bytes or the path of the picture."""
+        picture = _unpacked(self._pictures[index]) if self._embedded is None else self._embedded[self._rows[index]]
+        return picture if isinstance(picture, bytes) else self.path.parent / picture
+
+    def digest(self) -> bytes:
+        """SHA-256 over pictures, captions and labels."""
+        parts = (self._pictures, self._captions, self._labels)
+        hashed = sha256(b"".join(part.digest() for part in parts))
+        for numbers in (np.array(self._rows, "<i8"), self._order.astype("<i8"), self._starts.astype("<i8")):
+            hashed.update(numbers.tobytes())
+        if self._embedded is not None:
+            hashed.update(str(self.path.stat().st_size).encode())
+        return hashed.digest()
+
+    def _checked(self, row: dict[str, Any] | str) -> tuple[str, list[str], str]:
+        """Returns picture, captions and label of one row; "" for what there is none of."""
+        if isinstance(row, str):
+            raise ValueError(row)
+        picture = row.get("image")
+        if self._embedded is None:
+            if not isinstance(picture, str) or not picture.strip() or "\0" in picture:
+                raise bad_input("A row needs the path of a picture", picture, "Fill it in, or remove the row")
+            if picture.startswith(_REMOTE):
+                raise bad_input(
+                    "Pictures must be local files; nothing is downloaded", picture,
+                    "Download them first, for example with img2dataset",
+                )  # fmt: skip
+        captions = texts_of("The caption", row.get("caption"))
+        label = label_of("The label", row.get("label"))
+        if not captions and label is None:
+            raise bad_input("A row needs a caption", row.get("caption"), "Fill it in, or remove the row")
+        return picture or "", captions, label or ""
+
+    def _read(self, columns: Columns) -> Iterator[tuple[str, dict[str, Any] | str]]:
+        """Yields where a row is; and its image, caption and label, or what is wrong with it."""
+        if self.path.suffix.lower() == ".parquet":
+            yield from self._read_parquet(columns)
+            return
+        read = _read_json if self.path.suffix.lower() == ".jsonl" else _read_cells
+        separator = columns.separator or ("\t" if self.path.suffix.lower() == ".tsv" else ",")
+        names: dict[str, str] = {}
+        keys: list[str] = []
+        try:
+            for line, row in read(self.path, separator):
+                if isinstance(row, dict):
+                    if not names:
+                        names = columns.find(self.path, row)
+                    elif keys != list(row):  # JSON objects need not be alike
+                        names = {kind: name for kind in NAMES if (name := columns.first(kind, row)) is not None}
+                    keys = list(row)
+                    row = {kind: row[name] for kind, name in names.items()}
+                yield f":{line}", row
+        except UnicodeDecodeError as error:
+            raise bad_input(f"{self.path} must be UTF-8", f"{error}", "Save it in this encoding", shown=True) from error
+
+    def _read_parquet(self, columns: Columns) -> Iterator[tuple[str, dict[str, Any] | str]]:
+        with _parquet(self.path) as file:
+            schema = file.schema_arrow
+            _distinct(self.path, schema.names)
+            names = columns.find(self.path, schema.names)
+            if _holds_bytes(schema.field(names["image"]).type):
+                self._embedded = _Embedded(self.path, names.pop("image"), file.metadata)
+            classes = _class_names(schema, names.get("label"))
+            row = 0
+            for batch in file.iter_batches(batch_size=1 << 14, columns=list(names.values())):
+                values = {kind: batch.column(name).to_pylist() for kind, name in names.items()}
+                for i in range(batch.num_rows):
+                    found = {kind: value[i] for kind, value in values.items()}
+                    label = found.get("label")
+                    if isinstance(label, int) and 0 <= label < len(classes):
+                        found["label"] = classes[label]
+                    yield f"/{row}", found
+                    row += 1
+
+
+class _Embedded:
+    """The pictures inside a Parquet file, by row; whole row groups are read, and the last ones are kept.
+
+    Args:
+        path: The file.
+        column: The column of pictures: binary, or a struct of bytes and path, as Hugging Face's datasets write it.
+        metadata: The file's.
+    """
+
+    def __init__(self, path: Path, column: str, metadata: Any) -> None:
+        self._path, self._column, self._metadata = path, column, metadata
+        sizes = []
+        groups = [metadata.row_group(i) for i in range(metadata.num_row_groups)]
+        for group in groups:
+            parts = [group.column(i) for i in range(group.num_columns)]
+            own = [part for part in parts if part.path_in_schema.split(".")[0] == column]
+            sizes.append(sum(part.total_uncompressed_size for part in own))
+        if max(sizes, default=0) > _LARGEST_GROUP:
+            raise bad_input(
+                "A row group may hold at most 1 GiB of pictures, since it is read whole",
+                f"{max(sizes) >> 20} MiB in {path}",
+                "Write the file again with row groups of about 100 rows",
+                shown=True,
+            )
+        self._starts = np.cumsum([0] + [group.num_rows for group in groups])
+        self._kept: OrderedDict[int, Any] = OrderedDict()
+        self._lock = threading.Lock()
+
+    def __getitem__(self, row: int) -> bytes | str:
+        group = int(np.searchsorted(self._starts, row, side="right")) - 1
+        with self._lock:
+            pictures = self._kept.pop(group, None)
+            if pictures is None:
+                pictures = self._load(group)
+                while self._kept and pictures.nbytes + sum(part.nbytes for part in self._kept.values()) > _KEPT:
+                    self._kept.popitem(last=False)  # the one that was used longest ago
+            self._kept[group] = pictures
+        value = pictures[row - int(self._starts[group])].as_py()
+        if isinstance(value, dict):
+            value = value.get("bytes") or value.get("path")
+        if not value:
+            raise bad_input("A row needs a picture", value, "Fill it in, or remove the row")
+        return value
+
+    def _load(self, group: int) -> Any:
+        with _parquet(self._path, self._metadata) as file:
+            return file.read_row_group(group, columns=[self._column]).column(self._column)
+
+
+def texts_of(name: str, value: Any) -> list[str]:
+    """Returns the captions in a cell or field: a text, a list of texts, or nothing; blank ones do not count.
+
+    Raises:
+        ValueError: It is something else.
+    """
+    values = value if isinstance(value, list) else [] if value is None else [value]
+    if not all(isinstance(text, str) for text in values):
+        raise bad_input(f"{name} must be a text or a list of texts", value, "Write it as one")
+    return [stripped for text in values if (stripped := text.strip())]
+
+
+def label_of(name: str, value: Any) -> str | None:
+    """Returns a label, which may also be a number, as text; None for nothing.
+
+    Raises:
+        ValueError: It is something else.
+    """
+    if value is not None and not isinstance(value, str | int | float):
+        raise bad_input(f"{name} must be a text or a number", value, "Write it as one")
+    return None if value is None else str(value).strip() or None
+
+
+def _packed(text: str) -> bytes:
+    return text.encode("utf-8", "surrogatepass")  # JSON can hold half characters; the tokenizer refuses them
+
+
+def _unpacked(packed: bytes) -> str:
+    return packed.decode("utf-8", "surrogatepass")
+
+
+def _distinct(path: Path, names: list[str]) -> None:
+    if len(set(names)) < len(names):
+        raise bad_input(f"The columns of {path} must have different names", names, "Rename some")
+
+
+def _read_cells(path: Path, separator: str) -> Iterator[tuple[int, dict[str, Any] | str]]:
+    """Yields the rows of a text table; its first line holds the names."""
+    with open(path, encoding="utf-8-sig", newline="") as file:
+        reader = csv.reader(file, delimiter=separator, strict=True)
+        names: list[str] = []
+        try:
+            for cells in reader:
+                if not cells:
+                    continue
+                if not names:
+                    names = cells
+                    _distinct(path, names)
+                elif len(cells) == len(names):
+                    yield reader.line_num, dict(zip(names, cells, strict=True))
+                else:
+                    rule = f"A row must have as many cells as the first line, {len(names)}"
+                    fix = "Put captions that hold a separator into double quotes"
+                    yield reader.line_num, str(bad_input(rule, f"{len(cells)}: {cells}", fix, shown=True))
+        except csv.Error as error:
+            raise bad_input(
+                f"{path} must be a table with cells in double quotes where needed",
+                f"line {reader.line_num}: {error}",
+                'Put cells that begin with " into double quotes, and write " inside of them twice',
+                shown=True,
+            ) from error
+
+
+def _read_json(path: Path, separator: str) -> Iterator[tuple[int, dict[str, Any] | str]]:
+    """Yields the objects of a JSON Lines file; blank lines do not count."""
+    with open(path, encoding="utf-8-sig") as file:
+        for number, line in enumerate(file, 1):
+            if not line.strip():
+                continue
+            try:
+                row = json.loads(line.strip())
+                problem = None if isinstance(row, dict) else "something else"
+            except (ValueError, RecursionError) as error:
+                row, problem = {}, str(error)
+            if problem:
+                row = str(bad_input("A line must be a JSON object", problem, "Correct or remove it", shown=True))
+            yield number, row
+
+
+@contextlib.contextmanager
+def _parquet(path: Path, metadata: Any = None) -> Iterator[Any]:
+    """Opens a Parquet file, and turns pyarrow's errors into one kind."""
+    try:
+        import pyarrow
+        from pyarrow import parquet
+    except ImportError as error:
+        raise ImportError(
+            f'Reading {path} needs pyarrow, which cannot be imported ({error}). Install it: pip install "clipmb[train]"'
+        ) from error
+    try:
+        with parquet.ParquetFile(path, metadata=metadata) as file:
+            yield file
+    except (pyarrow.ArrowException, OSError) as error:
+        raise bad_input(
+            f"{path} must be a readable Parquet file", f"{type(error).__name__}: {error}", "Write it again", shown=True
+        ) from error
+
+
+def _holds_bytes(kind: Any) -> bool:
+    """Whether a column of this Arrow type holds pictures themselves, and no paths."""
+    from pyarrow import types
+
+    if types.is_struct(kind):
+        return any(kind.field(i).name == "bytes" for i in range(kind.num_fields))
+    return types.is_binary(kind) or types.is_large_binary(kind)
+
+
+def _class_names(schema: Any, label: str | None) -> list[str]:
+    """Returns the names behind the numbers of a column of labels, where Hugging Face's datasets noted them."""
+    try:
+        features = json.loads((schema.metadata or {}).get(b"huggingface", b"{}"))["info"]["features"]
+        return [str(name) for name in features[label]["names"]]
+    except (KeyError, TypeError, ValueError):
+        return []

@@ -1,0 +1,1 @@
+"""Text to ids: cleaning, byte-pair encoding, rows, and the two tokenizers."""

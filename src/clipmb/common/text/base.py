@@ -1,0 +1,634 @@
+"""The vocabulary of a tokenizer: tokens, ids, special and added tokens, text from ids, and the files."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, ClassVar
+
+import numpy as np
+
+from clipmb.common.errors import CheckpointError, bad_input, one_of
+from clipmb.common.features import to_numpy
+from clipmb.common.hub import Source
+from clipmb.common.saving import Transaction, check_former
+from clipmb.common.text.engine import AddedToken, Engine
+from clipmb.common.text.rows import NO_LIMIT
+from clipmb.common.text.vocabulary import (
+    SUFFIX,
+    Vocabulary,
+    official,
+    read_json,
+    read_tokenizer_json,
+    symbol_bytes,
+    tokenizer_json,
+)
+
+MODEL_MAX_LENGTH = 77
+SIDES = ("right", "left")
+_SPECIAL = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
+
+
+def _special_token(name: str) -> Any:
+    def get(self: Tokens) -> str | None:
+        return self._special.get(name)
+
+    def put(self: Tokens, token: Any) -> None:
+        if token is None:
+            self._special.pop(name, None)
+        else:
+            self._special[name] = self._known_token(name, AddedToken.of(token, special=True).content)
+        self._rebuild()
+
+    return property(get, put, doc=f"The {name.replace('_', ' ')}, or None.")
+
+
+def _special_token_id(name: str) -> Any:
+    def get(self: Tokens) -> int | None:
+        token = self._special.get(name)
+        return None if token is None else self.convert_tokens_to_ids(token)
+
+    return property(get, doc=f"The id of the {name.replace('_', ' ')}, or None.")
+
+
+class Tokens:
+    """What a tokenizer knows of its tokens; the arguments are `CLIPTokenizer`'s."""
+
+    vocab_files_names: ClassVar[dict[str, str]] = {
+        "vocab_file": "vocab.json",
+        "merges_file": "merges.txt",
+        "tokenizer_file": "tokenizer.json",
+    }
+    is_fast: ClassVar[bool] = False
+    _default_cleaning: ClassVar[str] = "basic"
+    _prefers: ClassVar[str] = "vocab.json"
+
+    bos_token = _special_token("bos_token")
+    eos_token = _special_token("eos_token")
+    unk_token = _special_token("unk_token")
+    sep_token = _special_token("sep_token")
+    pad_token = _special_token("pad_token")
+    cls_token = _special_token("cls_token")
+    mask_token = _special_token("mask_token")
+    bos_token_id = _special_token_id("bos_token")
+    eos_token_id = _special_token_id("eos_token")
+    unk_token_id = _special_token_id("unk_token")
+    sep_token_id = _special_token_id("sep_token")
+    pad_token_id = _special_token_id("pad_token")
+    cls_token_id = _special_token_id("cls_token")
+    mask_token_id = _special_token_id("mask_token")
+    pad_token_type_id = 0
+
+    def __init__(
+        self,
+        vocab_file: str | os.PathLike[str] | None = None,
+        merges_file: str | os.PathLike[str] | None = None,
+        tokenizer_file: str | os.PathLike[str] | None = None,
+        *,
+        errors: str = "replace",
+        unk_token: Any = "<|endoftext|>",
+        bos_token: Any = "<|startoftext|>",
+        eos_token: Any = "<|endoftext|>",
+        pad_token: Any = "<|endoftext|>",
+        text_cleaning: str | None = None,
+        model_max_length: int | float | None = None,
+        padding_side: str = "right",
+        truncation_side: str = "right",
+        clean_up_tokenization_spaces: bool = False,
+        additional_special_tokens: Sequence[Any] | None = None,
+        split_special_tokens: bool = False,
+        added_tokens_decoder: Mapping[Any, Any] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        vocabulary, added = self._open(vocab_file, merges_file, tokenizer_file)
+        for side, field in ((padding_side, "padding_side"), (truncation_side, "truncation_side")):
+            if side not in SIDES:
+                raise one_of(field, side, SIDES)
+        if errors not in ("replace", "ignore", "strict"):
+            raise one_of("errors", errors, ("replace", "ignore", "strict"))
+        self.errors = errors
+        self.padding_side = padding_side
+        self.truncation_side = truncation_side
+        self.clean_up_tokenization_spaces = bool(clean_up_tokenization_spaces)
+        self.split_special_tokens = bool(split_special_tokens)
+        self.model_max_length = positive("model_max_length", model_max_length, MODEL_MAX_LENGTH)
+        self.model_input_names = list(kwargs.pop("model_input_names", ("input_ids", "attention_mask")))
+        self.name_or_path = str(kwargs.pop("name_or_path", ""))
+        self.init_kwargs: dict[str, Any] = kwargs
+        self.text_cleaning = self._default_cleaning if text_cleaning is None else text_cleaning
+
+        special: dict[str, Any] = {
+            "bos_token": bos_token, "eos_token": eos_token, "unk_token": unk_token, "pad_token": pad_token,
+            **{name: kwargs.pop(name) for name in _SPECIAL if name in kwargs},
+        }  # fmt: skip
+        # Start, end and unknown token are found in any case when cleaned; other special tokens only as they are.
+        tokens = {
+            name: AddedToken.of(token, special=True, normalized=name in ("bos_token", "eos_token", "unk_token"))
+            for name, token in special.items()
+            if token is not None
+        }
+        extra = [AddedToken.of(token, special=True) for token in additional_special_tokens or ()]
+        self._special: dict[str, str] = {name: token.content for name, token in tokens.items()}
+        self._additional = [token.content for token in extra]
+        self._vocabulary = vocabulary
+        self._added: dict[int, AddedToken] = {}
+        for index, token in (added_tokens_decoder or {}).items():
+            self._add_at(token, index)
+        for token in added:
+            self._add_at(token, token["id"])
+        for token in (*tokens.values(), *extra):
+            if token.content not in self.added_tokens_encoder:
+                self._add([token], special=True)
+        self._engine = self._new_engine()
+
+    @staticmethod
+    def _open(vocab_file: Any, merges_file: Any, tokenizer_file: Any) -> tuple[Vocabulary, list[dict[str, Any]]]:
+        if (vocab_file is None) != (merges_file is None) and tokenizer_file is None:
+            raise bad_input(
+                "vocab.json and merges.txt belong together",
+                f"vocab_file={vocab_file!r}, merges_file={merges_file!r}",
+                "Pass both, or neither for the published models' vocabulary",
+                shown=True,
+            )
+        if tokenizer_file is not None:
+            content = read_tokenizer_json(os.fspath(tokenizer_file))
+            return content.vocabulary, content.added
+        if vocab_file is None or merges_file is None:
+            return official(), []
+        return Vocabulary.read(os.fspath(vocab_file), os.fspath(merges_file)), []
+
+    def _add_at(self, token: Any, index: Any) -> None:
+        """Adds a token under the id that a file gives it."""
+        made = AddedToken.of(token)
+        try:
+            number = int(index)
+        except (TypeError, ValueError):
+            raise bad_input(f"The added token {made.content!r} needs an integer id", index, "Repair the file") from None
+        known = self._vocabulary.ids.get(made.content, number)
+        if known != number or self._added.get(number, made).content != made.content:
+            other = f"elsewhere {known}" if known != number else f"that is the id of {self._added[number].content!r}"
+            raise bad_input(
+                "An added token has one id",
+                f"{number} for {made.content!r}, but {other}",
+                "Repair the files",
+                shown=True,
+            )
+        self._added[number] = made
+
+    @property
+    def vocab_size(self) -> int:
+        """Number of tokens without the added ones."""
+        return len(self._vocabulary.ids)
+
+    def __len__(self) -> int:
+        return self.vocab_size + sum(token.content not in self._vocabulary.ids for token in self._added.values())
+
+    def __bool__(self) -> bool:
+        return True
+
+    def __repr__(self) -> str:
+        return (
+            f"{type(self).__name__}(name_or_path={self.name_or_path!r}, vocab_size={self.vocab_size}, "
+            f"model_max_length={self.model_max_length}, text_cleaning={self.text_cleaning!r}, "
+            f"padding_side={self.padding_side!r}, truncation_side={self.truncation_side!r}, "
+            f"special_tokens={self.special_tokens_map})"
+        )
+
+    @property
+    def encoder(self) -> dict[str, int]:
+        """Token to id, without the added ones."""
+        return dict(self._vocabulary.ids)
+
+    @property
+    def decoder(self) -> dict[int, str]:
+        """Id to token, without the added ones."""
+        return self._vocabulary.tokens
+
+    @property
+    def added_tokens_encoder(self) -> dict[str, int]:
+        """Added token to id, the special ones among them."""
+        return {token.content: index for index, token in self._added.items()}
+
+    @property
+    def added_tokens_decoder(self) -> dict[int, AddedToken]:
+        """Id to added token, the special ones among them, by rising id."""
+        return dict(sorted(self._added.items()))
+
+    def get_vocab(self) -> dict[str, int]:
+        """Returns token to id, with the added ones."""
+        return {**self._vocabulary.ids, **self.added_tokens_encoder}
+
+    @property
+    def vocab(self) -> dict[str, int]:
+        """The same as `get_vocab`."""
+        return self.get_vocab()
+
+    def get_added_vocab(self) -> dict[str, int]:
+        """Returns added token to id."""
+        return self.added_tokens_encoder
+
+    @property
+    def special_tokens_map(self) -> dict[str, Any]:
+        """Name to special token, such as ``bos_token``."""
+        named: dict[str, Any] = {name: self._special[name] for name in _SPECIAL if name in self._special}
+        return {**named, "additional_special_tokens": list(self._additional)} if self._additional else named
+
+    @property
+    def additional_special_tokens(self) -> list[str]:
+        """Special tokens without a name."""
+        return list(self._additional)
+
+    @property
+    def additional_special_tokens_ids(self) -> list[int]:
+        """Ids of the special tokens without a name."""
+        return self.convert_tokens_to_ids(self._additional)
+
+    @property
+    def all_special_tokens(self) -> list[str]:
+        """Every special token once."""
+        return list(dict.fromkeys([*(self._special[n] for n in _SPECIAL if n in self._special), *self._additional]))
+
+    @property
+    def all_special_ids(self) -> list[int]:
+        """Ids of `all_special_tokens`."""
+        return self.convert_tokens_to_ids(self.all_special_tokens)
+
+    def add_tokens(self, new_tokens: Any, special_tokens: bool = False) -> int:
+        """Adds tokens that are found in texts before anything else.
+
+        CLIPTokenizer finds them exactly as they are written; CLIPTokenizerFast finds those with ``normalized=True``,
+        the default, in the cleaned text and so in any case.
+
+        Args:
+            new_tokens: A string or AddedToken, or a list of them.
+            special_tokens: Whether they are special: left out by ``skip_special_tokens``.
+
+        Returns:
+            How many of them are new. The model's embeddings must then be enlarged to ``len(tokenizer)``.
+        """
+        single = not isinstance(new_tokens, list | tuple | set)
+        count = self._add([new_tokens] if single else new_tokens, special=special_tokens)
+        self._rebuild()
+        return count
+
+    def add_special_tokens(
+        self, special_tokens_dict: Mapping[str, Any], replace_additional_special_tokens: bool = True
+    ) -> int:
+        """Sets special tokens by name, and adds those that the vocabulary lacks.
+
+        Args:
+            special_tokens_dict: Name to token: ``{"pad_token": "<pad>"}``; "additional_special_tokens" to a list.
+            replace_additional_special_tokens: Forget the former additional ones as such; they stay added tokens.
+
+        Returns:
+            How many of them are new.
+
+        Raises:
+            ValueError: A name is unknown.
+        """
+        names = (*_SPECIAL, "additional_special_tokens")
+        for name in special_tokens_dict:
+            if name not in names:
+                raise one_of("The name of a special token", name, names)
+        count = 0
+        for name, value in special_tokens_dict.items():
+            several = name == "additional_special_tokens"
+            if several and not isinstance(value, list | tuple):
+                raise bad_input("additional_special_tokens must be a list", value, "Pass a list of tokens", TypeError)
+            tokens = [AddedToken.of(token, special=True) for token in (value if several else [value])]
+            count += self._add(tokens, special=True)
+            if several:
+                former = [] if replace_additional_special_tokens else self._additional
+                self._additional = list(dict.fromkeys([*former, *(token.content for token in tokens)]))
+            else:
+                self._special[name] = tokens[0].content
+        self._rebuild()
+        return count
+
+    def _add(self, tokens: Iterable[Any], *, special: bool) -> int:
+        count = 0
+        for token in tokens:
+            made = AddedToken.of(token, special=special)
+            if special and not made.special:
+                made = AddedToken(**{**made.flags(), "special": True})
+            if made.content in self.added_tokens_encoder:
+                index = self.added_tokens_encoder[made.content]
+                if special:
+                    self._added[index] = AddedToken(**{**self._added[index].flags(), "special": True})
+                continue
+            index = self._vocabulary.ids.get(made.content)
+            if index is None:
+                index = max(max(self._vocabulary.ids.values()), max(self._added, default=-1)) + 1
+                count += 1
+            self._added[index] = made
+        return count
+
+    def _known_token(self, name: str, token: str) -> str:
+        if token not in self._vocabulary.ids and token not in self.added_tokens_encoder:
+            raise bad_input(
+                f"The {name} must be in the vocabulary",
+                token,
+                f"Add it with add_special_tokens({{{name!r}: {token!r}}}), and enlarge the model's embeddings",
+            )
+        return token
+
+    def _new_engine(self) -> Engine:
+        added = [(token, index) for index, token in self._added.items()]
+        return Engine(self._vocabulary, self.text_cleaning, added, self.unk_token)
+
+    def _rebuild(self) -> None:
+        """Replaces the engine, so that threads that use the former one are not disturbed."""
+        self._engine = self._new_engine()
+
+    # ------------------------------------------------------------------------------------------ ids to texts
+
+    def convert_tokens_to_ids(self, tokens: Any) -> Any:
+        """Returns the id of a token, or the ids of a list; the unknown token's for what the vocabulary lacks."""
+        if tokens is None:
+            return None
+        added = self.added_tokens_encoder
+        unknown = self._special.get("unk_token")
+        default = added.get(unknown or "", self._vocabulary.ids.get(unknown or ""))
+
+        def find(token: str) -> int | None:
+            if not isinstance(token, str):
+                raise bad_input("A token must be a string", token, "Pass str or a list of str", TypeError)
+            return added[token] if token in added else self._vocabulary.ids.get(token, default)
+
+        return find(tokens) if isinstance(tokens, str) else [find(token) for token in tokens]
+
+    def convert_ids_to_tokens(self, ids: Any, skip_special_tokens: bool = False) -> Any:
+        """Returns the token of an id, or the tokens of a list or array; None for an id outside the vocabulary."""
+        tokens = self._id_to_token()
+        if isinstance(ids, int | np.integer):
+            return tokens.get(int(ids))
+        skipped = set(self.all_special_ids) if skip_special_tokens else ()
+        return [tokens.get(index) for index in _flat_ids(ids) if index not in skipped]
+
+    def _id_to_token(self) -> dict[int, str]:
+        known = self.__dict__.get("_tokens_of_ids")
+        if known is None or known[0] is not self._engine:
+            tokens = {**self._vocabulary.tokens, **{i: token.content for i, token in self._added.items()}}
+            known = self.__dict__["_tokens_of_ids"] = (self._engine, tokens)
+        return known[1]
+
+    def convert_tokens_to_string(self, tokens: Sequence[str]) -> str:
+        """Returns the text of tokens, words apart by spaces."""
+        symbol = symbol_bytes()
+        content = bytearray()
+        for token in tokens:
+            whole = not token.endswith(SUFFIX)
+            part = token if whole else token[: -len(SUFFIX)]
+            if all(char in symbol for char in part):
+                content.extend(symbol[char] for char in part)
+            else:
+                content.extend(part.encode("utf-8", errors="replace"))
+            if not whole:
+                content.extend(b" ")
+        return content.decode("utf-8", errors=self.errors).strip()
+
+    def decode(
+        self,
+        token_ids: Any,
+        skip_special_tokens: bool = False,
+        clean_up_tokenization_spaces: bool | None = None,
+        spaces_between_special_tokens: bool = True,
+        **kwargs: Any,
+    ) -> str:
+        """Returns the text of ids.
+
+        Args:
+            token_ids: An id, a list of ids, or an array of shape (seq,). Ids outside the vocabulary are left out.
+            skip_special_tokens: Leave special tokens out.
+            clean_up_tokenization_spaces: Remove spaces before punctuation; the tokenizer's own setting when None.
+            spaces_between_special_tokens: CLIPTokenizer: spaces around added tokens that are not special.
+            **kwargs: ``use_source_tokenizer``, without effect. Nothing else.
+        """
+        kwargs.pop("use_source_tokenizer", None)
+        if kwargs:
+            raise bad_input("decode has no such argument", next(iter(kwargs)), "Leave it out", TypeError)
+        ids = [int(token_ids)] if isinstance(token_ids, int | np.integer) else _flat_ids(token_ids)
+        known = self._id_to_token()
+        skipped: set[int] = set()
+        if skip_special_tokens:
+            skipped = {*self.all_special_ids, *(i for i, token in self._added.items() if token.special)}
+        apart = {i for i, token in self._added.items() if not token.special and not self.is_fast}
+        parts: list[str] = []
+        run: list[str] = []
+        for index in ids:
+            if index in skipped or index not in known:
+                continue
+            if index in apart:
+                parts.extend([self.convert_tokens_to_string(run)] if run else [])
+                parts.append(known[index])
+                run = []
+            else:
+                run.append(known[index])
+        if run:
+            parts.append(self.convert_tokens_to_string(run))
+        text = (" " if spaces_between_special_tokens else "").join(part for part in parts if part)
+        clean = (
+            self.clean_up_tokenization_spaces if clean_up_tokenization_spaces is None else clean_up_tokenization_spaces
+        )
+        return self.clean_up_tokenization(text) if clean else text
+
+    def batch_decode(self, sequences: Any, skip_special_tokens: bool = False, **options: Any) -> list[str]:
+        """Returns the texts of a list or (batch, seq) array of ids; options as `decode`."""
+        rows = sequences if isinstance(sequences, list | tuple) else to_numpy(sequences)
+        return [self.decode(row, skip_special_tokens, **options) for row in rows]
+
+    @staticmethod
+    def clean_up_tokenization(out_string: str) -> str:
+        """Removes the spaces that tokens leave before English punctuation and contractions."""
+        for spaced in (" .", " ?", " !", " ,"):
+            out_string = out_string.replace(spaced, spaced[1:])
+        out_string = out_string.replace(" ' ", "'")
+        for spaced in (" n't", " 'm", " 's", " 've", " 're"):
+            out_string = out_string.replace(spaced, spaced[1:])
+        return out_string
+
+    # ------------------------------------------------------------------------------------------ files
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: Any, *init_inputs: Any, **kwargs: Any) -> Any:
+        """Reads a tokenizer from a folder or from the hub.
+
+        Args:
+            pretrained_model_name_or_path: A folder or hub id with vocab.json and merges.txt, or tokenizer.json.
+                Where all are there, CLIPTokenizerFast reads tokenizer.json.
+            *init_inputs: First arguments of the class.
+            **kwargs: Options of `clipmb.common.hub.Source` (revision, subfolder, cache_dir, token, local_files_only,
+                force_download), and arguments of the class, which override what the files say.
+
+        Raises:
+            CheckpointError: The files cannot be had or read.
+        """
+        source = Source.of(pretrained_model_name_or_path, kwargs)
+        for former in ("use_fast", "from_slow", "trust_remote_code", "_from_auto", "_commit_hash"):
+            kwargs.pop(former, None)
+        config = _optional_json(source, "tokenizer_config.json")
+        files = cls._files(source)
+        merged: dict[str, Any] = {}
+        if "tokenizer_file" in files:
+            merged.update(read_tokenizer_json(files["tokenizer_file"]).special)
+        merged.update(_optional_json(source, "special_tokens_map.json"))
+        merged.update(config)
+        length = merged.get("model_max_length")
+        if isinstance(length, int | float) and length > NO_LIMIT:
+            merged.pop("model_max_length")
+        if merged.get("text_cleaning") is None:
+            merged.pop("text_cleaning", None)
+        decoder = dict(merged.pop("added_tokens_decoder", None) or {})
+        known = {token["content"] if isinstance(token, dict) else str(token) for token in decoder.values()}
+        beyond = _optional_json(source, "added_tokens.json").items()
+        decoder.update({index: token for token, index in beyond if token not in known})
+        for name in (*cls.vocab_files_names, "name_or_path"):
+            merged.pop(name, None)  # paths on the machine that saved it
+        try:
+            return cls(
+                *init_inputs,
+                **{**files, **merged, "added_tokens_decoder": decoder, "name_or_path": str(source), **kwargs},
+            )
+        except (TypeError, ValueError) as error:
+            if kwargs or init_inputs:
+                raise
+            raise CheckpointError(f"The tokenizer files of {source} do not fit: {error}") from error
+
+    @classmethod
+    def _files(cls, source: Source) -> dict[str, Path]:
+        def pair() -> dict[str, Path]:
+            vocab, merges = source.find("vocab.json"), source.find("merges.txt")
+            return {"vocab_file": vocab, "merges_file": merges} if vocab and merges else {}
+
+        def whole() -> dict[str, Path]:
+            path = source.find("tokenizer.json")
+            return {"tokenizer_file": path} if path else {}
+
+        found = (whole() or pair()) if cls._prefers == "tokenizer.json" else (pair() or whole())
+        if not found:
+            source.require("tokenizer.json")  # raises, with the list of what is there
+        return found
+
+    def _config(self) -> dict[str, Any]:
+        config = {
+            **self.init_kwargs,
+            **self._special,
+            "added_tokens_decoder": {str(i): token.flags() for i, token in self.added_tokens_decoder.items()},
+            "clean_up_tokenization_spaces": self.clean_up_tokenization_spaces,
+            "errors": self.errors,
+            "model_max_length": self.model_max_length,
+            "tokenizer_class": "CLIPTokenizer",
+        }
+        if self._additional:
+            config["additional_special_tokens"] = self._additional
+        unusual = (
+            ("padding_side", self.padding_side, "right"),
+            ("truncation_side", self.truncation_side, "right"),
+            ("split_special_tokens", self.split_special_tokens, False),
+            ("text_cleaning", self.text_cleaning, self._default_cleaning),
+            ("model_input_names", self.model_input_names, ["input_ids", "attention_mask"]),
+        )
+        config.update({name: value for name, value, usual in unusual if value != usual})
+        return config
+
+    def _written(self, filename_prefix: str | None = None) -> dict[str, str]:
+        """Returns name and content of every file that holds this tokenizer."""
+        special: dict[str, Any] = {
+            name: self._added[self.convert_tokens_to_ids(token)].flags(special=False)
+            for name, token in self._special.items()
+            if self.convert_tokens_to_ids(token) in self._added
+        }
+        if self._additional:
+            special["additional_special_tokens"] = self._additional
+        added = [{"id": i, **token.flags()} for i, token in self.added_tokens_decoder.items()]
+        beyond = {token["content"]: token["id"] for token in added if token["content"] not in self._vocabulary.ids}
+        bos, eos = self.bos_token or "<|startoftext|>", self.eos_token or "<|endoftext|>"
+        ends = [(token, self.convert_tokens_to_ids(token)) for token in (bos, eos)]
+        files = {
+            "tokenizer_config.json": _dump(self._config()),
+            "special_tokens_map.json": _dump(special),
+            "vocab.json": self._vocabulary.vocab_json(),
+            "merges.txt": self._vocabulary.merges_txt(),
+            "tokenizer.json": tokenizer_json(self._vocabulary, added, ends[0], ends[1], self.unk_token),
+        }
+        if beyond:
+            files["added_tokens.json"] = _dump(beyond)
+        prefix = f"{filename_prefix}-" if filename_prefix else ""
+        return {prefix + name: content for name, content in files.items()}
+
+    def save_pretrained(
+        self, save_directory: str | os.PathLike[str], filename_prefix: str | None = None, **kwargs: Any
+    ) -> tuple[str, ...]:
+        """Writes the tokenizer so that clipmb and transformers 4 and 5 read it.
+
+        Args:
+            save_directory: A folder; made when missing. All files are replaced at once.
+            filename_prefix: Goes before each file's name, with a hyphen.
+            **kwargs: ``legacy_format``, without effect, and those of `clipmb.common.saving.check_former`.
+
+        Returns:
+            The paths written.
+        """
+        kwargs.pop("legacy_format", None)
+        check_former(kwargs)
+        files = self._written(filename_prefix)
+        with Transaction(save_directory) as save:
+            for name, content in files.items():
+                save.write(name, content)
+            save.remove(f"{filename_prefix}-added_tokens.json" if filename_prefix else "added_tokens.json")
+        return tuple(os.path.join(save_directory, name) for name in files)
+
+    def save_vocabulary(
+        self, save_directory: str | os.PathLike[str], filename_prefix: str | None = None
+    ) -> tuple[str, str]:
+        """Writes vocab.json and merges.txt into a folder that exists.
+
+        Returns:
+            The two paths.
+
+        Raises:
+            ValueError: There is no such folder.
+        """
+        if not os.path.isdir(save_directory):
+            raise bad_input(
+                "The vocabulary is saved into a folder that exists", str(save_directory), "Make the folder first"
+            )
+        prefix = f"{filename_prefix}-" if filename_prefix else ""
+        names = (f"{prefix}vocab.json", f"{prefix}merges.txt")
+        with Transaction(save_directory) as save:
+            save.write(names[0], self._vocabulary.vocab_json())
+            save.write(names[1], self._vocabulary.merges_txt())
+        return os.path.join(save_directory, names[0]), os.path.join(save_directory, names[1])
+
+
+def positive(name: str, value: Any, default: int) -> int:
+    """Returns ``value`` as an integer of 1 or more; ``default`` for None."""
+    if value is None:
+        return default
+    if isinstance(value, bool) or not isinstance(value, int | float | np.integer) or value < 1 or value != int(value):
+        raise bad_input(f"{name} must be an integer of 1 or more", value, "Pass a number of tokens")
+    return int(value)
+
+
+def _flat_ids(ids: Any) -> list[int]:
+    """Returns the ids of a list, array or tensor of shape (seq,)."""
+    array = ids if isinstance(ids, list | tuple) else to_numpy(ids).reshape(-1) if np.ndim(to_numpy(ids)) < 2 else None
+    try:
+        if array is None or any(isinstance(index, str) for index in array):
+            raise TypeError
+        return [int(index) for index in array]
+    except TypeError:
+        raise bad_input(
+            "Ids must be a list or array of shape (seq,)", ids, "Use batch_decode for several rows", TypeError
+        ) from None
+
+
+def _optional_json(source: Source, name: str) -> dict[str, Any]:
+    path = source.find(name)
+    return {} if path is None else read_json(path)
+
+
+def _dump(content: Any) -> str:
+    return json.dumps(content, indent=2, sort_keys=True, ensure_ascii=False) + "\n"

@@ -1,0 +1,115 @@
+"""What a training run needs to go on, beside the weights: one file, the same whichever framework wrote it.
+
+``training_state.safetensors`` holds the optimizer's moments under the canonical names and in the canonical layouts of
+the parameters that they belong to, and in its metadata the step, the place in the data and the recipe. Random numbers
+are drawn from seed, epoch, step and item, so that there is no random state beside these.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import safetensors
+from safetensors.numpy import save_file
+
+from clipmb.common.checkpoint.safetensors import map_file
+from clipmb.common.errors import CheckpointError
+from clipmb.common.parameters import Spec
+from clipmb.common.saving import Transaction, finish
+from clipmb.common.training.recipe import Recipe
+
+STATE_NAME = "training_state.safetensors"
+FIRST, SECOND = "first_moment.", "second_moment."
+_FORMAT, _VERSION = "clipmb-training-state", "1"
+
+
+@dataclass
+class TrainingState:
+    """The state of a run between two steps.
+
+    Attributes:
+        step: Optimizer steps done.
+        epoch: The current pass over the data, from 0.
+        batch: Batches already taken in it.
+        recipe: The recipe of the run.
+        data: Fingerprint of the data set.
+        backend: The framework that did the last step.
+        tensors: ``first_moment.<name>`` and ``second_moment.<name>`` of every trained parameter, in canonical layouts,
+            and ``logit_bias`` () of a run with the sigmoid loss.
+    """
+
+    step: int
+    epoch: int
+    batch: int
+    recipe: Recipe
+    data: str = ""
+    backend: str = ""
+    tensors: dict[str, np.ndarray] = field(default_factory=dict)
+
+    def write(self, save: Transaction) -> None:
+        """Adds the file to a save."""
+        fields = {name: getattr(self, name) for name in ("step", "epoch", "batch", "data", "backend")}
+        metadata = {
+            "format": _FORMAT,
+            "version": _VERSION,
+            "state": json.dumps({**fields, "recipe": self.recipe.to_dict()}),
+        }
+        contiguous = {name: np.require(array, requirements="C") for name, array in self.tensors.items()}
+        save_file(contiguous, save.path(STATE_NAME), metadata=metadata)
+
+    @classmethod
+    def read(cls, folder: Path) -> TrainingState:
+        """Reads the file of a folder; the tensors are mapped.
+
+        Raises:
+            CheckpointError: There is none, or it is damaged or no state of this version.
+        """
+        finish(folder)
+        path = folder / STATE_NAME
+        if not path.is_file():
+            raise CheckpointError(f"{folder} has no {STATE_NAME}. Resume in the folder that a training run wrote.")
+        tensors = map_file(path)
+        with safetensors.safe_open(path, framework="np") as file:
+            metadata = file.metadata() or {}
+        try:
+            if (metadata["format"], metadata["version"]) != (_FORMAT, _VERSION):
+                raise ValueError(f"format {metadata['format']} of version {metadata['version']}")
+            values = json.loads(metadata["state"])
+            recipe = Recipe.from_dict(values.pop("recipe"))
+            state = cls(recipe=recipe, tensors=tensors, **values)
+            if min(state.step, state.epoch, state.batch) < 0:
+                raise ValueError("negative counts")
+        except (KeyError, TypeError, ValueError) as error:
+            raise CheckpointError(f"{path} is no training state of version {_VERSION}: {error}") from error
+        return state
+
+    def moments(self, table: list[Spec]) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
+        """Returns the first and the second moment by canonical name.
+
+        Args:
+            table: The parameters that are trained.
+
+        Raises:
+            CheckpointError: Moments are missing, unexpected or of another shape; lists all of it.
+        """
+        expected = {f"{part}{spec.name}": spec.shape for spec in table for part in (FIRST, SECOND)}
+        found = {name: array.shape for name, array in self.tensors.items() if name.startswith((FIRST, SECOND))}
+        problems = [f"missing: {name}" for name in expected.keys() - found.keys()]
+        problems += [f"unexpected: {name}" for name in found.keys() - expected.keys()]
+        problems += [
+            f"shape: {name} is {found[name]} and must be {shape}"
+            for name, shape in expected.items()
+            if name in found and found[name] != shape
+        ]
+        if problems:
+            raise CheckpointError(
+                f"The training state of step {self.step} does not fit the model and the recipe. Resume with the "
+                "towers, freeze and loss that the run began with. Problems:",
+                sorted(problems),
+            )
+        first = {spec.name: self.tensors[FIRST + spec.name] for spec in table}
+        second = {spec.name: self.tensors[SECOND + spec.name] for spec in table}
+        return first, second
