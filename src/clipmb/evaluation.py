@@ -6,7 +6,6 @@ Source: CLIP, arXiv 2103.00020, section 3.1 (zero-shot classification) and appen
 from __future__ import annotations
 
 import functools
-import logging
 import os
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -16,11 +15,9 @@ from typing import Any
 
 import numpy as np
 
-from clipmb.common.errors import bad_input
+from clipmb.common.errors import bad_input, logger
 from clipmb.common.zero_shot import class_embeddings, prompt_templates
 from clipmb.pipeline import CLIPPipeline, batches
-
-logger = logging.getLogger("clipmb")
 
 TOP = (1, 5)
 RECALL = (1, 5, 10)

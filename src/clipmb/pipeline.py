@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import logging
 import os
-import sys
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -12,12 +10,11 @@ import numpy as np
 
 from clipmb import backends
 from clipmb.common.config import CLIPConfig
-from clipmb.common.errors import bad_input, one_of
+from clipmb.common.errors import bad_input, logger, one_of, whole_number
 from clipmb.common.hub import Source
 from clipmb.common.processor import CLIPProcessor, image_processor_of, tokenizer_of
+from clipmb.common.progress import progress_bar
 from clipmb.common.zero_shot import class_embeddings, softmax, unit
-
-logger = logging.getLogger("clipmb")
 
 _LONG_TEXT = ("error", "truncate", "mean")
 
@@ -240,18 +237,9 @@ def batches(items: list, size: int, what: str, progress: bool) -> Iterator[tuple
     Raises:
         ValueError: ``size`` is not a positive integer.
     """
-    if isinstance(size, bool) or not isinstance(size, int) or size < 1:
-        raise bad_input("batch_size must be a positive integer", size, "Pass how many to compute at once")
+    whole_number("batch_size", size)
     starts = range(0, len(items), size)
-    if progress and sys.stderr.isatty():
-        from rich.console import Console
-        from rich.progress import Progress
-
-        with Progress(console=Console(stderr=True), transient=True) as bar:
-            task = bar.add_task(what, total=len(items))
-            for start in starts:
-                yield start, items[start : start + size]
-                bar.advance(task, min(size, len(items) - start))
-    else:
+    with progress_bar(progress, what, len(items)) as advance:
         for start in starts:
             yield start, items[start : start + size]
+            advance(min(size, len(items) - start))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib
-import logging
 import math
 import os
 import sys
@@ -19,7 +18,7 @@ from clipmb import backends
 from clipmb.common.checkpoint import write_safetensors
 from clipmb.common.config import CONFIG_NAME, CLIPConfig
 from clipmb.common.data.batches import Batch, Batches, Pairs
-from clipmb.common.errors import bad_input
+from clipmb.common.errors import bad_input, logger
 from clipmb.common.hub import Source
 from clipmb.common.parameters import initial_weights, specs
 from clipmb.common.pretrained import config_text
@@ -30,8 +29,6 @@ from clipmb.common.training.recipe import Processes, Recipe
 from clipmb.common.training.state import STATE_NAME, TrainingState
 from clipmb.evaluation import evaluate
 from clipmb.pipeline import CLIPPipeline, processor_for
-
-logger = logging.getLogger("clipmb")
 
 LEDGER_NAME = "skipped.jsonl"
 # What changes how a step is computed and not what it gives: a run may continue with other values of these.

@@ -20,8 +20,8 @@ OWN = {"pt": {"torch"}, "tf": {"tensorflow", "keras"}, "flax": {"jax", "flax"}}
 
 # Who may import whom inside the package; a file may always import its own folder.
 LAYERS = [
-    {"__init__", "errors", "small_model"},
-    {"features", "outputs", "saving", "zero_shot"},
+    {"__init__", "errors", "small_model", "dtypes", "workers", "progress"},
+    {"features", "outputs", "saving", "zero_shot", "json_files", "former"},
     {"hub"},
     {"config", "image", "text"},
     {"checks", "parameters", "processor"},

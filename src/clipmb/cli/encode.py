@@ -12,6 +12,7 @@ import typer
 
 from clipmb.cli import common
 from clipmb.common.errors import bad_input
+from clipmb.common.saving import write_atomically
 
 FORMATS = (".npy", ".npz", ".safetensors")
 
@@ -102,6 +103,4 @@ def _write(path: Path, embeds: dict[str, np.ndarray], names: dict[str, list[str]
         else:
             np.savez(buffer, **embeds, **{f"{kind}_names": np.array(names[kind]) for kind in embeds})
         content = buffer.getvalue()
-    part = path.with_name(path.name + ".part")
-    part.write_bytes(content)
-    part.replace(path)
+    write_atomically(path, content)

@@ -10,9 +10,10 @@ import typer
 
 from clipmb.cli import common
 from clipmb.common.checkpoint.fitting import canonical_names
-from clipmb.common.config import CONFIG_NAME, CLIPConfig, CLIPTextConfig, CLIPVisionConfig, read_json
+from clipmb.common.config import CONFIG_NAME, CLIPConfig, CLIPTextConfig, CLIPVisionConfig
 from clipmb.common.errors import CheckpointError
 from clipmb.common.hub import Source
+from clipmb.common.json_files import read_json
 from clipmb.common.parameters import is_known
 from clipmb.common.pretrained import load_weights
 

@@ -6,7 +6,6 @@ models computed silently with several of these inputs.
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Sequence
 from typing import Any
 
@@ -14,8 +13,6 @@ import numpy as np
 
 from clipmb.common.config import CLIPConfig, CLIPTextConfig, CLIPVisionConfig
 from clipmb.common.errors import bad_input
-
-_warned: set[str] = set()
 
 
 def check_text(ids: Any, mask: Any, positions: Any, config: CLIPTextConfig) -> None:
@@ -183,13 +180,6 @@ def wrong_config(model: str, expected: type, received: Any) -> Exception:
         TypeError,
         shown=True,
     )
-
-
-def warn_once(message: str) -> None:
-    """Warns the first time that this message comes up in the process."""
-    if message not in _warned:
-        _warned.add(message)
-        warnings.warn(message, UserWarning, stacklevel=3)
 
 
 ATTENTIONS_NEED_EAGER = (

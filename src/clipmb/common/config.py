@@ -9,9 +9,12 @@ import os
 from pathlib import Path
 from typing import Any, ClassVar, TypeVar
 
-from clipmb.common.errors import CheckpointError, bad_input, one_of
+from clipmb.common.dtypes import dtype_name
+from clipmb.common.errors import bad_input, one_of
+from clipmb.common.former import check_saving
 from clipmb.common.hub import Source
-from clipmb.common.saving import Transaction, check_former
+from clipmb.common.json_files import read_json
+from clipmb.common.saving import Transaction
 
 CONFIG_NAME = "config.json"
 
@@ -54,7 +57,7 @@ class BaseConfig:
 
     def __init__(self, **extra: Any) -> None:
         legacy_dtype = extra.pop("torch_dtype", None)
-        self.dtype: str | None = _dtype_name(extra.pop("dtype", None) or legacy_dtype)
+        self.dtype: str | None = dtype_name(extra.pop("dtype", None) or legacy_dtype)
         self.return_dict: bool = extra.pop("return_dict", True)
         self.output_attentions: bool = extra.pop("output_attentions", False)
         self.output_hidden_states: bool = extra.pop("output_hidden_states", False)
@@ -106,7 +109,7 @@ class BaseConfig:
 
     @torch_dtype.setter
     def torch_dtype(self, value: Any) -> None:
-        self.dtype = _dtype_name(value)
+        self.dtype = dtype_name(value)
 
     @property
     def attn_implementation(self) -> str | None:
@@ -172,9 +175,9 @@ class BaseConfig:
     ) -> None:
         """Writes ``config.json`` into a folder, which is made when it is missing.
 
-        Options are those of `clipmb.common.saving.check_former`.
+        Options are those of `clipmb.common.former.check_saving`.
         """
-        check_former({"push_to_hub": push_to_hub, **options})
+        check_saving({"push_to_hub": push_to_hub, **options})
         with Transaction(save_directory) as save:
             save.write(CONFIG_NAME, self.to_json_string())
 
@@ -566,29 +569,6 @@ def _with_legacy(cls: type[ConfigT], given: ConfigT | dict | None, legacy: dict 
     if legacy is not None:
         fields.update(cls(**legacy).to_dict())
     return cls(**fields)
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """Reads a JSON object from a file.
-
-    Raises:
-        CheckpointError: The file is missing, not JSON, or not an object.
-    """
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path} is not a readable JSON file: {error}") from error
-    if not isinstance(content, dict):
-        raise CheckpointError(f"{path} must hold a JSON object, and holds a {type(content).__name__}.")
-    return content
-
-
-def _dtype_name(value: Any) -> str | None:
-    """Returns the plain name of a dtype of any framework ("torch.float32", jnp.float32, "float32" …)."""
-    if value is None or isinstance(value, str):
-        return value if value is None else value.removeprefix("torch.")
-    name = getattr(value, "name", None) or getattr(value, "__name__", None) or str(value)
-    return str(name).removeprefix("torch.")
 
 
 def _require_count(field: str, value: Any, minimum: int = 1) -> None:

@@ -6,7 +6,6 @@ or nothing, read back and compared before it takes its place, and described in `
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import importlib.metadata
 import os
@@ -19,18 +18,18 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import ml_dtypes
 import numpy as np
 
 from clipmb import __version__
 from clipmb.common.checkpoint import OwnArrays, fit, formats, openai
 from clipmb.common.checkpoint.fitting import canonical_names
 from clipmb.common.checkpoint.safetensors_writer import stand_in, write_stream
-from clipmb.common.checkpoint.sharding import to_json
 from clipmb.common.checkpoint.shown import names_in
-from clipmb.common.config import CONFIG_NAME, BaseConfig, CLIPConfig, CLIPTextConfig, CLIPVisionConfig, read_json
+from clipmb.common.config import CONFIG_NAME, BaseConfig, CLIPConfig, CLIPTextConfig, CLIPVisionConfig
+from clipmb.common.dtypes import numpy_dtype
 from clipmb.common.errors import CheckpointError, ClipmbError, bad_input, one_of
 from clipmb.common.hub import Source
+from clipmb.common.json_files import json_text, read_json
 from clipmb.common.parameters import HEADS, TABLE_VERSION, specs
 from clipmb.common.pretrained import config_text
 from clipmb.common.processor import (
@@ -40,6 +39,7 @@ from clipmb.common.processor import (
     image_processor_of,
     tokenizer_of,
 )
+from clipmb.common.progress import progress_bar
 from clipmb.common.saving import Transaction, finish
 
 RECORD_NAME = "conversion.json"
@@ -108,7 +108,7 @@ class _Weights(Mapping[str, np.ndarray]):
         self._mapped = {entry.canonical: entry for entry in mapping}
 
     def __getitem__(self, name: str) -> np.ndarray:
-        return _rounded(self.original(name), _numpy(self._mapped[name].dtype))
+        return _rounded(self.original(name), numpy_dtype(self._mapped[name].dtype))
 
     def original(self, name: str) -> np.ndarray:
         """Returns the canonical array in the dtype of the source."""
@@ -196,8 +196,8 @@ def convert(
             hashes = aside.submit(_hashes, source, sorted(loaded.files))  # while the weights are written and compared
             if overwrite:
                 save.remove(*(path.name for path in folder.iterdir() if _belongs(path.name)))
-            outline = {e.canonical: stand_in(e.shape, _numpy(e.dtype)) for e in plan.mapping}
-            with _bar(progress, f"writing {to}", len(plan.mapping)) as advance:
+            outline = {e.canonical: stand_in(e.shape, numpy_dtype(e.dtype)) for e in plan.mapping}
+            with progress_bar(progress, f"writing {to}", len(plan.mapping)) as advance:
                 counted = _Counted(weights, advance)
                 if to == "safetensors":
                     files = write_stream(save, outline, counted, max_shard_size=max_shard_size)
@@ -206,7 +206,7 @@ def convert(
             save.write(CONFIG_NAME, config_text(plan.config, plan.head, {entry.dtype for entry in plan.mapping}))
             copied = _write_processors(save, source, plan)
             result = Source(str(save.path("")))
-            with _bar(progress, "comparing", len(plan.mapping)) as advance:
+            with progress_bar(progress, "comparing", len(plan.mapping)) as advance:
                 difference = _compare(result, weights, plan, advance)
             checked = None if check is None else check(source, result, _dtype_of(plan))
             plan.record = {
@@ -230,7 +230,7 @@ def convert(
                 "verification": {"largest_difference": difference, "backends": checked},
                 "packages": _packages(),
             }
-            save.write(RECORD_NAME, to_json(plan.record))
+            save.write(RECORD_NAME, json_text(plan.record))
     except (ClipmbError, ValueError, TypeError, ImportError):
         raise
     except Exception as error:  # of the file system, or of a format's library
@@ -454,7 +454,7 @@ def _compare(result: Source, weights: _Weights, plan: Conversion, advance: Calla
     for entry in [] if problems else plan.mapping:
         got = written.tensors[names[entry.canonical]]
         original = weights.original(entry.canonical)
-        difference, problem = _difference(got, _rounded(original, _numpy(entry.dtype)), original)
+        difference, problem = _difference(got, _rounded(original, numpy_dtype(entry.dtype)), original)
         worst = max(worst, difference)
         if problem:
             problems.append(f"{entry.canonical} {problem}")
@@ -493,20 +493,6 @@ def _difference(got: np.ndarray, expected: np.ndarray, original: np.ndarray) -> 
     return gap / scale if scale else 0.0, ""
 
 
-@contextlib.contextmanager
-def _bar(shown: bool, what: str, total: int) -> Iterator[Callable[[], None]]:
-    """Shows a progress bar on stderr where that is a terminal; yields what moves it on by one."""
-    if not shown or not sys.stderr.isatty():
-        yield lambda: None
-        return
-    from rich.console import Console
-    from rich.progress import Progress
-
-    with Progress(console=Console(stderr=True), transient=True) as bar:
-        task = bar.add_task(what, total=total)
-        yield lambda: bar.advance(task)
-
-
 # -- the record -------------------------------------------------------------------------------------------------------
 
 
@@ -514,10 +500,6 @@ def _rounded(array: np.ndarray, dtype: np.dtype) -> np.ndarray:
     """Returns the array in a dtype; values too large for it become infinite, which `_difference` reports by name."""
     with np.errstate(over="ignore"):
         return array if array.dtype == dtype else array.astype(dtype)
-
-
-def _numpy(dtype: str) -> np.dtype:
-    return np.dtype(getattr(ml_dtypes, dtype, dtype))
 
 
 def _dtype_of(plan: Conversion) -> str:

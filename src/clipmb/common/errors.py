@@ -1,8 +1,15 @@
-"""The errors of clipmb and the one form of its messages: the rule, what was received, the fix."""
+"""The errors and notices of clipmb, and the one form of an error's message: the rule, what was received, the fix."""
 
 from __future__ import annotations
 
+import logging
+import operator
+import warnings
 from collections.abc import Iterable, Sequence
+from typing import Any
+
+logger = logging.getLogger("clipmb")
+_said: set[str] = set()
 
 _PIP = {"pt": "torch", "tf": "tensorflow", "flax": "flax", "convert": "h5py"}
 
@@ -63,3 +70,44 @@ def one_of(field: str, received: object, allowed: Sequence[object]) -> Exception
     return bad_input(
         f"{field} must be one of {', '.join(map(repr, allowed))}", received, f"Pass one of these as {field}"
     )
+
+
+def whole_number(field: str, value: Any, least: int = 1, most: int | None = None) -> int:
+    """Checks a whole number and returns it as an ``int``; numpy's integers are numbers, booleans are not.
+
+    Args:
+        field: The name of the argument, for the message.
+        value: What the caller passed.
+        least: The smallest number allowed.
+        most: The largest number allowed; no limit when None.
+
+    Raises:
+        ValueError: It is not a whole number, or outside of the limits.
+    """
+    try:
+        number = None if isinstance(value, bool) else operator.index(value)
+    except TypeError:
+        number = None
+    if number is None or number < least or (most is not None and number > most):
+        span = f"of at least {least}" if most is None else f"from {least} to {most}"
+        raise bad_input(f"{field} must be a whole number {span}", value, f"Correct {field}")
+    return number
+
+
+def warn_once(message: str, *, stacklevel: int = 3) -> None:
+    """Issues a ``UserWarning`` the first time that this message comes up in the process.
+
+    Args:
+        message: The warning.
+        stacklevel: As in `warnings.warn`, counted from here: 2 is the caller, 3 (the default) is whoever called it.
+    """
+    if message not in _said:
+        _said.add(message)
+        warnings.warn(message, UserWarning, stacklevel=stacklevel)
+
+
+def log_once(message: str) -> None:
+    """Logs a warning the first time that this message comes up in the process."""
+    if message not in _said:
+        _said.add(message)
+        logger.warning(message)

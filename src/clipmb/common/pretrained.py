@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import os
 from collections.abc import Iterable, Mapping
 from typing import Any, ClassVar
@@ -11,20 +10,12 @@ import numpy as np
 
 from clipmb.common.checkpoint import OwnArrays, fit, formats, write_safetensors
 from clipmb.common.config import CONFIG_NAME, BaseConfig
-from clipmb.common.errors import CheckpointError, bad_input, one_of
+from clipmb.common.dtypes import DTYPES
+from clipmb.common.errors import CheckpointError, bad_input, log_once, logger, one_of
+from clipmb.common.former import check_saving, drop_unneeded
 from clipmb.common.hub import Source
 from clipmb.common.parameters import Spec, specs
-from clipmb.common.saving import Transaction, check_former
-
-logger = logging.getLogger("clipmb")
-_told: set[str] = set()  # the sources whose format was already remarked on
-
-DTYPES = ("float32", "float16", "bfloat16", "float64")
-# Options of the former libraries that chose among file formats or loaders; there is one loader now, which needs none.
-_UNNEEDED = (
-    "from_pt", "from_tf", "from_flax", "use_safetensors", "weights_only", "low_cpu_mem_usage", "trust_remote_code",
-    "_fast_init", "_from_auto", "_from_pipeline", "_commit_hash",
-)  # fmt: skip
+from clipmb.common.saving import Transaction
 
 
 class PretrainedMixin:
@@ -92,8 +83,7 @@ class PretrainedMixin:
             TypeError: An option is unknown.
         """
         name_or_path = pretrained_model_name_or_path
-        for name in _UNNEEDED:
-            options.pop(name, None)
+        drop_unneeded(options)
         dtype = normal_dtype(torch_dtype if dtype is None else dtype, cls.__name__)
         source = None if name_or_path is None else Source.of(name_or_path, options)
         tensors: Mapping[str, np.ndarray] | None = None
@@ -170,14 +160,14 @@ class PretrainedMixin:
             save_directory: Where; made when it is missing.
             max_shard_size: Files larger than this are split and given an index.
             variant: Write ``model.<variant>.safetensors``.
-            **options: ``params`` in Flax, and those of `clipmb.common.saving.check_former`.
+            **options: ``params`` in Flax, and those of `clipmb.common.former.check_saving`.
 
         Raises:
             ValueError: ``safe_serialization=False`` or ``push_to_hub=True`` was asked for, or the folder is a file.
             TypeError: An option is unknown.
         """
         params = {name: options.pop(name) for name in self.save_options if name in options}
-        check_former(options)
+        check_saving(options)
         arrays = self._to_arrays(**params)
         content = config_text(self.config, self.head, (array.dtype.name for array in arrays.values()))
         with Transaction(save_directory) as save:
@@ -212,14 +202,10 @@ def _weights_and_config(source: Source, variant: str | None) -> tuple[Mapping[st
 def load_weights(source: Source, variant: str | None = None) -> formats.Loaded:
     """Does as `read_weights`, and returns the format, files and config of the weights with them."""
     loaded = formats.load(source, variant)
-    if loaded.format != "safetensors" and str(source) not in _told:
-        _told.add(str(source))
-        logger.warning(
-            "%s has no safetensors; its %s files are read, which is slower. To convert them once: "
-            "clipmb convert %s NEW_FOLDER --to safetensors",
-            source,
-            loaded.format,
-            source,
+    if loaded.format != "safetensors":
+        log_once(
+            f"{source} has no safetensors file; reading its {loaded.format} files instead, which is slower. "
+            f"To convert them once: clipmb convert {source} NEW_FOLDER --to safetensors"
         )
     return loaded
 

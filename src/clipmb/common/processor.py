@@ -10,13 +10,15 @@ from typing import Any, NoReturn
 
 from PIL import Image
 
-from clipmb.common.config import CLIPTextConfig, CLIPVisionConfig, read_json
+from clipmb.common.config import CLIPTextConfig, CLIPVisionConfig
 from clipmb.common.errors import CheckpointError, bad_input
 from clipmb.common.features import BatchFeature
+from clipmb.common.former import check_saving, drop_unneeded
 from clipmb.common.hub import Source
 from clipmb.common.image.pixels import is_array
-from clipmb.common.image.processor import FILE, PROCESSOR_FILE, CLIPImageProcessor, write_json
-from clipmb.common.saving import Transaction, check_former
+from clipmb.common.image.processor import FILE, PROCESSOR_FILE, CLIPImageProcessor
+from clipmb.common.json_files import json_text, read_json
+from clipmb.common.saving import Transaction
 from clipmb.common.text.tokenizer import CLIPTokenizerFast
 
 
@@ -153,8 +155,7 @@ class CLIPProcessor:
         """
         source = Source.of(pretrained_model_name_or_path, kwargs)
         of_images = {name: kwargs.pop(name) for name in list(kwargs) if name in _IMAGE_SETTINGS}
-        for former in ("use_fast", "trust_remote_code", "_from_auto", "_from_pipeline"):
-            kwargs.pop(former, None)
+        drop_unneeded(kwargs)
         return cls(
             CLIPImageProcessor.from_pretrained(source, **of_images), CLIPTokenizerFast.from_pretrained(source, **kwargs)
         )
@@ -175,12 +176,12 @@ class CLIPProcessor:
             save_directory: A folder; made when missing.
             push_to_hub: Refused when true; saving never uploads.
             legacy_serialization: Without effect; the former library's choice between the two layouts.
-            **options: As in `clipmb.common.saving.check_former`.
+            **options: As in `clipmb.common.former.check_saving`.
 
         Returns:
             The paths of the two settings files.
         """
-        check_former({"push_to_hub": push_to_hub, **options})
+        check_saving({"push_to_hub": push_to_hub, **options})
         with Transaction(save_directory) as save:
             self._write(save)
         return [os.path.join(save_directory, name) for name in (FILE, PROCESSOR_FILE)]
@@ -190,9 +191,9 @@ class CLIPProcessor:
         self.tokenizer.save_pretrained(save.path(""))
         save.remove(*_TOKENIZER_FILES)  # those that this tokenizer did not write
         settings = json.loads(self.image_processor.to_json_string()) | {"processor_class": type(self).__name__}
-        save.write(FILE, write_json(settings))
+        save.write(FILE, json_text(settings))
         del settings["processor_class"]
-        save.write(PROCESSOR_FILE, write_json({"image_processor": settings, "processor_class": type(self).__name__}))
+        save.write(PROCESSOR_FILE, json_text({"image_processor": settings, "processor_class": type(self).__name__}))
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}:\n- image_processor: {self.image_processor!r}\n- tokenizer: {self.tokenizer!r}"

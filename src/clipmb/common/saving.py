@@ -9,7 +9,6 @@ import tempfile
 import time
 from pathlib import Path
 from types import TracebackType
-from typing import Any
 
 from clipmb.common.errors import CheckpointError, bad_input
 
@@ -130,24 +129,14 @@ def _umask() -> int:
     return mask
 
 
-def check_former(options: dict[str, Any]) -> None:
-    """Accepts the arguments of the former library's ``save_pretrained`` that ask for what is done anyway.
-
-    ``push_to_hub=False``, ``safe_serialization=True`` and ``is_main_process=True``; ``token`` and ``save_peft_format``
-    without effect.
-
-    Raises:
-        ValueError: ``push_to_hub=True``, since saving never uploads, or the opposite of another.
-        TypeError: An argument is unknown.
-    """
-    fixes = {
-        "push_to_hub": (False, 'Save, then huggingface_hub.upload_folder(repo_id="me/my-clip", folder_path=folder)'),
-        "safe_serialization": (True, "Convert the saved folder"),
-        "is_main_process": (True, "Call it in the main process only"),
-    }
-    for name, value in options.items():
-        if name in fixes and bool(value) is not fixes[name][0]:
-            rule = "Saving writes local files only, weights as safetensors"
-            raise bad_input(rule, f"{name}={value!r}", fixes[name][1], shown=True)
-        if name not in (*fixes, "token", "save_peft_format"):
-            raise bad_input("save_pretrained has no such argument", name, "Leave it out", TypeError)
+def write_atomically(path: Path, content: bytes) -> None:
+    """Replaces one file so that a kill at any moment leaves the old content or the new one."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        with open(temporary, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)

@@ -35,7 +35,7 @@ from jax import Array
 
 from clipmb.common import checks
 from clipmb.common.config import BaseConfig, CLIPConfig, CLIPTextConfig, CLIPVisionConfig
-from clipmb.common.errors import bad_input
+from clipmb.common.errors import bad_input, warn_once
 from clipmb.common.outputs import (
     BaseModelOutput,
     BaseModelOutputWithPooling,
@@ -306,7 +306,7 @@ class FlaxCLIPEncoder(nn.Module):
         fused = self.config.attn_implementation != "eager"
         if fused and output_attentions:
             fused = False
-            checks.warn_once(checks.ATTENTIONS_NEED_EAGER)
+            warn_once(checks.ATTENTIONS_NEED_EAGER)
         # JAX's fused attention has no dropout, and its softmax is in float32 even for float64.
         dropout = not deterministic and self.config.attention_dropout > 0
         fused = fused and not dropout and hidden_states.dtype != jnp.float64

@@ -19,7 +19,7 @@ from torch.utils.checkpoint import checkpoint
 
 from clipmb.common import checks
 from clipmb.common.config import BaseConfig, CLIPConfig, CLIPTextConfig, CLIPVisionConfig
-from clipmb.common.errors import bad_input
+from clipmb.common.errors import bad_input, warn_once
 from clipmb.common.outputs import (
     BaseModelOutput,
     BaseModelOutputWithPooling,
@@ -178,7 +178,7 @@ class CLIPEncoder(nn.Module):
         if fused and output_attentions:
             fused = False
             if not torch.compiler.is_compiling():
-                checks.warn_once(checks.ATTENTIONS_NEED_EAGER)
+                warn_once(checks.ATTENTIONS_NEED_EAGER)
         bias = None
         if causal and (attention_mask is not None or not fused):
             bias = attention_bias(attention_mask, hidden_states)

@@ -25,7 +25,7 @@ from tensorflow import Tensor
 
 from clipmb.common import checks
 from clipmb.common.config import BaseConfig, CLIPConfig, CLIPTextConfig, CLIPVisionConfig
-from clipmb.common.errors import bad_input
+from clipmb.common.errors import bad_input, warn_once
 from clipmb.common.outputs import (
     BaseModelOutput,
     BaseModelOutputWithPooling,
@@ -300,7 +300,7 @@ class CLIPEncoder(Module):
         fused = self.config.attn_implementation != "eager"
         if fused and output_attentions:
             fused = False
-            checks.warn_once(checks.ATTENTIONS_NEED_EAGER)
+            warn_once(checks.ATTENTIONS_NEED_EAGER)
         dropout = training and self.config.attention_dropout > 0
         fused = fused and not dropout
         bias = attention_bias(attention_mask, hidden_states) if causal else None

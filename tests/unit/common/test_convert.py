@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 
 import clipmb
 from clipmb import CheckpointError, CLIPConfig, CLIPProcessor, convert
-from clipmb.common import pretrained
+from clipmb.common import errors
 from clipmb.common.checkpoint import fit, formats
 from clipmb.common.convert import RECORD_NAME, check_record
 from clipmb.common.hub import Source
@@ -562,7 +562,7 @@ def test_a_full_disk_leaves_what_was_there(source, tmp_path, format):
 def test_every_backend_reads_every_format_directly(folders, backend, format, caplog):
     folder = folders["CLIPModel", format]
     name = {"pt": "CLIPModel", "tf": "TFCLIPModel", "flax": "FlaxCLIPModel"}[backend]
-    pretrained._told.clear()
+    errors._said.clear()
     for _ in range(2):
         model = getattr(clipmb, name).from_pretrained(folder)
         found = {name: np.asarray(array) for name, array in model._to_arrays().items()}

@@ -422,7 +422,7 @@ def test_gradient_checkpointing_recomputes_every_block(model):
 
 
 def test_attentions_under_fused_attention_fall_back_with_one_warning(tmp_path, monkeypatch):
-    monkeypatch.setattr("clipmb.common.checks._warned", set())
+    monkeypatch.setattr("clipmb.common.errors._said", set())
     model = load(tmp_path)
     inputs = inputs_of("CLIPModel", CONFIG)
     with pytest.warns(UserWarning, match="eager"):

@@ -166,7 +166,7 @@ def test_config_defaults_apply(tmp_path):
 
 
 def test_attentions_under_fused_attention_fall_back_with_one_warning(tmp_path, monkeypatch):
-    monkeypatch.setattr("clipmb.common.checks._warned", set())
+    monkeypatch.setattr("clipmb.common.errors._said", set())
     model = load(tmp_path)
     with pytest.warns(UserWarning, match="eager"):
         first = model(**tensors(), output_attentions=True)

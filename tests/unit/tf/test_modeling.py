@@ -14,7 +14,6 @@ import tensorflow as tf
 from cases import ALL_HEADS, CONFIGS, STRESS, TEXT, VISION, inputs_of, relative
 
 import clipmb.tf
-from clipmb.common import checks
 from clipmb.common.checkpoint.safetensors import map_file
 from clipmb.common.config import CLIPConfig, CLIPTextConfig
 from clipmb.common.outputs import CLIPOutput, ModelOutput
@@ -375,7 +374,7 @@ def test_the_attention_of_a_config_is_kept():
 
 
 def test_attentions_under_fused_attention_warn_once_and_are_computed(model, monkeypatch):
-    monkeypatch.setattr(checks, "_warned", set())
+    monkeypatch.setattr("clipmb.common.errors._said", set())
     with pytest.warns(UserWarning, match="attn_implementation='eager'"):
         output = model(BOTH, output_attentions=True)
     model(BOTH, output_attentions=True)  # a second warning would be an error

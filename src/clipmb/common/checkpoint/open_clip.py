@@ -25,11 +25,11 @@ from clipmb.common.checkpoint.openai import (
 )
 from clipmb.common.checkpoint.pickled import inspect
 from clipmb.common.checkpoint.safetensors import map_file
-from clipmb.common.checkpoint.sharding import to_json
 from clipmb.common.checkpoint.sniffing import kind_of
-from clipmb.common.config import BaseConfig, CLIPConfig, CLIPTextConfig, CLIPVisionConfig, read_json
+from clipmb.common.config import BaseConfig, CLIPConfig, CLIPTextConfig, CLIPVisionConfig
 from clipmb.common.errors import CheckpointError
 from clipmb.common.hub import Source
+from clipmb.common.json_files import json_text, read_json
 from clipmb.common.saving import Transaction
 
 __all__ = ["names_of", "read", "write"]
@@ -270,7 +270,7 @@ def write(
         "interpolation": "bicubic",
         "resize_mode": "shortest",
     }
-    save.write(CONFIG, to_json({"model_cfg": model, "preprocess_cfg": preprocess}))
+    save.write(CONFIG, json_text({"model_cfg": model, "preprocess_cfg": preprocess}))
     return [FILE, CONFIG]
 
 

@@ -16,9 +16,10 @@ import numpy as np
 from clipmb.common.checkpoint.formats import Loaded
 from clipmb.common.checkpoint.pickled import inspect, write_pickle
 from clipmb.common.checkpoint.sniffing import kind_of
-from clipmb.common.config import CONFIG_NAME, BaseConfig, CLIPConfig, read_json
+from clipmb.common.config import CONFIG_NAME, BaseConfig, CLIPConfig
 from clipmb.common.errors import CheckpointError
 from clipmb.common.hub import Source
+from clipmb.common.json_files import read_json
 from clipmb.common.parameters import Spec
 from clipmb.common.saving import Transaction
 

@@ -18,7 +18,6 @@ from clipmb.common.checkpoint.formats import Loaded
 from clipmb.common.checkpoint.names import canonical, dialect_of
 from clipmb.common.checkpoint.openai import is_openai
 from clipmb.common.checkpoint.sharding import parse_size as parse_size
-from clipmb.common.checkpoint.sharding import to_json as to_json
 from clipmb.common.checkpoint.sharding import write_shards
 from clipmb.common.checkpoint.sniffing import read_files
 from clipmb.common.config import BaseConfig

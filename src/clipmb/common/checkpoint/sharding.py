@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Callable, Mapping
 from pathlib import Path, PurePosixPath, PureWindowsPath
@@ -10,9 +9,9 @@ from typing import TypeVar
 
 import numpy as np
 
-from clipmb.common.config import read_json
 from clipmb.common.errors import CheckpointError, bad_input
 from clipmb.common.hub import Source
+from clipmb.common.json_files import json_text, read_json
 from clipmb.common.saving import Transaction
 
 _UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
@@ -113,17 +112,12 @@ def write_shards(
                 f"{prefix}{name}": file for file, shard in zip(files, shards, strict=True) for name in shard
             },
         }
-        save.write(index, to_json(content))
+        save.write(index, json_text(content))
     for file, shard in zip(files, shards, strict=True):
         write(save.path(file), shard)
     old = re.compile(rf"{re.escape(stem)}-\d{{5}}-of-\d{{5}}\.{suffix}")
     save.remove(single, index, *(path.name for path in save.folder.iterdir() if old.fullmatch(path.name)))
     return files
-
-
-def to_json(content: dict) -> str:
-    """Returns the text of a JSON file: indented by 2, sorted, with a newline at its end."""
-    return json.dumps(content, indent=2, sort_keys=True) + "\n"
 
 
 def parse_size(size: int | str) -> int:

@@ -10,7 +10,6 @@ output for good, so orders and choices are drawn from that.
 from __future__ import annotations
 
 import json
-import logging
 import math
 import os
 from collections import Counter, deque
@@ -24,8 +23,9 @@ import numpy as np
 from PIL import Image
 
 from clipmb.common.data.pairs import Pairs
-from clipmb.common.errors import bad_input
+from clipmb.common.errors import bad_input, logger
 from clipmb.common.processor import CLIPProcessor
+from clipmb.common.workers import processors
 
 __all__ = ["Batch", "Batches", "Pairs", "random_resized_crop"]
 
@@ -36,7 +36,6 @@ _MOST_WORKERS = 8
 _LARGE = 1 << 28  # bytes of a batch
 _WINDOW = 1000  # items, of which at most half may be broken
 _MULTIPLE = 8  # of tokens in a row
-_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -221,7 +220,7 @@ class Batches:
         names = [name for name, fine in zip(names, good, strict=True) if fine]
         if long and not self._told:
             self._told = True
-            _log.warning(
+            logger.warning(
                 "Captions of more than %d tokens are cut; the first is that of %s with %d. Each batch counts its own.",
                 self._limit, names[long[0]], len(rows[long[0]]),
             )  # fmt: skip
@@ -371,7 +370,7 @@ class _Ledger:
         if self._path is None:
             for name, error, epoch, _ in new:
                 if epoch is not None:  # the others were logged when they were found
-                    _log.warning("%s is broken and left out: %s", name, error)
+                    logger.warning("%s is broken and left out: %s", name, error)
             return
         lines = [
             json.dumps({"id": name, "error": error, "epoch": epoch, "batch": batch}) + "\n"
@@ -436,8 +435,7 @@ def _picture_size(processor: Any) -> tuple[int, int]:
 
 
 def _cores() -> int:
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return min(cores, _MOST_WORKERS)
+    return min(processors(), _MOST_WORKERS)
 
 
 def _whole(field: str, value: Any, least: int, most: int | None = None) -> int:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import glob
 import itertools
-import logging
 import math
 import os
 import re
@@ -20,13 +19,12 @@ from PIL import Image
 
 from clipmb.common.data.shards import Shard
 from clipmb.common.data.tables import SUFFIXES, Columns, Table
-from clipmb.common.errors import bad_input
+from clipmb.common.errors import bad_input, logger
 from clipmb.common.image import pixels as px
 
 _KNOWN = (*SUFFIXES, ".tar")
 _MOST_FILES = 1_000_000
 _BRACES = re.compile(r"\{([^{}]*)\}")
-_log = logging.getLogger(__name__)
 
 
 class _Source(Protocol):
@@ -105,7 +103,7 @@ class Pairs:
                 raise bad_input(
                     "There must be at least one pair", f"{count} that are none; {first}: {why}", "Mend them", shown=True
                 )
-            _log.warning("%d items are left out; the first, %s: %s", count, first, why)
+            logger.warning("%d items are left out; the first, %s: %s", count, first, why)
         if not len(pairs):
             raise bad_input("There must be at least one pair", f"none in {path}", "Pass other files", shown=True)
         return pairs

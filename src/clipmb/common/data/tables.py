@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import csv
 import json
-import logging
 import threading
 from array import array
 from collections import OrderedDict
@@ -18,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from clipmb.common.data.strings import Strings
-from clipmb.common.errors import bad_input
+from clipmb.common.errors import bad_input, logger
 
 SUFFIXES = (".csv", ".tsv", ".jsonl", ".parquet")
 # What columns and fields are called, the first match wins; upper and lower case are the same.
@@ -30,7 +29,6 @@ NAMES = {
 _REMOTE = ("http://", "https://")
 _LARGEST_GROUP = 1 << 30  # bytes of pictures in a row group of a Parquet file
 _KEPT = 1 << 28  # bytes of row groups that are kept in memory
-_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -153,7 +151,7 @@ class Table:
         self._order = np.argsort(of, kind="stable")
         self._starts = np.searchsorted(of[self._order], np.arange(len(self) + 1))
         if len(self) < rows - len(self.left_out):
-            _log.info("%s: %d rows are %d pictures", path, rows - len(self.left_out), len(self))
+            logger.info("%s: %d rows are %d pictures", path, rows - len(self.left_out), len(self))
 
     def __len__(self) -> int:
         return len(self._labels)

@@ -11,7 +11,6 @@ import binascii
 import contextlib
 import functools
 import io
-import logging
 import os
 from collections.abc import Callable, Iterator
 from typing import Any, cast
@@ -19,12 +18,11 @@ from typing import Any, cast
 import numpy as np
 from PIL import Image, ImageOps
 
-from clipmb.common.errors import bad_input, one_of
+from clipmb.common.errors import bad_input, log_once, one_of
 from clipmb.common.features import to_numpy
 
 FIRST, LAST = "channels_first", "channels_last"
 _STRAIGHT = {"La": "LA"}  # Pillow has no direct conversion to RGB for these modes
-_log = logging.getLogger(__name__)
 
 
 # ---- reading ---------------------------------------------------------------------------------------------------------
@@ -134,7 +132,7 @@ def infer(name: str, shape: tuple[int, ...], ambiguous: str) -> str:
     """Infers an array's layout from an axis of 1 or 3 channels; ``ambiguous`` is the answer when two fit."""
     first, last = shape[0] in (1, 3), shape[2] in (1, 3)
     if first and last:
-        warn_once(f"An array of shape {shape} is read as {ambiguous}. If this is wrong, pass input_data_format=.")
+        log_once(f"An array of shape {shape} is read as {ambiguous}. If this is wrong, pass input_data_format=.")
         return ambiguous
     if not first and not last:
         raise bad_input(
@@ -156,12 +154,6 @@ def layout_of_first(item: Any) -> str:
 def is_scaled(array: np.ndarray) -> bool:
     """Whether the values look as if they were divided by 255 already."""
     return array.dtype != np.uint8 and bool(array.min() >= 0 and array.max() <= 1)
-
-
-@functools.lru_cache(maxsize=64)
-def warn_once(message: str) -> None:
-    """Logs a message the first time it comes up."""
-    _log.warning(message)
 
 
 # ---- geometry: [channels, height, width] in and out ------------------------------------------------------------------

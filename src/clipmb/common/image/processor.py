@@ -9,8 +9,6 @@ Source: the arithmetic follows ``CLIPImageProcessor`` of transformers 4.57.6, ag
 from __future__ import annotations
 
 import copy
-import json
-import logging
 import os
 import warnings
 from collections.abc import Collection, Iterable, Mapping
@@ -22,11 +20,14 @@ from typing import Any, cast
 import numpy as np
 from PIL import Image
 
-from clipmb.common.errors import CheckpointError, bad_input, one_of
+from clipmb.common.errors import bad_input, log_once, logger, one_of
 from clipmb.common.features import BatchFeature, check_tensor_type
+from clipmb.common.former import check_saving
 from clipmb.common.hub import Source
 from clipmb.common.image import pixels as px
-from clipmb.common.saving import Transaction, check_former
+from clipmb.common.json_files import json_text, read_json
+from clipmb.common.saving import Transaction
+from clipmb.common.workers import processors
 
 OPENAI_CLIP_MEAN = [0.48145466, 0.4578275, 0.40821073]
 OPENAI_CLIP_STD = [0.26862954, 0.26130258, 0.27577711]
@@ -42,7 +43,6 @@ _SIZE_KEYS = (
     {"max_height", "max_width"},
 )
 _MOST_WORKERS = 8
-_log = logging.getLogger(__name__)
 
 
 class CLIPImageProcessor:
@@ -287,12 +287,12 @@ class CLIPImageProcessor:
         if return_unused:
             return processor, unused
         if unused:
-            _log.warning("CLIPImageProcessor has no settings %s; they are ignored.", sorted(unused))
+            logger.warning("CLIPImageProcessor has no settings %s; they are ignored.", sorted(unused))
         return processor
 
     def to_json_string(self) -> str:
         """Returns `to_dict` as JSON."""
-        return write_json(self.to_dict())
+        return json_text(self.to_dict())
 
     def to_json_file(self, json_file_path: str | os.PathLike[str]) -> None:
         """Writes `to_json_string` to a file."""
@@ -335,9 +335,9 @@ class CLIPImageProcessor:
     ) -> list[str]:
         """Writes preprocessor_config.json into a folder, and returns its path in a list.
 
-        Options are those of `clipmb.common.saving.check_former`.
+        Options are those of `clipmb.common.former.check_saving`.
         """
-        check_former({"push_to_hub": push_to_hub, **options})
+        check_saving({"push_to_hub": push_to_hub, **options})
         with Transaction(save_directory) as save:
             self._write(save)
         return [os.path.join(save_directory, FILE)]
@@ -348,7 +348,7 @@ class CLIPImageProcessor:
         beside = save.folder / PROCESSOR_FILE
         if beside.is_file() and "image_processor" in (whole := read_json(beside)):
             whole["image_processor"] = self.to_dict()
-            save.write(PROCESSOR_FILE, write_json(whole))
+            save.write(PROCESSOR_FILE, json_text(whole))
 
     def __repr__(self) -> str:
         return f"{type(self).__name__} {self.to_json_string()}"
@@ -408,7 +408,7 @@ class _Work:
             layout = layout or px.infer(name, array.shape, ambiguous)
             pixels = array if layout == px.FIRST else array.transpose(2, 0, 1)
             if index == 0 and self.factor is not None and px.is_scaled(array):
-                px.warn_once(
+                log_once(
                     "The values of the first image lie between 0 and 1, as if they were rescaled already. "
                     "If so, pass do_rescale=False."
                 )
@@ -510,34 +510,7 @@ def _workers(wanted: int | None, items: list[Any]) -> int:
     undecoded = [id(item) for item in items if px.pending(item)]
     if len(set(undecoded)) < len(undecoded):  # two threads must not decode the same object
         return 1
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return min(wanted or min(cores, _MOST_WORKERS), len(items))
+    return min(wanted or min(processors(), _MOST_WORKERS), len(items))
 
 
 # ---- files -----------------------------------------------------------------------------------------------------------
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """Reads a JSON object.
-
-    Raises:
-        CheckpointError: The file holds something else.
-    """
-    try:
-        content = json.loads(path.read_text("utf-8"))
-    except ValueError as error:
-        raise CheckpointError(f"{path} is not valid JSON: {error}. Save or download it again.") from error
-    if not isinstance(content, dict):
-        raise CheckpointError(f"{path} must hold a JSON object, not a {type(content).__name__}.")
-    return content
-
-
-def write_json(content: dict[str, Any]) -> str:
-    """Returns the text of a settings file: sorted, two spaces, numpy values as numbers and lists."""
-
-    def plain(value: Any) -> Any:
-        if isinstance(value, np.ndarray | np.generic):
-            return value.tolist()
-        raise bad_input("Settings must be JSON values", value, "Remove this attribute before saving", TypeError)
-
-    return json.dumps(content, indent=2, sort_keys=True, default=plain) + "\n"

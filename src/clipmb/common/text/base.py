@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -12,15 +11,16 @@ import numpy as np
 
 from clipmb.common.errors import CheckpointError, bad_input, one_of
 from clipmb.common.features import to_numpy
+from clipmb.common.former import check_saving, drop_unneeded
 from clipmb.common.hub import Source
-from clipmb.common.saving import Transaction, check_former
+from clipmb.common.json_files import json_text, read_json
+from clipmb.common.saving import Transaction
 from clipmb.common.text.engine import AddedToken, Engine
 from clipmb.common.text.rows import NO_LIMIT
 from clipmb.common.text.vocabulary import (
     SUFFIX,
     Vocabulary,
     official,
-    read_json,
     read_tokenizer_json,
     symbol_bytes,
     tokenizer_json,
@@ -466,8 +466,7 @@ class Tokens:
             CheckpointError: The files cannot be had or read.
         """
         source = Source.of(pretrained_model_name_or_path, kwargs)
-        for former in ("use_fast", "from_slow", "trust_remote_code", "_from_auto", "_commit_hash"):
-            kwargs.pop(former, None)
+        drop_unneeded(kwargs)
         config = _optional_json(source, "tokenizer_config.json")
         files = cls._files(source)
         merged: dict[str, Any] = {}
@@ -547,14 +546,14 @@ class Tokens:
         bos, eos = self.bos_token or "<|startoftext|>", self.eos_token or "<|endoftext|>"
         ends = [(token, self.convert_tokens_to_ids(token)) for token in (bos, eos)]
         files = {
-            "tokenizer_config.json": _dump(self._config()),
-            "special_tokens_map.json": _dump(special),
+            "tokenizer_config.json": json_text(self._config(), ascii=False),
+            "special_tokens_map.json": json_text(special, ascii=False),
             "vocab.json": self._vocabulary.vocab_json(),
             "merges.txt": self._vocabulary.merges_txt(),
             "tokenizer.json": tokenizer_json(self._vocabulary, added, ends[0], ends[1], self.unk_token),
         }
         if beyond:
-            files["added_tokens.json"] = _dump(beyond)
+            files["added_tokens.json"] = json_text(beyond, ascii=False)
         prefix = f"{filename_prefix}-" if filename_prefix else ""
         return {prefix + name: content for name, content in files.items()}
 
@@ -566,13 +565,13 @@ class Tokens:
         Args:
             save_directory: A folder; made when missing. All files are replaced at once.
             filename_prefix: Goes before each file's name, with a hyphen.
-            **kwargs: ``legacy_format``, without effect, and those of `clipmb.common.saving.check_former`.
+            **kwargs: ``legacy_format``, without effect, and those of `clipmb.common.former.check_saving`.
 
         Returns:
             The paths written.
         """
         kwargs.pop("legacy_format", None)
-        check_former(kwargs)
+        check_saving(kwargs)
         files = self._written(filename_prefix)
         with Transaction(save_directory) as save:
             for name, content in files.items():
@@ -628,7 +627,3 @@ def _flat_ids(ids: Any) -> list[int]:
 def _optional_json(source: Source, name: str) -> dict[str, Any]:
     path = source.find(name)
     return {} if path is None else read_json(path)
-
-
-def _dump(content: Any) -> str:
-    return json.dumps(content, indent=2, sort_keys=True, ensure_ascii=False) + "\n"

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from clipmb.common.errors import CheckpointError
+from clipmb.common.json_files import read_json
 
 SUFFIX = "</w>"
 MAX_MERGES = 49152 - 256 - 2  # as CLIP's first release and every one since
@@ -209,21 +210,6 @@ def read_text(path: str | Path) -> str:
         return Path(path).read_text("utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise CheckpointError(f"{path} cannot be read: {error}") from error
-
-
-def read_json(path: str | Path) -> dict[str, Any]:
-    """Reads a JSON file that holds an object.
-
-    Raises:
-        CheckpointError: It cannot be read or holds something else.
-    """
-    try:
-        content = json.loads(read_text(path))
-    except (json.JSONDecodeError, RecursionError) as error:
-        raise CheckpointError(f"{path} is not valid JSON: {error}") from error
-    if not isinstance(content, dict):
-        raise CheckpointError(f"{path} must hold a JSON object, but holds {type(content).__name__}.")
-    return content
 
 
 def _merge_lines(text: str) -> list[str]:

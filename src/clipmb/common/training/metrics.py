@@ -10,7 +10,6 @@ import importlib
 import importlib.util
 import io
 import json
-import logging
 import math
 import os
 import socket
@@ -22,13 +21,13 @@ from typing import Any
 
 import numpy as np
 
-from clipmb.common.errors import bad_input
+from clipmb.common.errors import bad_input, logger
+from clipmb.common.saving import write_atomically
 
 METRICS_NAME = "metrics.jsonl"
 CURVES_NAME = "curves.png"
 TENSORBOARD_NAME = "tensorboard"
 
-_log = logging.getLogger(__name__)
 
 # The curves in their order; others follow under their own names.
 _TITLES = {
@@ -74,7 +73,7 @@ class Metrics:
         kept = [line for line, values in _lines(path) if values["step"] <= step] if step else []
         content = b"".join(line + b"\n" for line in kept)
         if not path.is_file() or path.read_bytes() != content:
-            _replace(path, content)
+            write_atomically(path, content)
         self._file = open(path, "ab")  # noqa: SIM115 - close() closes it
         self._events = _Events.open(self.folder / TENSORBOARD_NAME, step)
 
@@ -172,7 +171,7 @@ def draw(folder: str | os.PathLike[str]) -> Path:
     content = io.BytesIO()
     figure.savefig(content, format="png")
     path = Path(folder) / CURVES_NAME
-    _replace(path, content.getvalue())
+    write_atomically(path, content.getvalue())
     return path
 
 
@@ -306,7 +305,7 @@ class _Events:
         try:
             return cls(folder, step)
         except Exception as error:  # its protocol buffers refuse other versions with errors of their own
-            _log.warning("No TensorBoard files are written: %s: %s", type(error).__name__, error)
+            logger.warning("No TensorBoard files are written: %s: %s", type(error).__name__, error)
             return None
 
     def write(self, step: int, values: dict[str, float]) -> None:
@@ -369,16 +368,3 @@ def _plain(value: Any, name: str) -> Any:
     if getattr(value, "shape", None) == () and hasattr(value, "item"):
         return _plain(value.item(), name)
     raise bad_input(f"{name} must be a number, a text, a list or a mapping", value, "Convert it", TypeError)
-
-
-def _replace(path: Path, content: bytes) -> None:
-    """Writes a file so that a kill leaves the old one or the new one."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        with open(temporary, "wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)

@@ -1,0 +1,43 @@
+"""Arguments of transformers 4 that are accepted where what they ask for is what happens anyway."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from clipmb.common.errors import bad_input
+
+# Arguments of from_pretrained that chose among files, loaders or servers; there is one loader here, which needs none.
+_UNNEEDED = (
+    "from_pt", "from_tf", "from_flax", "use_safetensors", "weights_only", "low_cpu_mem_usage", "trust_remote_code",
+    "use_fast", "from_slow", "resume_download", "proxies", "use_auth_token", "_fast_init", "_from_auto",
+    "_from_pipeline", "_commit_hash",
+)  # fmt: skip
+
+
+def drop_unneeded(options: dict[str, Any]) -> None:
+    """Takes the arguments of transformers 4's ``from_pretrained`` that have no effect here out of ``options``."""
+    for name in _UNNEEDED:
+        options.pop(name, None)
+
+
+def check_saving(options: dict[str, Any]) -> None:
+    """Accepts the arguments of transformers 4's ``save_pretrained`` that ask for what is done anyway.
+
+    ``push_to_hub=False``, ``safe_serialization=True`` and ``is_main_process=True``; ``token`` and ``save_peft_format``
+    without effect.
+
+    Raises:
+        ValueError: ``push_to_hub=True``, since saving never uploads, or the opposite of another.
+        TypeError: An argument is unknown.
+    """
+    fixes = {
+        "push_to_hub": (False, 'Save, then huggingface_hub.upload_folder(repo_id="me/my-clip", folder_path=folder)'),
+        "safe_serialization": (True, "Convert the saved folder"),
+        "is_main_process": (True, "Call it in the main process only"),
+    }
+    for name, value in options.items():
+        if name in fixes and bool(value) is not fixes[name][0]:
+            rule = "Saving writes local files only, weights as safetensors"
+            raise bad_input(rule, f"{name}={value!r}", fixes[name][1], shown=True)
+        if name not in (*fixes, "token", "save_peft_format"):
+            raise bad_input("save_pretrained has no such argument", name, "Leave it out", TypeError)

@@ -1,0 +1,10 @@
+"""How many threads or processes work at once."""
+
+from __future__ import annotations
+
+import os
+
+
+def processors() -> int:
+    """Returns the number of processors that this process may use, which may be fewer than the machine has."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
