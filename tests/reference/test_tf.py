@@ -17,6 +17,7 @@ import transformers  # isort: skip
 from clipmb.common.config import ACTIVATIONS, CLIPConfig
 from clipmb.common.parameters import KINDS, specs
 from clipmb.pt import modeling as pt_modeling
+from clipmb.tf import layers as tf_layers
 from clipmb.tf import modeling as tf_modeling
 
 pytestmark = pytest.mark.filterwarnings(
@@ -111,12 +112,12 @@ def test_interpolation_alone_equals_pytorch():
     """Also in graphs of unknown size, with and without XLA."""
     table = np.random.default_rng(0).normal(size=(50, 8))
     signature = [tf.TensorSpec((50, 8), tf.float64), tf.TensorSpec((), tf.int32), tf.TensorSpec((), tf.int32)]
-    graph = tf.function(tf_modeling.interpolate_positions, input_signature=signature)
+    graph = tf.function(tf_layers.interpolate_positions, input_signature=signature)
     for rows, columns in ((7, 7), (7, 8), (14, 14), (1, 1), (3, 20), (50, 9)):
         expected = pt_modeling.interpolate_positions(torch.from_numpy(table), rows, columns)
-        assert relative(tf_modeling.interpolate_positions(tf.constant(table), rows, columns), expected) < 1e-14
+        assert relative(tf_layers.interpolate_positions(tf.constant(table), rows, columns), expected) < 1e-14
         assert relative(graph(table, rows, columns), expected) < 1e-14
-        xla = tf.function(lambda x, r=rows, c=columns: tf_modeling.interpolate_positions(x, r, c), jit_compile=True)
+        xla = tf.function(lambda x, r=rows, c=columns: tf_layers.interpolate_positions(x, r, c), jit_compile=True)
         assert relative(xla(tf.constant(table)), expected) < 1e-14
 
 
@@ -124,7 +125,7 @@ def test_interpolation_alone_equals_pytorch():
 def test_activations_equal_pytorch(name):
     x = np.concatenate([np.linspace(-12, 12, 2001), [-1e3, 1e3]])
     for dtype, bound in (("float64", 1e-15), ("float32", 3e-7)):
-        ours = tf_modeling.ACTIVATIONS[name](tf.constant(x, dtype))
+        ours = tf_layers.ACTIVATIONS[name](tf.constant(x, dtype))
         theirs = pt_modeling.ACTIVATIONS[name](torch.tensor(x, dtype=getattr(torch, dtype)))
         assert ours.dtype == dtype
         assert relative(ours[:-2], theirs[:-2]) <= bound

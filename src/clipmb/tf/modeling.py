@@ -37,6 +37,18 @@ from clipmb.common.outputs import (
 )
 from clipmb.common.parameters import KINDS, Spec, specs
 from clipmb.common.pretrained import PretrainedMixin
+from clipmb.tf.layers import (
+    ACTIVATIONS,
+    Convolution,
+    LayerNorm,
+    Linear,
+    Module,
+    check_range,
+    interpolate_positions,
+    look_up,
+    statistics_dtype,
+)
+from clipmb.tf.losses import classification_loss, contrastive_loss, normalize
 from clipmb.tf.tensors import bind, distribution, given, initializer, plain_errors, to_tensor, unpacking
 
 for _type in ModelOutput.types:
@@ -46,152 +58,6 @@ for _type in ModelOutput.types:
         lambda keys, values, _type=_type: _type(zip(keys, values, strict=True)),
         namespace="keras",
     )
-
-
-def statistics(dtype: tf.DType) -> tf.DType:
-    """The dtype for sums over many numbers and for special functions: at least float32."""
-    return tf.float32 if dtype.size < 4 else dtype
-
-
-def quick_gelu(x: Tensor) -> Tensor:
-    """X * sigmoid(1.702 x), where 1.702 is not rounded to 16 bits."""
-    wide = tf.cast(x, statistics(x.dtype))
-    return tf.cast(wide * tf.sigmoid(1.702 * wide), x.dtype)
-
-
-def gelu(x: Tensor) -> Tensor:
-    """The exact one. ``tf.nn.gelu`` rounds its constants to float32, also in float64."""
-    wide = tf.cast(x, statistics(x.dtype))
-    return tf.cast(0.5 * wide * (1 + tf.math.erf(wide * 0.5**0.5)), x.dtype)
-
-
-def gelu_tanh(x: Tensor) -> Tensor:
-    """Its approximation by the hyperbolic tangent."""
-    wide = tf.cast(x, statistics(x.dtype))
-    inner = (2 / math.pi) ** 0.5 * (wide + 0.044715 * wide * wide * wide)
-    return tf.cast(0.5 * wide * (1 + tf.tanh(inner)), x.dtype)
-
-
-ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
-    "gelu": gelu,
-    "gelu_10": lambda x: tf.clip_by_value(gelu(x), -10, 10),
-    "gelu_accurate": gelu_tanh,
-    "gelu_fast": lambda x: 0.5 * x * (1 + tf.tanh(x * 0.7978845608 * (1 + 0.044715 * x * x))),
-    "gelu_new": gelu_tanh,
-    "gelu_python": gelu,
-    "gelu_python_tanh": gelu_tanh,
-    "gelu_pytorch_tanh": gelu_tanh,
-    "laplace": lambda x: 0.5 * (1 + tf.math.erf((x - 0.707107) / (0.282095 * 2.0**0.5))),
-    "leaky_relu": lambda x: tf.maximum(x, 0.01 * x),  # tf.nn.leaky_relu rounds its slope to float32
-    "linear": lambda x: x,
-    "mish": lambda x: x * tf.tanh(tf.nn.softplus(x)),
-    "quick_gelu": quick_gelu,
-    "relu": tf.nn.relu,
-    "relu2": lambda x: tf.square(tf.nn.relu(x)),
-    "relu6": tf.nn.relu6,
-    "sigmoid": tf.sigmoid,
-    "silu": tf.nn.silu,
-    "swish": tf.nn.silu,
-    "tanh": tf.tanh,
-}
-
-
-class Module(keras.layers.Layer):
-    """A layer that builds its parts with itself, so that all weights exist before the first call."""
-
-    def build(self, input_shape: Any = None) -> None:
-        """Creates the weights of every part."""
-        for part in self._flatten_layers(include_self=False, recursive=False):
-            if not part.built:
-                part.build()
-
-
-class Linear(keras.layers.Dense):
-    """A dense layer that knows its input width."""
-
-    def __init__(self, inputs: int, units: int, **kwargs: Any) -> None:
-        super().__init__(units, **kwargs)
-        self.inputs = inputs
-
-    def build(self, input_shape: Any = None) -> None:
-        """Creates kernel (inputs, units) and bias (units,)."""
-        super().build((None, self.inputs))
-
-    def call(self, inputs: Tensor) -> Tensor:
-        """(…, inputs) to (…, units), as a product of two matrices.
-
-        The bias comes after the reshape, where graphs do not fuse it: oneDNN's fused kernel is slower for few rows, and
-        in 16 bits rounds once where eager execution rounds twice.
-        """
-        shape = (*keras.ops.shape(inputs)[:-1], self.units)
-        outputs = tf.reshape(tf.matmul(tf.reshape(inputs, (-1, self.inputs)), self.kernel), shape)
-        return tf.nn.bias_add(outputs, self.bias) if self.use_bias else outputs
-
-
-class Embedding(keras.layers.Embedding):
-    """A table of which ids outside are never looked up silently."""
-
-    def call(self, ids: Tensor, field: str) -> Tensor:
-        """(batch, seq) to (batch, seq, width); ``field`` names the ids in errors."""
-        with plain_errors():
-            check_range(ids, self.input_dim, field)
-        if tf.executing_eagerly():
-            return super().call(ids)
-        inside = (ids >= 0) & (ids < self.input_dim)
-        embedded = super().call(tf.where(inside, ids, 0))  # so that no kernel raises before the check does
-        return tf.where(inside[..., None], embedded, tf.constant(np.nan, embedded.dtype))  # for XLA, which cannot raise
-
-
-def check_range(ids: Tensor, size: int, field: str) -> None:
-    """Raises for ids outside [0, size): a ValueError eagerly, an InvalidArgumentError in a graph, nothing under XLA."""
-    checks.check_integers(ids, field)
-    if tf.executing_eagerly():
-        checks.check_ids(ids.numpy(), size, field)
-    else:
-        message = f"{field} must lie in [0, {size}). Received:"
-        tf.debugging.Assert(tf.reduce_all((ids >= 0) & (ids < size)), [message, ids], summarize=16)
-
-
-class Convolution(keras.layers.Layer):
-    """The convolution that embeds patches, which do not overlap: one product of matrices."""
-
-    def __init__(self, channels: int, filters: int, size: int, **kwargs: Any) -> None:
-        super().__init__(**kwargs)
-        self.shape = (size, size, channels, filters)
-
-    def build(self, input_shape: Any = None) -> None:
-        """Creates the kernel (size, size, channels, filters)."""
-        self.kernel = self.add_weight(shape=self.shape, initializer=self.kernel_initializer, name="kernel")
-
-    def call(self, pixel_values: Tensor) -> Tensor:
-        """(batch, channels, height, width) to (batch, rows, columns, filters); what is left of a patch is not seen."""
-        size, _, channels, filters = self.shape
-        batch, _, height, width = keras.ops.shape(pixel_values)
-        rows, columns = height // size, width // size
-        pixel_values = pixel_values[:, :, : rows * size, : columns * size]
-        patches = tf.reshape(pixel_values, (batch, channels, rows, size, columns, size))
-        patches = tf.reshape(tf.transpose(patches, (0, 2, 4, 3, 5, 1)), (-1, size * size * channels))
-        return tf.reshape(tf.matmul(patches, tf.reshape(self.kernel, (-1, filters))), (batch, rows, columns, filters))
-
-
-class LayerNorm(keras.layers.LayerNormalization):
-    """Layer norm over the last axis; statistics in at least float32, as squares of differences from the mean."""
-
-    def __init__(self, width: int, eps: float, **kwargs: Any) -> None:
-        super().__init__(epsilon=eps, **kwargs)
-        self.width = width
-
-    def build(self, input_shape: Any = None) -> None:
-        """Creates gamma (width,) and beta (width,)."""
-        super().build((None, self.width))
-
-    def call(self, hidden_states: Tensor) -> Tensor:
-        """(…, width) to the same, in the compute dtype."""
-        x = tf.cast(hidden_states, statistics(hidden_states.dtype))
-        centred = x - tf.reduce_mean(x, axis=-1, keepdims=True)
-        variance = tf.reduce_mean(tf.square(centred), axis=-1, keepdims=True)
-        gamma, beta = tf.cast(self.gamma, x.dtype), tf.cast(self.beta, x.dtype)
-        return tf.cast(centred * tf.math.rsqrt(variance + self.epsilon) * gamma + beta, self.compute_dtype)
 
 
 class CLIPAttention(Module):
@@ -223,12 +89,12 @@ class CLIPAttention(Module):
         value = tf.transpose(tf.reshape(self.v_proj(hidden_states), split), (0, 2, 1, 3))
         scores = tf.matmul(query, key, transpose_b=True)  # (batch, heads, seq, seq); faster than einsum
         if fused:
-            scores = tf.cast(scores, statistics(scores.dtype))
+            scores = tf.cast(scores, statistics_dtype(scores.dtype))
         # Not times the reciprocal: oneDNN would fuse product, factor and bias into a kernel that takes 20 times longer.
         scores = scores / math.sqrt(self.head_dim)
         if bias is not None:
             scores = scores + tf.cast(bias, scores.dtype)
-        weights = tf.nn.softmax(tf.cast(scores, statistics(scores.dtype)), axis=-1)
+        weights = tf.nn.softmax(tf.cast(scores, statistics_dtype(scores.dtype)), axis=-1)
         weights = tf.cast(weights, query.dtype)
         if seed is not None:
             weights = tf.nn.experimental.stateless_dropout(weights, self.dropout, seed=seed)
@@ -365,17 +231,17 @@ class CLIPTextEmbeddings(Module):
         super().__init__(**kwargs)
         self.config = config
         width, dtype = config.hidden_size, self.dtype_policy
-        self.token_embedding = Embedding(config.vocab_size, width, name="token_embedding", dtype=dtype)
-        self.position_embedding = Embedding(
+        self.token_embedding = keras.layers.Embedding(config.vocab_size, width, name="token_embedding", dtype=dtype)
+        self.position_embedding = keras.layers.Embedding(
             config.max_position_embeddings, width, name="position_embedding", dtype=dtype
         )
 
     def call(self, input_ids: Tensor, position_ids: Tensor | None = None) -> Tensor:
         """(batch, seq) to (batch, seq, width)."""
-        tokens = self.token_embedding(input_ids, field="input_ids")  # (batch, seq, width)
+        tokens = look_up(self.token_embedding, input_ids, "input_ids")  # (batch, seq, width)
         if position_ids is None:
             return tokens + self.position_embedding.embeddings[: keras.ops.shape(input_ids)[1]]
-        return tokens + self.position_embedding(position_ids, field="position_ids")
+        return tokens + look_up(self.position_embedding, position_ids, "position_ids")
 
 
 class CLIPVisionEmbeddings(Module):
@@ -386,7 +252,9 @@ class CLIPVisionEmbeddings(Module):
         self.config = config
         width, size, dtype = config.hidden_size, config.patch_size, self.dtype_policy
         self.patch_embedding = Convolution(config.num_channels, width, size, name="patch_embedding", dtype=dtype)
-        self.position_embedding = Embedding(config.num_patches + 1, width, name="position_embedding", dtype=dtype)
+        self.position_embedding = keras.layers.Embedding(
+            config.num_patches + 1, width, name="position_embedding", dtype=dtype
+        )
 
     def build(self, input_shape: Any = None) -> None:
         """Creates class_embedding (width,) and the weights of every part."""
@@ -407,47 +275,6 @@ class CLIPVisionEmbeddings(Module):
         if interpolate_pos_encoding:
             positions = interpolate_positions(positions, rows, columns)
         return tf.concat([class_token, patches], axis=1) + positions
-
-
-def interpolate_positions(positions: Tensor, rows: int | Tensor, columns: int | Tensor) -> Tensor:
-    """Resizes the grid of position embeddings by bicubic interpolation (a = -0.75, half-pixel centres, no antialias).
-
-    ``tf.image.resize`` has a = -0.5 and drops taps outside the picture, where PyTorch repeats the border.
-
-    Args:
-        positions: (patches + 1, width); the first is that of the class token and stays.
-        rows: Patches from top to bottom; a tensor when it is not known before the call.
-        columns: Patches from left to right, likewise.
-
-    Returns:
-        (rows * columns + 1, width).
-    """
-    side = round((positions.shape[0] - 1) ** 0.5)
-    if isinstance(rows, int) and isinstance(columns, int) and rows == columns == side:
-        return positions
-    dtype = statistics(positions.dtype)
-    grid = tf.reshape(tf.cast(positions[1:], dtype), (side, side, -1))  # (side, side, width)
-    down, across = (tf.cast(bicubic(side, size), dtype) for size in (rows, columns))
-    grid = tf.einsum("ri,cj,ijw->rcw", down, across, grid)  # (rows, columns, width)
-    grid = tf.cast(tf.reshape(grid, (-1, positions.shape[1])), positions.dtype)
-    return tf.concat([positions[:1], grid], axis=0)
-
-
-def bicubic(size: int, new_size: int | Tensor) -> Tensor:
-    """Returns the weights of bicubic interpolation along one axis: (new_size, size) in float64.
-
-    Source: R. Keys, Cubic convolution interpolation for digital image processing, 1981, with PyTorch's a = -0.75.
-    """
-    a = -0.75
-    centres = (tf.range(new_size, dtype=tf.float64) + 0.5) * (size / tf.cast(new_size, tf.float64)) - 0.5
-    first = tf.floor(centres)[:, None]
-    taps = first + tf.constant([-1.0, 0.0, 1.0, 2.0], tf.float64)  # (new_size, 4)
-    x = tf.abs(centres[:, None] - taps)
-    near = ((a + 2) * x - (a + 3)) * x * x + 1
-    far = ((a * x - 5 * a) * x + 8 * a) * x - 4 * a
-    weights = tf.where(x <= 1, near, far)
-    inside = tf.cast(tf.clip_by_value(taps, 0, size - 1), tf.int32)  # the border is repeated
-    return tf.reduce_sum(weights[..., None] * tf.one_hot(inside, size, dtype=tf.float64), axis=1)
 
 
 class CLIPTextTransformer(Module):
@@ -733,7 +560,9 @@ class TFCLIPPreTrainedModel(PretrainedMixin, keras.Model):
         if size != old.input_dim:
             config = self.text_model.config
             config.vocab_size = size
-            new = Embedding(size, old.output_dim, name=old.name, dtype=old.dtype_policy, trainable=old.trainable)
+            new = keras.layers.Embedding(
+                size, old.output_dim, name=old.name, dtype=old.dtype_policy, trainable=old.trainable
+            )
             new.embeddings_initializer = old.embeddings_initializer
             with contextlib.ExitStack() as scopes:
                 for part in old.path.split("/")[:-1]:
@@ -947,32 +776,6 @@ class TFCLIPModel(TFCLIPPreTrainedModel):
 
     def _own_loss(self, y: Any, y_pred: CLIPOutput | tuple) -> Tensor:
         return contrastive_loss(y_pred[-5])  # logits_per_text, whether or not there is a loss before it
-
-
-def normalize(embeds: Tensor) -> Tensor:
-    """Scales rows to unit length; a row of zeros becomes NaN, as formerly."""
-    wide = tf.cast(embeds, statistics(embeds.dtype))
-    return tf.cast(wide / tf.sqrt(tf.reduce_sum(tf.square(wide), axis=-1, keepdims=True)), embeds.dtype)
-
-
-def contrastive_loss(logits_per_text: Tensor) -> Tensor:
-    """Mean of the cross-entropies of text against images and image against texts; (n, n) to (), at least float32.
-
-    Source: CLIP, arXiv 2103.00020, figure 3.
-    """
-    texts, images = keras.ops.shape(logits_per_text)
-    if isinstance(texts, int) and isinstance(images, int) and texts != images:
-        with plain_errors():
-            raise checks.not_square(texts, images)
-    return (
-        _cross_entropy(logits_per_text, tf.range(texts))
-        + _cross_entropy(tf.transpose(logits_per_text), tf.range(images))
-    ) / 2
-
-
-def _cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
-    logits = tf.cast(logits, statistics(logits.dtype))
-    return tf.reduce_mean(tf.nn.sparse_softmax_cross_entropy_with_logits(labels, logits))
 
 
 @keras.saving.register_keras_serializable("clipmb")
@@ -1202,26 +1005,6 @@ class TFCLIPForImageClassification(TFCLIPPreTrainedModel):
     @staticmethod
     def _logits(y_pred: ImageClassifierOutput | tuple) -> Tensor:
         return y_pred[1] if y_pred[0].shape.rank == 0 else y_pred[0]
-
-
-def classification_loss(logits: Tensor, labels: Tensor, config: CLIPConfig) -> Tensor:
-    """The loss of `clipmb.common.checks.loss_kind`, at least float32; cross-entropies leave out labels of -100."""
-    logits = tf.cast(logits, statistics(logits.dtype))
-    with plain_errors():
-        kind = checks.loss_kind(labels, logits, config)
-    if kind == "regression":
-        return tf.reduce_mean(tf.math.squared_difference(tf.squeeze(logits), tf.cast(tf.squeeze(labels), logits.dtype)))
-    if kind == "single_label_classification":
-        labels = tf.reshape(tf.cast(labels, tf.int64), (-1,))
-        kept = labels != -100
-        labels = tf.where(kept, labels, 0)
-        with plain_errors():
-            check_range(labels, config.num_labels, "labels")
-        losses = tf.nn.sparse_softmax_cross_entropy_with_logits(labels, logits)
-        kept = tf.cast(kept, logits.dtype)
-        return tf.reduce_sum(losses * kept) / tf.reduce_sum(kept)
-    labels = tf.reshape(tf.cast(labels, logits.dtype), tf.shape(logits))
-    return tf.reduce_mean(tf.nn.sigmoid_cross_entropy_with_logits(labels, logits))
 
 
 def _default(value: Any, default: Any) -> Any:

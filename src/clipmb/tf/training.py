@@ -32,83 +32,13 @@ from clipmb.common.parameters import KINDS, specs
 from clipmb.common.training.recipe import INITIAL_LOGIT_BIAS, LOGIT_BIAS, MAX_LOGIT_SCALE, Processes, Recipe, decays
 from clipmb.common.training.state import FIRST, SECOND, TrainingState
 from clipmb.tf.engine import Engine
-from clipmb.tf.modeling import TFCLIPModel, normalize
+from clipmb.tf.losses import clip_loss, normalize, siglip_loss
+from clipmb.tf.modeling import TFCLIPModel
 
 POLICIES = {"float32": "float32", "bfloat16": "mixed_bfloat16", "float64": "float64"}  # of Keras, by precision
 _SCALARS = ("logit_scale", LOGIT_BIAS.name)  # the parameters of the loss, which no tower has
 
 _strategy: tf.distribute.Strategy | None = None  # of the run that was started last, if it is for several devices
-
-
-def clip_loss(
-    text_embeds: Tensor,
-    image_embeds: Tensor,
-    logit_scale: Tensor,
-    *,
-    valid: Tensor | None = None,
-    rows: slice | None = None,
-) -> Tensor:
-    """The mean of the cross-entropies of texts against images and of images against texts.
-
-    Source: CLIP, arXiv 2103.00020, figure 3.
-
-    Args:
-        text_embeds: (n, proj), of unit length.
-        image_embeds: (n, proj), of unit length; row i belongs to text i.
-        logit_scale: (), the logarithm of the factor on the cosines.
-        valid: (n,) booleans, False for rows that are padding and count nowhere; all count when None.
-        rows: Only the terms of these rows, so that the losses of disjoint rows add up to that of all; all when None.
-
-    Returns:
-        ().
-    """
-    rows = slice(None) if rows is None else rows
-    targets = tf.range(tf.shape(text_embeds)[0])[rows]
-    terms = []
-    for ours, others in ((text_embeds, image_embeds), (image_embeds, text_embeds)):
-        logits = tf.matmul(tf.exp(logit_scale) * ours[rows], others, transpose_b=True)  # (rows, n)
-        if valid is not None:
-            logits = tf.where(valid, logits, tf.constant(logits.dtype.min / 2, logits.dtype))
-        losses = tf.nn.sparse_softmax_cross_entropy_with_logits(targets, logits)  # (rows,)
-        terms.append(tf.reduce_sum(losses if valid is None else tf.where(valid[rows], losses, 0)))
-    return (terms[0] + terms[1]) / (2 * _count(text_embeds, valid))
-
-
-def siglip_loss(
-    text_embeds: Tensor,
-    image_embeds: Tensor,
-    logit_scale: Tensor,
-    logit_bias: Tensor,
-    *,
-    valid: Tensor | None = None,
-    rows: slice | None = None,
-) -> Tensor:
-    """The sigmoid loss: every text with every image is a binary decision, summed over both and divided by n.
-
-    Source: SigLIP, arXiv 2303.15343, algorithm 1.
-
-    Args:
-        text_embeds: As in `clip_loss`, like the other arguments.
-        image_embeds: As there.
-        logit_scale: As there.
-        logit_bias: (), added to the scaled cosines.
-        valid: As there.
-        rows: As there.
-
-    Returns:
-        ().
-    """
-    rows = slice(None) if rows is None else rows
-    logits = tf.matmul(tf.exp(logit_scale) * text_embeds[rows], image_embeds, transpose_b=True) + logit_bias
-    signs = 2 * tf.eye(tf.shape(text_embeds)[0], dtype=logits.dtype)[rows] - 1  # (rows, n), like logits
-    losses = -tf.math.log_sigmoid(signs * logits)
-    if valid is not None:
-        losses = tf.where(valid[rows][:, None] & valid, losses, 0)
-    return tf.reduce_sum(losses) / _count(text_embeds, valid)
-
-
-def _count(embeds: Tensor, valid: Tensor | None) -> Tensor:
-    return tf.cast(tf.shape(embeds)[0] if valid is None else tf.math.count_nonzero(valid), embeds.dtype)
 
 
 def start_processes(recipe: Recipe) -> Processes:

@@ -19,7 +19,9 @@ from clipmb.common.config import CLIPConfig, CLIPTextConfig
 from clipmb.common.outputs import CLIPOutput, ModelOutput
 from clipmb.common.parameters import specs
 from clipmb.tf.engine import Engine
-from clipmb.tf.modeling import CLIPEncoderLayer, bicubic
+from clipmb.tf.layers import LayerNorm, bicubic_weights
+from clipmb.tf.losses import contrastive_loss, normalize
+from clipmb.tf.modeling import CLIPEncoderLayer
 
 pytestmark = pytest.mark.filterwarnings(
     "ignore:__array__ implementation doesn't accept a copy:DeprecationWarning",  # Keras' variables under numpy 2
@@ -159,8 +161,6 @@ def test_policies_of_keras():
 
 def test_statistics_of_low_precision_are_taken_in_float32():
     """Sums of 4,096 ones in bfloat16 stop at 256, and squares of float16 overflow above 255."""
-    from clipmb.tf.modeling import LayerNorm, contrastive_loss, normalize
-
     norm = LayerNorm(4096, eps=1e-5, dtype="float16")
     norm.gamma_initializer, norm.beta_initializer = "ones", "zeros"
     norm.build()
@@ -438,13 +438,15 @@ def test_interpolated_positions_in_graphs_of_any_size(dtype):
 
 
 def test_bicubic_weights():
-    np.testing.assert_array_equal(bicubic(5, 5), np.eye(5))
+    np.testing.assert_array_equal(bicubic_weights(5, 5), np.eye(5))
     for size, new in ((5, 9), (7, 3), (1, 4)):
-        np.testing.assert_allclose(tf.reduce_sum(bicubic(size, new), axis=1), 1, rtol=1e-14)
-        np.testing.assert_allclose(bicubic(size, new)[::-1, ::-1], bicubic(size, new), rtol=0, atol=1e-14)
+        np.testing.assert_allclose(tf.reduce_sum(bicubic_weights(size, new), axis=1), 1, rtol=1e-14)
+        np.testing.assert_allclose(
+            bicubic_weights(size, new)[::-1, ::-1], bicubic_weights(size, new), rtol=0, atol=1e-14
+        )
     quarter = [-0.10546875, 0.87890625, 0.26171875, -0.03515625]  # the cubic with a = -0.75 a quarter past a point
-    np.testing.assert_array_equal(bicubic(5, 10)[5, 1:], quarter)
-    assert bicubic(5, 10)[1, 0] == quarter[0] + quarter[1]  # the border is repeated
+    np.testing.assert_array_equal(bicubic_weights(5, 10)[5, 1:], quarter)
+    assert bicubic_weights(5, 10)[1, 0] == quarter[0] + quarter[1]  # the border is repeated
 
 
 # Training

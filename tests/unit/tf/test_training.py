@@ -22,7 +22,8 @@ from clipmb import CheckpointError, CLIPConfig, TFCLIPModel
 from clipmb.common.parameters import KINDS
 from clipmb.common.training.recipe import MAX_LOGIT_SCALE, Processes, decays
 from clipmb.common.training.state import TrainingState
-from clipmb.tf.training import Trainer, clip_loss, scope, siglip_loss, start_processes
+from clipmb.tf.losses import clip_loss, siglip_loss
+from clipmb.tf.training import Trainer, scope, start_processes
 
 
 @pytest.fixture(scope="module")

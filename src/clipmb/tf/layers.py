@@ -1,0 +1,204 @@
+"""What the TensorFlow models are made of: activations, layers, look-ups and the interpolation of positions."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import keras
+import numpy as np
+import tensorflow as tf
+from tensorflow import Tensor
+
+from clipmb.common import checks
+from clipmb.tf.tensors import plain_errors
+
+
+def statistics_dtype(dtype: tf.DType) -> tf.DType:
+    """The dtype for sums over many numbers and for special functions: at least float32."""
+    return tf.float32 if dtype.size < 4 else dtype
+
+
+def quick_gelu(x: Tensor) -> Tensor:
+    """X * sigmoid(1.702 x), where 1.702 is not rounded to 16 bits."""
+    wide = tf.cast(x, statistics_dtype(x.dtype))
+    return tf.cast(wide * tf.sigmoid(1.702 * wide), x.dtype)
+
+
+def gelu(x: Tensor) -> Tensor:
+    """The exact one. ``tf.nn.gelu`` rounds its constants to float32, also in float64."""
+    wide = tf.cast(x, statistics_dtype(x.dtype))
+    return tf.cast(0.5 * wide * (1 + tf.math.erf(wide * 0.5**0.5)), x.dtype)
+
+
+def gelu_tanh(x: Tensor) -> Tensor:
+    """Its approximation by the hyperbolic tangent."""
+    wide = tf.cast(x, statistics_dtype(x.dtype))
+    inner = (2 / math.pi) ** 0.5 * (wide + 0.044715 * wide * wide * wide)
+    return tf.cast(0.5 * wide * (1 + tf.tanh(inner)), x.dtype)
+
+
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "gelu": gelu,
+    "gelu_10": lambda x: tf.clip_by_value(gelu(x), -10, 10),
+    "gelu_accurate": gelu_tanh,
+    "gelu_fast": lambda x: 0.5 * x * (1 + tf.tanh(x * 0.7978845608 * (1 + 0.044715 * x * x))),
+    "gelu_new": gelu_tanh,
+    "gelu_python": gelu,
+    "gelu_python_tanh": gelu_tanh,
+    "gelu_pytorch_tanh": gelu_tanh,
+    "laplace": lambda x: 0.5 * (1 + tf.math.erf((x - 0.707107) / (0.282095 * 2.0**0.5))),
+    "leaky_relu": lambda x: tf.maximum(x, 0.01 * x),  # tf.nn.leaky_relu rounds its slope to float32
+    "linear": lambda x: x,
+    "mish": lambda x: x * tf.tanh(tf.nn.softplus(x)),
+    "quick_gelu": quick_gelu,
+    "relu": tf.nn.relu,
+    "relu2": lambda x: tf.square(tf.nn.relu(x)),
+    "relu6": tf.nn.relu6,
+    "sigmoid": tf.sigmoid,
+    "silu": tf.nn.silu,
+    "swish": tf.nn.silu,
+    "tanh": tf.tanh,
+}
+
+
+class Module(keras.layers.Layer):
+    """A layer that builds its parts with itself, so that all weights exist before the first call."""
+
+    def build(self, input_shape: Any = None) -> None:
+        """Creates the weights of every part."""
+        for part in self._flatten_layers(include_self=False, recursive=False):
+            if not part.built:
+                part.build()
+
+
+class Linear(keras.layers.Dense):
+    """A dense layer that knows its input width."""
+
+    def __init__(self, inputs: int, units: int, **kwargs: Any) -> None:
+        super().__init__(units, **kwargs)
+        self.inputs = inputs
+
+    def build(self, input_shape: Any = None) -> None:
+        """Creates kernel (inputs, units) and bias (units,)."""
+        super().build((None, self.inputs))
+
+    def call(self, inputs: Tensor) -> Tensor:
+        """(…, inputs) to (…, units), as a product of two matrices.
+
+        The bias comes after the reshape, where graphs do not fuse it: oneDNN's fused kernel is slower for few rows, and
+        in 16 bits rounds once where eager execution rounds twice.
+        """
+        shape = (*keras.ops.shape(inputs)[:-1], self.units)
+        outputs = tf.reshape(tf.matmul(tf.reshape(inputs, (-1, self.inputs)), self.kernel), shape)
+        return tf.nn.bias_add(outputs, self.bias) if self.use_bias else outputs
+
+
+class Convolution(keras.layers.Layer):
+    """The convolution that embeds patches, which do not overlap: one product of matrices."""
+
+    def __init__(self, channels: int, filters: int, size: int, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.shape = (size, size, channels, filters)
+
+    def build(self, input_shape: Any = None) -> None:
+        """Creates the kernel (size, size, channels, filters)."""
+        self.kernel = self.add_weight(shape=self.shape, initializer=self.kernel_initializer, name="kernel")
+
+    def call(self, pixel_values: Tensor) -> Tensor:
+        """(batch, channels, height, width) to (batch, rows, columns, filters); what is left of a patch is not seen."""
+        size, _, channels, filters = self.shape
+        batch, _, height, width = keras.ops.shape(pixel_values)
+        rows, columns = height // size, width // size
+        pixel_values = pixel_values[:, :, : rows * size, : columns * size]
+        patches = tf.reshape(pixel_values, (batch, channels, rows, size, columns, size))
+        patches = tf.reshape(tf.transpose(patches, (0, 2, 4, 3, 5, 1)), (-1, size * size * channels))
+        return tf.reshape(tf.matmul(patches, tf.reshape(self.kernel, (-1, filters))), (batch, rows, columns, filters))
+
+
+class LayerNorm(keras.layers.LayerNormalization):
+    """Layer norm over the last axis; statistics in at least float32, as squares of differences from the mean."""
+
+    def __init__(self, width: int, eps: float, **kwargs: Any) -> None:
+        super().__init__(epsilon=eps, **kwargs)
+        self.width = width
+
+    def build(self, input_shape: Any = None) -> None:
+        """Creates gamma (width,) and beta (width,)."""
+        super().build((None, self.width))
+
+    def call(self, hidden_states: Tensor) -> Tensor:
+        """(…, width) to the same, in the compute dtype."""
+        x = tf.cast(hidden_states, statistics_dtype(hidden_states.dtype))
+        centred = x - tf.reduce_mean(x, axis=-1, keepdims=True)
+        variance = tf.reduce_mean(tf.square(centred), axis=-1, keepdims=True)
+        gamma, beta = tf.cast(self.gamma, x.dtype), tf.cast(self.beta, x.dtype)
+        return tf.cast(centred * tf.math.rsqrt(variance + self.epsilon) * gamma + beta, self.compute_dtype)
+
+
+def look_up(table: keras.layers.Embedding, ids: Tensor, field: str) -> Tensor:
+    """Looks up ids (batch, seq) in a table: (batch, seq, width). Ids outside raise, and are NaN where XLA cannot raise.
+
+    Raises:
+        TypeError: The ids are not integers.
+        ValueError: Eager ids are outside the table; in a graph an InvalidArgumentError is raised at the call.
+    """
+    with plain_errors():
+        check_range(ids, table.input_dim, field)
+    if tf.executing_eagerly():
+        return table(ids)
+    inside = (ids >= 0) & (ids < table.input_dim)
+    embedded = table(tf.where(inside, ids, 0))  # so that no kernel raises before the check does
+    return tf.where(inside[..., None], embedded, tf.constant(np.nan, embedded.dtype))
+
+
+def check_range(ids: Tensor, size: int, field: str) -> None:
+    """Raises for ids outside [0, size): a ValueError eagerly, an InvalidArgumentError in a graph, nothing under XLA."""
+    checks.check_integers(ids, field)
+    if tf.executing_eagerly():
+        checks.check_ids(ids.numpy(), size, field)
+    else:
+        message = f"{field} must lie in [0, {size}). Received:"
+        tf.debugging.Assert(tf.reduce_all((ids >= 0) & (ids < size)), [message, ids], summarize=16)
+
+
+def bicubic_weights(size: int, new_size: int | Tensor) -> Tensor:
+    """Returns the weights of bicubic interpolation along one axis: (new_size, size) in float64.
+
+    Source: R. Keys, Cubic convolution interpolation for digital image processing, 1981, with PyTorch's a = -0.75.
+    """
+    a = -0.75
+    centres = (tf.range(new_size, dtype=tf.float64) + 0.5) * (size / tf.cast(new_size, tf.float64)) - 0.5
+    first = tf.floor(centres)[:, None]
+    taps = first + tf.constant([-1.0, 0.0, 1.0, 2.0], tf.float64)  # (new_size, 4)
+    x = tf.abs(centres[:, None] - taps)
+    near = ((a + 2) * x - (a + 3)) * x * x + 1
+    far = ((a * x - 5 * a) * x + 8 * a) * x - 4 * a
+    weights = tf.where(x <= 1, near, far)
+    inside = tf.cast(tf.clip_by_value(taps, 0, size - 1), tf.int32)  # the border is repeated
+    return tf.reduce_sum(weights[..., None] * tf.one_hot(inside, size, dtype=tf.float64), axis=1)
+
+
+def interpolate_positions(positions: Tensor, rows: int | Tensor, columns: int | Tensor) -> Tensor:
+    """Resizes the grid of position embeddings by bicubic interpolation (a = -0.75, half-pixel centres, no antialias).
+
+    ``tf.image.resize`` has a = -0.5 and drops taps outside the picture, where PyTorch repeats the border.
+
+    Args:
+        positions: (patches + 1, width); the first is that of the class token and stays.
+        rows: Patches from top to bottom; a tensor when it is not known before the call.
+        columns: Patches from left to right, likewise.
+
+    Returns:
+        (rows * columns + 1, width).
+    """
+    side = round((positions.shape[0] - 1) ** 0.5)
+    if isinstance(rows, int) and isinstance(columns, int) and rows == columns == side:
+        return positions
+    dtype = statistics_dtype(positions.dtype)
+    grid = tf.reshape(tf.cast(positions[1:], dtype), (side, side, -1))  # (side, side, width)
+    down, across = (tf.cast(bicubic_weights(side, size), dtype) for size in (rows, columns))
+    grid = tf.einsum("ri,cj,ijw->rcw", down, across, grid)  # (rows, columns, width)
+    grid = tf.cast(tf.reshape(grid, (-1, positions.shape[1])), positions.dtype)
+    return tf.concat([positions[:1], grid], axis=0)
