@@ -27,7 +27,7 @@ def main() -> int:
     given["max_shard_size"] = given.pop("shard_size")
     check = None
     if given.pop("verify"):
-        from clipmb.testing import verify_conversion as check
+        from clipmb.verification import verify_conversion as check
     try:
         done = convert(**given, progress=True, check=check)
     except (ClipmbError, ValueError, OSError, ImportError) as error:

@@ -34,7 +34,9 @@ _PUBLIC = {
 }  # fmt: skip
 _MODULE_OF = {name: module for module, names in _PUBLIC.items() for name in names}
 
-_SUBMODULES = ("backends", "common", "evaluation", "flax", "pipeline", "pt", "testing", "tf", "training")
+_SUBMODULES = (
+    "backends", "common", "doctor", "evaluation", "flax", "pipeline", "pt", "testing", "tf", "training", "verification",
+)  # fmt: skip
 
 # Without the models, so that `from clipmb import *` imports no framework.
 __all__ = ["__version__", *sorted(name for name, module in _MODULE_OF.items() if ".common." in module)]

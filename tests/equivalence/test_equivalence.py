@@ -41,7 +41,7 @@ from clipmb.common.hub import Source
 from clipmb.common.parameters import KINDS, specs
 from clipmb.common.pretrained import read_weights
 from clipmb.common.saving import Transaction
-from clipmb.testing import BOUNDS
+from clipmb.verification import BOUNDS
 
 STANDARD, *OTHERS = BACKENDS
 COMPILERS = {"pt": ["aot_eager"], "tf": ["graph", "xla"], "flax": ["jit"]}

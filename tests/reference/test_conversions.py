@@ -14,7 +14,7 @@ from openai_layout import as_released, model_config, random_model
 
 import clipmb
 from clipmb import CLIPConfig, CLIPImageProcessor, CLIPPipeline, CLIPTokenizerFast
-from clipmb.testing import demo_photos
+from clipmb.verification import demo_photos
 
 TEXTS = ["a photo of a cat", "two cups of coffee on a wooden table", "a rocket"]
 SHAPE = {

@@ -1,8 +1,7 @@
-"""`clipmb.testing`, `clipmb verify` and `clipmb doctor`: agreement is reported, and so is every disagreement."""
+"""`clipmb.verification`, `clipmb.testing` and `clipmb verify`: agreement is reported, and so is every disagreement."""
 
 from __future__ import annotations
 
-import importlib
 import json
 
 import numpy as np
@@ -11,9 +10,11 @@ from cases import CONFIGS, VISION, random_arrays, write_checkpoint
 from conftest import BACKENDS
 from processes import clipmb
 
-from clipmb import CheckpointError, CLIPConfig, MissingBackendError, testing
+from clipmb import CheckpointError, CLIPConfig
 from clipmb.common.checkpoint import write_safetensors
 from clipmb.common.saving import Transaction
+from clipmb.testing import assert_backends_agree
+from clipmb.verification import compare, relative_difference
 
 TEXT = {"hidden_size": 32, "intermediate_size": 56, "num_hidden_layers": 2, "num_attention_heads": 4}
 CONFIG = CLIPConfig({**TEXT, "hidden_act": "gelu"}, VISION, projection_dim=24)
@@ -36,7 +37,7 @@ def changed(folder, config=CONFIG, **changes):
 @pytest.mark.several
 @pytest.mark.parametrize("dtype", ["float32", "float64", "bfloat16"])
 def test_backends_agree(folder, dtype):
-    report = testing.assert_backends_agree(folder, backends=BACKENDS, dtype=dtype)
+    report = assert_backends_agree(folder, backends=BACKENDS, dtype=dtype)
     assert report.agrees
     assert report.first_divergence is None
     assert report.standard == BACKENDS[0]
@@ -49,9 +50,7 @@ def test_backends_agree(folder, dtype):
 
 @pytest.mark.several
 def test_backends_agree_without_a_tokenizer(tmp_path):
-    report = testing.assert_backends_agree(
-        write_checkpoint(tmp_path, CONFIGS["stress"]), backends=BACKENDS, dtype="float64"
-    )
+    report = assert_backends_agree(write_checkpoint(tmp_path, CONFIGS["stress"]), backends=BACKENDS, dtype="float64")
     assert max(entry.difference for entry in report.comparisons) > 0
 
 
@@ -60,7 +59,7 @@ def test_the_first_wrong_tensor_is_named(folder, tmp_path):
     bias = random_arrays(CONFIG, "CLIPModel")[name]
     bias[5] += 1
     other = changed(tmp_path, **{name: bias})
-    report = testing.compare(other, backends=BACKENDS[:1], against=folder)
+    report = compare(other, backends=BACKENDS[:1], against=folder)
     assert not report.agrees
     assert report.first_divergence.stage == "weights"
     assert name in report.first_divergence.detail
@@ -69,14 +68,14 @@ def test_the_first_wrong_tensor_is_named(folder, tmp_path):
     assert "text.block.0" not in wrong
     assert {"text.block.1", "text.pooled", "text.projected", "logits"} <= set(wrong)
     with pytest.raises(AssertionError, match="weights"):
-        testing.assert_backends_agree(other, backends=BACKENDS[:1], against=folder)
+        assert_backends_agree(other, backends=BACKENDS[:1], against=folder)
 
 
 def test_the_first_wrong_stage_is_named_where_the_weights_are_equal(folder, tmp_path):
     fields = CONFIG.to_dict()
     fields["text_config"]["hidden_act"] = "gelu_new"
     other = changed(tmp_path, CLIPConfig.from_dict(fields))
-    report = testing.compare(other, backends=BACKENDS[:1], against=folder)
+    report = compare(other, backends=BACKENDS[:1], against=folder)
     assert report.first_divergence.stage == "text.block.0"
     assert all(entry.agrees for entry in report.comparisons if entry.stage.startswith("vision"))
     again = json.loads(json.dumps(report.to_dict()))
@@ -88,24 +87,24 @@ def test_another_image_processor_is_seen_in_the_pixels(folder, tmp_path):
 
     size = {"height": 20, "width": 20}
     CLIPImageProcessor(size={"shortest_edge": 20}, crop_size=size, image_mean=[0.5, 0.5, 0.5]).save_pretrained(tmp_path)
-    report = testing.compare(changed(tmp_path), backends=BACKENDS[:1], against=folder)
+    report = compare(changed(tmp_path), backends=BACKENDS[:1], against=folder)
     assert report.first_divergence.stage == "pixels"
 
 
 def test_what_is_not_finite_never_agrees():
     nan = np.array([1.0, np.nan])
-    assert testing.relative_difference(nan, nan) == float("inf")
-    assert testing.relative_difference(np.ones(2), np.ones(3)) == float("inf")
-    assert testing.relative_difference(np.array([1.0, 2.0]), np.array([1.0, 4.0])) == 0.5
+    assert relative_difference(nan, nan) == float("inf")
+    assert relative_difference(np.ones(2), np.ones(3)) == float("inf")
+    assert relative_difference(np.array([1.0, 2.0]), np.array([1.0, 4.0])) == 0.5
 
 
 def test_nothing_to_compare(folder):
     with pytest.raises(ValueError, match="against"):
-        testing.compare(folder, backends=BACKENDS[:1])
+        compare(folder, backends=BACKENDS[:1])
     with pytest.raises(ValueError, match="dtype"):
-        testing.compare(folder, backends=BACKENDS[:1], against=folder, dtype="auto")
+        compare(folder, backends=BACKENDS[:1], against=folder, dtype="auto")
     with pytest.raises(TypeError, match="colour"):
-        testing.compare(folder, backends=BACKENDS[:1], against=folder, colour="red")
+        compare(folder, backends=BACKENDS[:1], against=folder, colour="red")
 
 
 @pytest.mark.several
@@ -130,59 +129,8 @@ def test_verify_against_another_checkpoint(folder, tmp_path):
     assert clipmb("verify", "/no/such/folder", "--backends", BACKENDS[0], "--against", folder).returncode == 1
 
 
-def test_doctor_finds_every_tested_backend_correct():
-    found = testing.examine(BACKENDS)
-    assert found["ok"]
-    assert found["tokens"]
-    assert found["pixels"]
-    for backend in BACKENDS:
-        entry = found["backends"][backend]
-        assert entry["correct"]
-        assert entry["stages"] == 2 * 4 + 3 + 2 + 1
-        assert 0 < entry["difference"] <= 1e-5
-        assert entry["versions"]
-        assert entry["precision"]
-
-
-@pytest.mark.parametrize("backend", BACKENDS)
-def test_doctor_finds_a_wrong_backend(backend, monkeypatch):
-    place = "modules" if backend == "flax" else "modeling"
-    activations = importlib.import_module(f"clipmb.{backend}.{place}").ACTIVATIONS
-    monkeypatch.setitem(activations, "gelu", activations["gelu_new"])
-    found = testing.examine([backend])
-    assert not found["ok"]
-    assert not found["backends"][backend]["correct"]
-    assert found["backends"][backend]["first"] == "text.block.0"
-
-
-def test_doctor_reports_what_is_missing(monkeypatch):
-    monkeypatch.setattr(testing._backends, "installed", list)
-    found = testing.examine()
-    assert found["ok"]
-    assert {name: entry["installed"] for name, entry in found["backends"].items()} == dict.fromkeys(
-        ("pt", "tf", "flax"), False
-    )
-
-    def missing(name):
-        raise MissingBackendError(name)
-
-    monkeypatch.setattr(testing._backends, "engine", missing)
-    found = testing.examine(["pt"])
-    assert not found["ok"]
-    assert "pip install" in found["backends"]["pt"]["error"]
-
-
-def test_doctor_on_the_command_line():
-    done = clipmb("doctor", "--json")
-    assert done.returncode == 0, done.stdout + done.stderr
-    found = json.loads(done.stdout)
-    assert found["ok"]
-    assert {name for name, entry in found["backends"].items() if entry["installed"]} >= set(BACKENDS)
-    assert clipmb("doctor", "--backend", "onnx").returncode == 1
-
-
 @pytest.mark.parametrize("file", ["tokenizer.json", "preprocessor_config.json"])
 def test_a_damaged_tokenizer_or_image_processor_is_no_agreement(folder, tmp_path, file):
     (changed(tmp_path) / file).write_text("{")
     with pytest.raises(CheckpointError, match=file.replace(".", r"\.")):
-        testing.compare(tmp_path, backends=BACKENDS[:1], against=folder)
+        compare(tmp_path, backends=BACKENDS[:1], against=folder)

@@ -85,8 +85,9 @@ def verdict(verification: dict[str, Any]) -> str:
 
 
 def _check() -> Callable[..., dict[str, Any]]:
-    from clipmb import backends, testing
+    from clipmb import backends
+    from clipmb.verification import verify_conversion
 
     for name in backends.installed():
         common.load_framework(name)
-    return testing.verify_conversion
+    return verify_conversion

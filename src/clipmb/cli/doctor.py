@@ -16,10 +16,11 @@ def run(
     as_json: common.Json = False,
 ) -> None:
     """Check the installation against recorded values of transformers 4.57.6: exit code 1 when something is wrong."""
-    from clipmb import __version__, testing
+    from clipmb import __version__
+    from clipmb.doctor import examine
 
     with common.quiet():
-        found = testing.examine(None if backend is None else [backend])
+        found = examine(None if backend is None else [backend])
     system = {"clipmb": __version__, "python": platform.python_version(), "system": platform.platform()}
     if as_json:
         typer.echo(json.dumps({**system, **found}, indent=2))

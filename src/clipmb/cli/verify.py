@@ -28,12 +28,12 @@ def run(
         _check_record(checkpoint, as_json)
         return
     from clipmb import backends as known
-    from clipmb import testing
+    from clipmb.verification import compare
 
     chosen = known.installed() if backends is None else [name.strip() for name in backends.split(",") if name.strip()]
     for name in chosen:
         common.load_framework(name)
-    report = testing.compare(checkpoint, chosen, dtype=dtype, against=against)
+    report = compare(checkpoint, chosen, dtype=dtype, against=against)
     if as_json:
         typer.echo(json.dumps(report.to_dict(), indent=2))
     else:

@@ -158,7 +158,8 @@ def convert(
         dry_run: Only find out what would be done.
         progress: Show a bar on stderr, where that is a terminal.
         check: Called with source, result and dtype before the result takes its place; its return value is recorded. An
-            exception of it leaves everything as it was. `clipmb.testing.verify_conversion` runs both in every backend.
+            exception of it leaves everything as it was. `clipmb.verification.verify_conversion` runs both in every
+            backend.
         **options: ``subfolder``, ``revision``, ``cache_dir``, ``token``, ``local_files_only``, ``force_download``.
 
     Returns:

@@ -1,0 +1,64 @@
+"""`clipmb.doctor` and `clipmb doctor`: a correct installation is found so, and a wrong or missing backend is named."""
+
+from __future__ import annotations
+
+import importlib
+import json
+
+import pytest
+from conftest import BACKENDS
+from processes import clipmb
+
+from clipmb import MissingBackendError, backends
+from clipmb.doctor import examine
+
+
+def test_doctor_finds_every_tested_backend_correct():
+    found = examine(BACKENDS)
+    assert found["ok"]
+    assert found["tokens"]
+    assert found["pixels"]
+    for backend in BACKENDS:
+        entry = found["backends"][backend]
+        assert entry["correct"]
+        assert entry["stages"] == 2 * 4 + 3 + 2 + 1
+        assert 0 < entry["difference"] <= 1e-5
+        assert entry["versions"]
+        assert entry["precision"]
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_doctor_finds_a_wrong_backend(backend, monkeypatch):
+    place = "modules" if backend == "flax" else "modeling"
+    activations = importlib.import_module(f"clipmb.{backend}.{place}").ACTIVATIONS
+    monkeypatch.setitem(activations, "gelu", activations["gelu_new"])
+    found = examine([backend])
+    assert not found["ok"]
+    assert not found["backends"][backend]["correct"]
+    assert found["backends"][backend]["first"] == "text.block.0"
+
+
+def test_doctor_reports_what_is_missing(monkeypatch):
+    monkeypatch.setattr(backends, "installed", list)
+    found = examine()
+    assert found["ok"]
+    assert {name: entry["installed"] for name, entry in found["backends"].items()} == dict.fromkeys(
+        ("pt", "tf", "flax"), False
+    )
+
+    def missing(name):
+        raise MissingBackendError(name)
+
+    monkeypatch.setattr(backends, "engine", missing)
+    found = examine(["pt"])
+    assert not found["ok"]
+    assert "pip install" in found["backends"]["pt"]["error"]
+
+
+def test_doctor_on_the_command_line():
+    done = clipmb("doctor", "--json")
+    assert done.returncode == 0, done.stdout + done.stderr
+    found = json.loads(done.stdout)
+    assert found["ok"]
+    assert {name for name, entry in found["backends"].items() if entry["installed"]} >= set(BACKENDS)
+    assert clipmb("doctor", "--backend", "onnx").returncode == 1
