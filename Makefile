@@ -16,7 +16,7 @@ demo: $(VENV)/.installed
 
 # The whole suite in two processes, a file at a time; a part, as ARGS names it, in one.
 test: $(VENV)/.installed $(V5)/.installed
-	$(BIN)/python -m pytest $(or $(ARGS),-n 2 --dist loadfile)
+	$(BIN)/python -m pytest $(or $(ARGS),-n 2 --dist loadfile --durations=25)
 
 fuzz: $(VENV)/.installed
 	$(BIN)/python tests/fuzz/fuzz_readers.py $(ARGS)

@@ -1,21 +1,39 @@
-"""Runs Python and the command line in processes of their own, as a user does."""
+"""Runs Python, the command line and other programs in processes of their own, as a user does."""
 
 from __future__ import annotations
 
 import os
 import subprocess
 import sys
+from collections.abc import Iterable, Mapping
+
+# Seconds. It serves only against a hang: at least ten times what the slowest child takes on an idle machine.
+HANG = 1800
+
+
+def run(command: Iterable[object], env: Mapping[str, str] | None = None) -> subprocess.CompletedProcess[str]:
+    """Runs a program; ``env`` adds to its environment."""
+    return subprocess.run(
+        [str(part) for part in command],
+        capture_output=True,
+        text=True,
+        encoding="utf-8",
+        env={**os.environ, "TF_CPP_MIN_LOG_LEVEL": "3", **(env or {})},
+        timeout=HANG,
+        check=False,
+    )
 
 
 def python(*arguments: object, **env: str) -> subprocess.CompletedProcess[str]:
     """Runs the interpreter of the tests, offline; ``env`` adds to its environment."""
-    return subprocess.run(
-        [sys.executable, *map(str, arguments)],
-        capture_output=True,
-        text=True,
-        env={**os.environ, "HF_HUB_OFFLINE": "1", "TF_CPP_MIN_LOG_LEVEL": "3", **env},
-        check=False,
-    )
+    return run([sys.executable, *arguments], {"HF_HUB_OFFLINE": "1", **env})
+
+
+def output(*arguments: object, **env: str) -> str:
+    """Runs the interpreter of the tests, which must succeed, and returns what it printed."""
+    done = python(*arguments, **env)
+    assert done.returncode == 0, done.stderr[-4000:]
+    return done.stdout
 
 
 def clipmb(*arguments: object, **env: str) -> subprocess.CompletedProcess[str]:

@@ -7,9 +7,9 @@ CLIPMB_REQUIRE_REFERENCE=1 says that the reference must be there.
 from __future__ import annotations
 
 import os
-import subprocess
 
 import pytest
+from processes import run as start
 
 
 def run(script: str, *args: object) -> str:
@@ -20,13 +20,6 @@ def run(script: str, *args: object) -> str:
         if os.environ.get("CLIPMB_REQUIRE_REFERENCE") == "1":
             pytest.fail(reason)
         pytest.skip(reason)
-    done = subprocess.run(
-        [python, "-c", script, *map(str, args)],
-        capture_output=True,
-        text=True,
-        encoding="utf-8",
-        timeout=300,
-        env={**os.environ, "HF_HUB_OFFLINE": "1", "PYTHONIOENCODING": "utf-8"},
-    )
+    done = start([python, "-c", script, *args], {"HF_HUB_OFFLINE": "1", "PYTHONIOENCODING": "utf-8"})
     assert done.returncode == 0, done.stderr[-4000:]
     return done.stdout

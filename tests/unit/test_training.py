@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
 import sys
 from pathlib import Path
 
@@ -13,6 +11,7 @@ import pytest
 from cases import random_arrays
 from conftest import BACKENDS
 from PIL import Image
+from processes import python, run
 from training_cases import small_model, small_pairs
 from typer.testing import CliRunner
 
@@ -150,15 +149,9 @@ def test_twenty_kills_at_random_moments_change_no_bit(files, tmp_path, backend):
     script = "import torch; torch.set_num_threads(1); " if backend == "pt" else ""
     script += "from clipmb.training import train; import sys; train"
     whole = [files / "pairs", files / "model", tmp_path / "a"]
-    done = subprocess.run(
-        [sys.executable, "-c", f"{script}(*sys.argv[1:], **{options})", *whole],
-        capture_output=True, text=True, check=False,
-    )  # fmt: skip
+    done = python("-c", f"{script}(*sys.argv[1:], **{options})", *whole)
     assert done.returncode == 0, done.stderr[-3000:]
-    done = subprocess.run(
-        [sys.executable, "-c", KILLED, files / "pairs", files / "model", tmp_path / "b", backend, "7"],
-        capture_output=True, text=True, check=False, timeout=400,
-    )  # fmt: skip
+    done = python("-c", KILLED, files / "pairs", files / "model", tmp_path / "b", backend, "7")
     assert done.returncode == 0, done.stderr[-3000:]
     codes = done.stdout.split()
     assert codes[-1] == "0"
@@ -311,12 +304,11 @@ def test_the_command(files, tmp_path):
 def test_two_processes_write_one_checkpoint(files, tmp_path):
     """The whole command under torchrun, as the README says it, against one process."""
     options = ["--steps", "4", "--batch-size", "5", "--lr", "1e-3", "--model", str(files / "model"), "--backend", "pt"]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--rdzv-backend=c10d",
                 "--rdzv-endpoint=localhost:0", "-m"]  # fmt: skip
     for name, launcher, more in (("one", [sys.executable, "-m"], []), ("two", torchrun, ["--distributed", "data"])):
         command = [*launcher, "clipmb", "train", str(files / "pairs"), "--out", str(tmp_path / name), *options, *more]
-        done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False, timeout=300)
+        done = run(command, {"OMP_NUM_THREADS": "1"})
         assert done.returncode == 0, done.stderr[-3000:]
     one, two = (lines(tmp_path / name) for name in ("one", "two"))
     np.testing.assert_allclose([line["loss"] for line in two], [line["loss"] for line in one], rtol=1e-5)

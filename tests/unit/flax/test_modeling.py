@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import jax
@@ -27,6 +24,7 @@ from flax import linen as nn
 from flax import nnx
 from flax.core import freeze
 from jax.experimental import checkify
+from processes import output
 
 from clipmb import CheckpointError, CLIPConfig, flax
 from clipmb.common.outputs import CLIPOutput
@@ -69,17 +67,7 @@ def text(tmp_path_factory):
 
 def run(code, **environment):
     """Runs code in a fresh process."""
-    tests = str(TESTS)
-    result = subprocess.run(
-        [sys.executable, "-c", code, tests],
-        env={**os.environ, **environment},
-        capture_output=True,
-        text=True,
-        timeout=240,
-        check=False,
-    )
-    assert result.returncode == 0, result.stderr[-3000:]
-    return result.stdout
+    return output("-c", code, TESTS, **environment)
 
 
 # -- parameters and files ---------------------------------------------------------------------------------------------

@@ -14,6 +14,7 @@ import pytest
 from cases import random_arrays, relative
 from conftest import TESTS
 from flax_training_worker import CONFIG, EIGHT, SIZES, STEPS, chosen, trainer
+from processes import HANG
 from training_cases import batch, largest_difference, recipe
 
 from clipmb import CheckpointError
@@ -47,7 +48,7 @@ def jobs(tmp_path_factory):
     }
     try:
         for name, process in started.items():
-            _, errors = process.communicate(timeout=1200)
+            _, errors = process.communicate(timeout=HANG)
             assert process.returncode == 0, f"{name}: {errors[-3000:]}"
     finally:
         for process in started.values():

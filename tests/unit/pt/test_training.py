@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import os
-import subprocess
 import sys
 
 import numpy as np
@@ -12,6 +11,7 @@ import pytest
 import torch
 from cases import random_arrays
 from conftest import TESTS
+from processes import run
 from training_cases import CONFIG, VARIANTS, batch, batches, expected_losses, largest_difference, recipe, unit
 
 from clipmb import CheckpointError, CLIPConfig, CLIPModel
@@ -78,12 +78,14 @@ def test_chunks_change_nothing(variant):
 def two_processes(request, tmp_path_factory):
     """What two processes that torchrun starts found, and the mode."""
     folder = tmp_path_factory.mktemp(request.param)
-    environment = os.environ | {"PYTHONPATH": str(TESTS), "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
+    environment = {
+        "PYTHONPATH": os.pathsep.join([str(TESTS), *sys.path]),
+        "OMP_NUM_THREADS": "1",
+        "PYTHONWARNINGS": "ignore",
+    }
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--rdzv-backend=c10d"]
-    done = subprocess.run(
-        [*torchrun, "--rdzv-endpoint=localhost:0", str(TESTS / "training_pt_worker.py"), request.param, str(folder)],
-        env=environment, capture_output=True, text=True, check=False, timeout=300,
-    )  # fmt: skip
+    worker = ["--rdzv-endpoint=localhost:0", TESTS / "training_pt_worker.py", request.param, folder]
+    done = run([*torchrun, *worker], environment)
     assert done.returncode == 0, done.stderr[-4000:]
     return [np.load(folder / f"{rank}.npz") for rank in range(2)]
 

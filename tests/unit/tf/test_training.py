@@ -15,6 +15,7 @@ import pytest
 import tensorflow as tf
 from cases import random_arrays
 from conftest import TESTS
+from processes import HANG
 from training_cases import batch, batches, expected_losses, largest_difference, recipe, unit
 from training_tf_worker import CONFIG, DEVICES, PROCESSES, SIZES, STEPS, new_model, trainer_of
 
@@ -87,7 +88,11 @@ def test_chunks_change_nothing(plain, variant):
 
 def run_worker(folder: Path, variants: tuple[str, ...], workers: int) -> list[dict[str, np.ndarray]]:
     """What the processes of a run found: one with two devices, or several with one."""
-    environment = os.environ | {"PYTHONPATH": str(TESTS), "TF_CPP_MIN_LOG_LEVEL": "2", "PYTHONWARNINGS": "ignore"}
+    environment = os.environ | {
+        "PYTHONPATH": os.pathsep.join([str(TESTS), *sys.path]),
+        "TF_CPP_MIN_LOG_LEVEL": "2",
+        "PYTHONWARNINGS": "ignore",
+    }
     sockets = [socket.socket() for _ in range(workers)]
     for opened in sockets:
         opened.bind(("127.0.0.1", 0))
@@ -102,7 +107,7 @@ def run_worker(folder: Path, variants: tuple[str, ...], workers: int) -> list[di
         running.append(
             subprocess.Popen(command, env=environment | several, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL)
         )
-    errors = [process.communicate(timeout=900)[1].decode() for process in running]
+    errors = [process.communicate(timeout=HANG)[1].decode() for process in running]
     for process, error in zip(running, errors, strict=True):
         assert process.returncode == 0, error[-4000:]
     return [dict(np.load(folder / f"{rank}.npz")) for rank in range(workers)]

@@ -8,7 +8,6 @@ import io
 import itertools
 import json
 import logging
-import subprocess
 import sys
 import tarfile
 import threading
@@ -21,6 +20,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
+from processes import python
 
 from clipmb import CLIPImageProcessor, CLIPProcessor, CLIPTokenizerFast
 from clipmb.common.data.batches import Batches, Pairs, random_resized_crop
@@ -1080,9 +1080,7 @@ except KeyboardInterrupt:
     names = [thread.name for thread in threading.enumerate() if thread.name.startswith("clipmb-data")]
     print("interrupted", names)
 """
-    done = subprocess.run(
-        [sys.executable, "-c", script, str(tmp_path)], capture_output=True, text=True, timeout=60, check=False
-    )
+    done = python("-c", script, tmp_path)
     assert done.stdout.strip() == "interrupted []", done.stderr
 
 
