@@ -39,8 +39,7 @@ from clipmb.common.parameters import specs
 from clipmb.common.text.vocabulary import SUFFIX, byte_symbols, official
 from clipmb.common.training.recipe import MAX_LOGIT_SCALE, Recipe, decays
 from clipmb.pt import CLIPModel
-from clipmb.pt.modeling import normalize
-from clipmb.pt.training import clip_loss
+from clipmb.pt.losses import clip_loss, normalize
 
 SIZE, PATCH, WIDTH, LAYERS, CONTEXT = 64, 8, 128, 4, 32  # pixels, pixels, of both towers, of both towers, tokens
 MERGES = 4000  # the first of CLIP's list

@@ -146,7 +146,7 @@ def gradients(backend: str, model: Any, inputs: dict[str, np.ndarray], **flags: 
             total = tf.add_n(
                 [tf.reduce_sum(v * tf.cast(direction(k, tuple(v.shape)), v.dtype)) for k, v in fields.items()]
             )
-        variables = [model._parameter(spec).value for spec in table]
+        variables = [model.parameter(spec).value for spec in table]
         found = dict(zip((spec.name for spec in table), tape.gradient(total, variables), strict=True))
         found = {name: None if value is None else tf.convert_to_tensor(value) for name, value in found.items()}
     else:

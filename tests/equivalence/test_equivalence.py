@@ -229,7 +229,7 @@ def test_what_one_saves_another_loads(folders, tmp_path, head, writer, reader, d
         assert np.array_equal(array, original[name].astype(array.dtype)), name
     with precision(reader, dtype):
         again = model_class(reader, head).from_pretrained(tmp_path, dtype=dtype)
-        for name, array in again._to_arrays().items():
+        for name, array in again.to_arrays().items():
             assert np.array_equal(array, written[name].astype(array.dtype)), name
 
 

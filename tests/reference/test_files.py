@@ -67,7 +67,7 @@ def test_what_transformers_5_saves_loads_in_each_backend(originals, tmp_path):
     for head in ALL_HEADS:
         for backend in BACKENDS:
             model = model_class(backend, head).from_pretrained(tmp_path / head)
-            check_weights(model._to_arrays(), head)
+            check_weights(model.to_arrays(), head)
             assert model.config.architectures == [head]
 
 

@@ -15,9 +15,10 @@ from torch.nn import functional as F
 from clipmb import flax, pt
 from clipmb.common.config import ACTIVATIONS as NAMES
 from clipmb.common.parameters import KINDS, specs
-from clipmb.flax.modules import ACTIVATIONS, bicubic_weights, classification_loss, interpolate_positions
-from clipmb.pt.modeling import ACTIVATIONS as TORCH_ACTIVATIONS
-from clipmb.pt.modeling import classification_loss as torch_loss
+from clipmb.flax.layers import ACTIVATIONS, bicubic_weights, interpolate_positions
+from clipmb.flax.losses import classification_loss
+from clipmb.pt.layers import ACTIVATIONS as TORCH_ACTIVATIONS
+from clipmb.pt.losses import classification_loss as torch_loss
 
 FORMER = ("CLIPModel", "CLIPTextModel", "CLIPTextModelWithProjection", "CLIPVisionModel")
 # Embeddings; hidden states, logits and gradients.

@@ -10,7 +10,7 @@ from cases import ALL_HEADS, CONFIGS, config_of, inputs_of, relative, write_chec
 from clipmb import pt
 from clipmb.common.config import ACTIVATIONS
 from clipmb.common.parameters import specs
-from clipmb.pt.modeling import ACTIVATIONS as FUNCTIONS
+from clipmb.pt.layers import ACTIVATIONS as FUNCTIONS
 
 # The reference's softmax is in float32 even when it computes in float64, except in fused attention.
 BOUNDS = {"float32": 1e-6, "float64": 1e-12}

@@ -16,6 +16,7 @@ import tensorflow as tf  # isort: skip
 import transformers  # isort: skip
 from clipmb.common.config import ACTIVATIONS, CLIPConfig
 from clipmb.common.parameters import KINDS, specs
+from clipmb.pt import layers as pt_layers
 from clipmb.pt import modeling as pt_modeling
 from clipmb.tf import layers as tf_layers
 from clipmb.tf import modeling as tf_modeling
@@ -83,7 +84,7 @@ def test_outputs_and_gradients_equal_pytorch(case, head, dtype, attention):
 
     sum((expected[name] * torch.from_numpy(direction)).sum() for name, direction in directions.items()).backward()
     table = specs(ours.config, head)
-    for spec, gradient in zip(table, tape.gradient(total, [ours._parameter(spec) for spec in table]), strict=True):
+    for spec, gradient in zip(table, tape.gradient(total, [ours.parameter(spec) for spec in table]), strict=True):
         reference = theirs.get_parameter(spec.name).grad
         if reference is None:
             assert gradient is None, spec.name
@@ -114,7 +115,7 @@ def test_interpolation_alone_equals_pytorch():
     signature = [tf.TensorSpec((50, 8), tf.float64), tf.TensorSpec((), tf.int32), tf.TensorSpec((), tf.int32)]
     graph = tf.function(tf_layers.interpolate_positions, input_signature=signature)
     for rows, columns in ((7, 7), (7, 8), (14, 14), (1, 1), (3, 20), (50, 9)):
-        expected = pt_modeling.interpolate_positions(torch.from_numpy(table), rows, columns)
+        expected = pt_layers.interpolate_positions(torch.from_numpy(table), rows, columns)
         assert relative(tf_layers.interpolate_positions(tf.constant(table), rows, columns), expected) < 1e-14
         assert relative(graph(table, rows, columns), expected) < 1e-14
         xla = tf.function(lambda x, r=rows, c=columns: tf_layers.interpolate_positions(x, r, c), jit_compile=True)
@@ -126,7 +127,7 @@ def test_activations_equal_pytorch(name):
     x = np.concatenate([np.linspace(-12, 12, 2001), [-1e3, 1e3]])
     for dtype, bound in (("float64", 1e-15), ("float32", 3e-7)):
         ours = tf_layers.ACTIVATIONS[name](tf.constant(x, dtype))
-        theirs = pt_modeling.ACTIVATIONS[name](torch.tensor(x, dtype=getattr(torch, dtype)))
+        theirs = pt_layers.ACTIVATIONS[name](torch.tensor(x, dtype=getattr(torch, dtype)))
         assert ours.dtype == dtype
         assert relative(ours[:-2], theirs[:-2]) <= bound
         assert relative(ours, theirs) <= bound
@@ -192,7 +193,7 @@ def test_a_training_step_equals_pytorch():
     data = tf.data.Dataset.from_tensors(inputs)
     assert ours.fit(data, epochs=3, shuffle=False, verbose=0).history["loss"] == pytest.approx(losses, rel=1e-6)
     for spec in specs(ours.config, "CLIPModel"):
-        found = KINDS[spec.kind].to_canonical(ours._parameter(spec).numpy())
+        found = KINDS[spec.kind].to_canonical(ours.parameter(spec).numpy())
         assert relative(found, theirs.get_parameter(spec.name).detach()) < 1e-7  # Keras' rates are float32
 
 

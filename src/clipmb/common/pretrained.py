@@ -21,24 +21,24 @@ from clipmb.common.saving import Transaction
 class PretrainedMixin:
     """Loading and saving of one head in one framework.
 
-    A framework's base class implements `_from_arrays` and `_to_arrays`; everything else about files is here.
+    A framework's base class implements `from_arrays` and `to_arrays`; everything else about files is here.
     """
 
     config_class: ClassVar[type[BaseConfig]]
     head: ClassVar[str]
-    load_options: ClassVar[tuple[str, ...]] = ()  # what `_from_arrays` takes beyond the mixin's own options
-    save_options: ClassVar[tuple[str, ...]] = ()  # what `_to_arrays` takes
+    load_options: ClassVar[tuple[str, ...]] = ()  # what `from_arrays` takes beyond the mixin's own options
+    save_options: ClassVar[tuple[str, ...]] = ()  # what `to_arrays` takes
     config: Any
 
     @classmethod
-    def _from_arrays(
+    def from_arrays(
         cls, config: Any, arrays: dict[str, np.ndarray], initialised: list[Spec], dtype: str | None, **options: Any
     ) -> Any:
-        """Builds the model around canonical arrays, and initialises the parameters that have none."""
+        """Builds the model around canonical arrays, and draws the parameters that have none."""
         raise NotImplementedError
 
-    def _to_arrays(self, **options: Any) -> dict[str, np.ndarray]:
-        """Returns the canonical arrays of every parameter."""
+    def to_arrays(self, **options: Any) -> dict[str, np.ndarray]:
+        """Returns every parameter by its canonical name, in canonical layout."""
         raise NotImplementedError
 
     @classmethod
@@ -99,7 +99,7 @@ class PretrainedMixin:
                 shown=True,
             )
         if state_dict is not None:
-            tensors = {name: cls._canonical_array(value) for name, value in state_dict.items()}
+            tensors = {name: cls.canonical_array(value) for name, value in state_dict.items()}
         elif source is None:
             raise bad_input(
                 "Without a folder or hub id a state_dict is needed",
@@ -124,7 +124,7 @@ class PretrainedMixin:
         initialised = [spec for spec in table if spec.name in set(info.initialised)]
         if state_dict is None:
             arrays = OwnArrays(arrays)
-        model = cls._from_arrays(config, arrays, initialised, dtype, **options)
+        model = cls.from_arrays(config, arrays, initialised, dtype, **options)
         return (model, info.to_dict()) if output_loading_info else model
 
     @classmethod
@@ -140,8 +140,8 @@ class PretrainedMixin:
         return cls.config_class.from_dict(fields, return_unused_kwargs=True, **options)
 
     @classmethod
-    def _canonical_array(cls, value: Any) -> np.ndarray:
-        """Turns one value of a ``state_dict`` into numpy."""
+    def canonical_array(cls, value: Any) -> np.ndarray:
+        """Returns one value of a ``state_dict`` as numpy."""
         return np.asarray(value)
 
     def save_pretrained(
@@ -168,7 +168,7 @@ class PretrainedMixin:
         """
         params = {name: options.pop(name) for name in self.save_options if name in options}
         check_saving(options)
-        arrays = self._to_arrays(**params)
+        arrays = self.to_arrays(**params)
         content = config_text(self.config, self.head, (array.dtype.name for array in arrays.values()))
         with Transaction(save_directory) as save:
             save.write(CONFIG_NAME, content)

@@ -99,7 +99,7 @@ class Engine:
 
     def weights(self) -> dict[str, np.ndarray]:
         """Returns every parameter by its canonical name, in canonical layout."""
-        return self.model._to_arrays()
+        return self.model.to_arrays()
 
     def free(self) -> None:
         """Lets go of the model and its memory."""

@@ -94,7 +94,7 @@ class FlaxCLIPPreTrainedModel(PretrainedMixin):
         return cls(config, **options)
 
     @classmethod
-    def _from_arrays(
+    def from_arrays(
         cls,
         config: Any,
         arrays: dict[str, np.ndarray],
@@ -105,6 +105,7 @@ class FlaxCLIPPreTrainedModel(PretrainedMixin):
         _do_init: bool = True,
         gradient_checkpointing: bool = False,
     ) -> Any:
+        """Builds the model around canonical arrays, and draws the parameters that have none."""
         model = cls(
             config, input_shape, seed, dtype or "float32", _do_init=False, gradient_checkpointing=gradient_checkpointing
         )
@@ -119,10 +120,12 @@ class FlaxCLIPPreTrainedModel(PretrainedMixin):
         return model
 
     @classmethod
-    def _canonical_array(cls, value: Any) -> np.ndarray:
+    def canonical_array(cls, value: Any) -> np.ndarray:
+        """Returns one value of a ``state_dict`` as numpy."""
         return np.array(to_numpy(value))  # a copy: jax may share memory with what it is given
 
-    def _to_arrays(self, params: Params | None = None) -> dict[str, np.ndarray]:
+    def to_arrays(self, params: Params | None = None) -> dict[str, np.ndarray]:
+        """Returns every parameter by its canonical name, in canonical layout."""
         leaves = self._checked(self.params if params is None else params)
         return {
             spec.name: KINDS[spec.kind].to_canonical(to_numpy(leaves[spec.path("flax")]))

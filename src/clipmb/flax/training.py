@@ -33,8 +33,9 @@ from clipmb.common.parameters import KINDS, Spec, specs
 from clipmb.common.training.recipe import INITIAL_LOGIT_BIAS, LOGIT_BIAS, MAX_LOGIT_SCALE, Processes, Recipe, decays
 from clipmb.common.training.state import FIRST, SECOND, TrainingState
 from clipmb.flax.engine import Engine
+from clipmb.flax.layers import statistics_dtype
+from clipmb.flax.losses import clip_loss, normalize, siglip_loss, take_rows
 from clipmb.flax.modeling import FlaxCLIPModel
-from clipmb.flax.modules import normalize, statistics_dtype
 
 try:
     import optax
@@ -45,85 +46,6 @@ AXIS = "data"  # of the mesh: rows of the batch, and with "fsdp" also one axis o
 ROWS, WHOLE = PartitionSpec(AXIS), PartitionSpec()
 _JOINED = "joined"  # the name of what is not kept for the backward pass
 _LENGTHS = 16  # texts are filled up to a multiple of it, since another length compiles the step anew
-
-
-def clip_loss(
-    text_embeds: Array,
-    image_embeds: Array,
-    logit_scale: Array,
-    *,
-    valid: Array | None = None,
-    rows: slice | tuple[Any, int] | None = None,
-) -> Array:
-    """The mean of the cross-entropies of texts against images and of images against texts.
-
-    Source: CLIP, arXiv 2103.00020, figure 3.
-
-    Args:
-        text_embeds: (n, proj), of unit length.
-        image_embeds: (n, proj), of unit length; row i belongs to text i.
-        logit_scale: (), the logarithm of the factor on the cosines.
-        valid: (n,) booleans, False for rows that are padding and count nowhere; all count when None.
-        rows: Only the terms of these rows, so that the losses of disjoint rows add up to that of all; all when None.
-            Also (start, size), of which the start may be a traced array.
-
-    Returns:
-        ().
-    """
-    targets = _taken(jnp.arange(len(text_embeds)), rows)
-    terms = []
-    for ours, others in ((text_embeds, image_embeds), (image_embeds, text_embeds)):
-        logits = jnp.exp(logit_scale) * jnp.matmul(_taken(ours, rows), others.T, precision="highest")  # (rows, n)
-        if valid is not None:
-            logits = jnp.where(valid, logits, jnp.finfo(logits.dtype).min / 2)
-        chosen = jnp.take_along_axis(logits, targets[:, None], axis=1)[:, 0]
-        losses = jax.nn.logsumexp(logits, axis=1) - chosen  # (rows,)
-        terms.append((losses if valid is None else jnp.where(_taken(valid, rows), losses, 0)).sum())
-    return (terms[0] + terms[1]) / (2 * _count(text_embeds, valid))
-
-
-def siglip_loss(
-    text_embeds: Array,
-    image_embeds: Array,
-    logit_scale: Array,
-    logit_bias: Array,
-    *,
-    valid: Array | None = None,
-    rows: slice | tuple[Any, int] | None = None,
-) -> Array:
-    """The sigmoid loss: every text with every image is a binary decision, summed over both and divided by n.
-
-    Source: SigLIP, arXiv 2303.15343, algorithm 1.
-
-    Args:
-        text_embeds: As in `clip_loss`, like the other arguments.
-        image_embeds: As there.
-        logit_scale: As there.
-        logit_bias: (), added to the scaled cosines.
-        valid: As there.
-        rows: As there.
-
-    Returns:
-        ().
-    """
-    cosines = jnp.matmul(_taken(text_embeds, rows), image_embeds.T, precision="highest")  # (rows, n)
-    logits = jnp.exp(logit_scale) * cosines + logit_bias
-    places = jnp.arange(len(text_embeds))
-    signs = jnp.where(_taken(places, rows)[:, None] == places, 1, -1)
-    losses = -jax.nn.log_sigmoid(signs * logits)
-    if valid is not None:
-        losses = jnp.where(_taken(valid, rows)[:, None] & valid, losses, 0)
-    return losses.sum() / _count(text_embeds, valid)
-
-
-def _taken(array: Array, rows: slice | tuple[Any, int] | None) -> Array:
-    if isinstance(rows, tuple):
-        return jax.lax.dynamic_slice_in_dim(array, *rows)
-    return array if rows is None else array[rows]
-
-
-def _count(embeds: Array, valid: Array | None) -> int | Array:
-    return len(embeds) if valid is None else valid.sum()
 
 
 def start_processes(recipe: Recipe) -> Processes:
@@ -222,7 +144,7 @@ class Trainer:
             self._towers = model.module
             if recipe.precision == "bfloat16":
                 self._towers = model.module.clone(dtype=jnp.dtype("bfloat16"))
-            arrays = model._to_arrays()
+            arrays = model.to_arrays()
             placed = {spec.name: self._like(arrays[spec.name], spec) for spec in self._all_specs()}
             self._parameters = {spec.name: placed.pop(spec.name) for spec in self.table}
             self._frozen = placed
@@ -474,7 +396,7 @@ class Trainer:
             value, of_scalars = jax.lax.psum((value, of_scalars), AXIS)
             text, image = (jax.lax.psum_scatter(part, AXIS, tiled=True) for part in split)
         else:
-            text, image = (_taken(part, own) for part in split)
+            text, image = (take_rows(part, own) for part in split)
         return value, (text, image), of_scalars
 
     def _sizes(self) -> tuple[int, int]:

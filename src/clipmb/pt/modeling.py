@@ -6,14 +6,12 @@ of the checkpoints. Source of every behaviour not explained here: the PyTorch mo
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any, ClassVar
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 from torch.utils.checkpoint import checkpoint
 
@@ -31,6 +29,8 @@ from clipmb.common.outputs import (
 )
 from clipmb.common.parameters import Spec, specs
 from clipmb.common.pretrained import PretrainedMixin
+from clipmb.pt.layers import ACTIVATIONS, Uninitialised, interpolate_positions, look_up
+from clipmb.pt.losses import classification_loss, contrastive_loss, normalize
 from clipmb.pt.tensors import from_numpy, to_numpy
 
 for _type in ModelOutput.types:
@@ -44,38 +44,6 @@ for _type in ModelOutput.types:
         ),
         serialized_type_name=f"clipmb.{_type.__name__}",
     )
-
-
-def quick_gelu(x: Tensor) -> Tensor:
-    """X * sigmoid(1.702 x); one temporary instead of three where no gradient is needed."""
-    if x.requires_grad:
-        return x * torch.sigmoid(1.702 * x)
-    gate = 1.702 * x
-    return gate.sigmoid_().mul_(x)
-
-
-ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
-    "gelu": F.gelu,
-    "gelu_10": lambda x: F.gelu(x).clamp(-10, 10),
-    "gelu_accurate": lambda x: F.gelu(x, approximate="tanh"),
-    "gelu_fast": lambda x: 0.5 * x * (1 + torch.tanh(x * 0.7978845608 * (1 + 0.044715 * x * x))),
-    "gelu_new": lambda x: F.gelu(x, approximate="tanh"),
-    "gelu_python": F.gelu,
-    "gelu_python_tanh": lambda x: F.gelu(x, approximate="tanh"),
-    "gelu_pytorch_tanh": lambda x: F.gelu(x, approximate="tanh"),
-    "laplace": lambda x: 0.5 * (1 + torch.erf((x - 0.707107) / (0.282095 * 2.0**0.5))),
-    "leaky_relu": F.leaky_relu,
-    "linear": lambda x: x,
-    "mish": F.mish,
-    "quick_gelu": quick_gelu,
-    "relu": F.relu,
-    "relu2": lambda x: F.relu(x).square(),
-    "relu6": F.relu6,
-    "sigmoid": torch.sigmoid,
-    "silu": F.silu,
-    "swish": F.silu,
-    "tanh": torch.tanh,
-}
 
 
 class CLIPAttention(nn.Module):
@@ -232,21 +200,10 @@ class CLIPTextEmbeddings(nn.Module):
 
     def forward(self, input_ids: Tensor, position_ids: Tensor | None = None) -> Tensor:
         """(batch, seq) to (batch, seq, width)."""
-        tokens = _look_up(self.token_embedding, input_ids, "input_ids")  # (batch, seq, width)
+        tokens = look_up(self.token_embedding, input_ids, "input_ids")  # (batch, seq, width)
         if position_ids is None:
             return tokens + self.position_embedding.weight[: input_ids.shape[1]]
-        return tokens + _look_up(self.position_embedding, position_ids, "position_ids")
-
-
-def _look_up(table: nn.Embedding, ids: Tensor, field: str) -> Tensor:
-    if torch.compiler.is_compiling():
-        return table(ids)
-    checks.check_integers(ids, field)
-    try:
-        return table(ids if ids.dtype == torch.int else ids.long())
-    except IndexError:
-        checks.check_ids(ids.numpy(force=True), table.num_embeddings, field)
-        raise
+        return tokens + look_up(self.position_embedding, position_ids, "position_ids")
 
 
 class CLIPVisionEmbeddings(nn.Module):
@@ -272,25 +229,6 @@ class CLIPVisionEmbeddings(nn.Module):
         if interpolate_pos_encoding:
             positions = interpolate_positions(positions, rows, columns)
         return torch.cat([class_token, patches], dim=1) + positions
-
-
-def interpolate_positions(positions: Tensor, rows: int, columns: int) -> Tensor:
-    """Resizes the grid of position embeddings by bicubic interpolation (a = -0.75, half-pixel centres, no antialias).
-
-    Args:
-        positions: (patches + 1, width); the first is that of the class token and stays.
-        rows: Patches from top to bottom.
-        columns: Patches from left to right.
-
-    Returns:
-        (rows * columns + 1, width).
-    """
-    side = round((positions.shape[0] - 1) ** 0.5)
-    if rows == columns == side:
-        return positions
-    grid = positions[1:].reshape(1, side, side, -1).permute(0, 3, 1, 2)  # (1, width, side, side)
-    grid = F.interpolate(grid, size=(rows, columns), mode="bicubic", align_corners=False)
-    return torch.cat([positions[:1], grid.flatten(2)[0].T])
 
 
 class CLIPTextTransformer(nn.Module):
@@ -386,7 +324,7 @@ class CLIPPreTrainedModel(PretrainedMixin, nn.Module):
         return cls(config)
 
     @classmethod
-    def _from_arrays(
+    def from_arrays(
         cls,
         config: Any,
         arrays: dict[str, np.ndarray],
@@ -395,13 +333,14 @@ class CLIPPreTrainedModel(PretrainedMixin, nn.Module):
         device: Any = None,
         device_map: Any = None,
     ) -> CLIPPreTrainedModel:
-        with torch.device("meta"), _Uninitialised():
+        """Builds the model around canonical arrays, and draws the parameters that have none."""
+        with torch.device("meta"), Uninitialised():
             model = cls(config)
         kind = getattr(torch, dtype or "float32")
         for name, array in arrays.items():
-            model._set_parameter(name, from_numpy(array).to(kind))
+            model.set_parameter(name, from_numpy(array).to(kind))
         for spec in initialised:
-            model._set_parameter(spec.name, torch.empty(spec.shape, dtype=kind))
+            model.set_parameter(spec.name, torch.empty(spec.shape, dtype=kind))
         model.init_weights(initialised)
         device = device_map if device is None else device
         if device is not None and device != "auto":
@@ -409,13 +348,16 @@ class CLIPPreTrainedModel(PretrainedMixin, nn.Module):
         return model.eval()
 
     @classmethod
-    def _canonical_array(cls, value: Any) -> np.ndarray:
+    def canonical_array(cls, value: Any) -> np.ndarray:
+        """Returns one value of a ``state_dict`` as numpy."""
         return np.array(to_numpy(value) if isinstance(value, Tensor) else value)  # a copy, which training may change
 
-    def _to_arrays(self) -> dict[str, np.ndarray]:
+    def to_arrays(self) -> dict[str, np.ndarray]:
+        """Returns every parameter by its canonical name, in canonical layout."""
         return {spec.name: to_numpy(self.get_parameter(spec.name)) for spec in specs(self.config, self.head)}
 
-    def _set_parameter(self, name: str, tensor: Tensor) -> None:
+    def set_parameter(self, name: str, tensor: Tensor) -> None:
+        """Makes a tensor the parameter of a canonical name."""
         owner, _, leaf = name.rpartition(".")
         setattr(self.get_submodule(owner), leaf, nn.Parameter(tensor))
 
@@ -614,23 +556,6 @@ class CLIPModel(CLIPPreTrainedModel):
         return self._returned(output, return_dict)
 
 
-def normalize(embeds: Tensor) -> Tensor:
-    """Scales rows to unit length; a row of zeros becomes NaN, as formerly."""
-    return embeds / embeds.square().sum(dim=-1, keepdim=True).sqrt()
-
-
-def contrastive_loss(logits_per_text: Tensor) -> Tensor:
-    """Mean of the cross-entropies of text against images and image against texts; (n, n) to ().
-
-    Source: CLIP, arXiv 2103.00020, figure 3.
-    """
-    texts, images = logits_per_text.shape
-    if texts != images:
-        raise checks.not_square(texts, images)
-    targets = torch.arange(texts, device=logits_per_text.device)
-    return (F.cross_entropy(logits_per_text, targets) + F.cross_entropy(logits_per_text.T, targets)) / 2
-
-
 class CLIPTextModel(CLIPPreTrainedModel):
     """The text tower alone."""
 
@@ -788,32 +713,6 @@ class CLIPForImageClassification(CLIPPreTrainedModel):
             attentions=output.attentions,
         )
         return self._returned(classified, return_dict)
-
-
-def classification_loss(logits: Tensor, labels: Tensor, config: CLIPConfig) -> Tensor:
-    """The loss of `clipmb.common.checks.loss_kind`; cross-entropies leave out labels of -100."""
-    labels = labels.to(logits.device)
-    kind = checks.loss_kind(labels, logits, config)
-    if kind == "regression":
-        return F.mse_loss(logits.squeeze(), labels.squeeze().to(logits.dtype))
-    if kind == "single_label_classification":
-        labels = labels.reshape(-1).long()
-        try:
-            return F.cross_entropy(logits, labels)
-        except IndexError:
-            checks.check_ids(labels.where(labels != -100, 0).numpy(force=True), config.num_labels, "labels")
-            raise
-    return F.binary_cross_entropy_with_logits(logits, labels.reshape(logits.shape).to(logits.dtype))
-
-
-class _Uninitialised(TorchFunctionMode):
-    """Inside it, drawing initial values does nothing; on the meta device that would import half of the compiler."""
-
-    skipped = frozenset((nn.init.kaiming_uniform_, nn.init.uniform_, nn.init.normal_, Tensor.uniform_, Tensor.fill_))
-
-    def __torch_function__(self, func: Any, types: Any, args: tuple = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        return (args or (kwargs.get("tensor"),))[0] if func in self.skipped else func(*args, **kwargs)
 
 
 def _default(value: Any, default: Any) -> Any:

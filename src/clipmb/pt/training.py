@@ -30,79 +30,9 @@ from clipmb.common.parameters import specs
 from clipmb.common.training.recipe import INITIAL_LOGIT_BIAS, LOGIT_BIAS, MAX_LOGIT_SCALE, Processes, Recipe, decays
 from clipmb.common.training.state import FIRST, SECOND, TrainingState
 from clipmb.pt.engine import Engine
-from clipmb.pt.modeling import CLIPModel, normalize
+from clipmb.pt.losses import clip_loss, normalize, siglip_loss
+from clipmb.pt.modeling import CLIPModel
 from clipmb.pt.tensors import from_numpy, to_numpy
-
-
-def clip_loss(
-    text_embeds: Tensor,
-    image_embeds: Tensor,
-    logit_scale: Tensor,
-    *,
-    valid: Tensor | None = None,
-    rows: slice | None = None,
-) -> Tensor:
-    """The mean of the cross-entropies of texts against images and of images against texts.
-
-    Source: CLIP, arXiv 2103.00020, figure 3.
-
-    Args:
-        text_embeds: (n, proj), of unit length.
-        image_embeds: (n, proj), of unit length; row i belongs to text i.
-        logit_scale: (), the logarithm of the factor on the cosines.
-        valid: (n,) booleans, False for rows that are padding and count nowhere; all count when None.
-        rows: Only the terms of these rows, so that the losses of disjoint rows add up to that of all; all when None.
-
-    Returns:
-        ().
-    """
-    rows = slice(None) if rows is None else rows
-    targets = torch.arange(len(text_embeds), device=text_embeds.device)[rows]
-    terms = []
-    for ours, others in ((text_embeds, image_embeds), (image_embeds, text_embeds)):
-        logits = logit_scale.exp() * ours[rows] @ others.T  # (rows, n)
-        if valid is not None:
-            logits = logits.masked_fill(~valid, torch.finfo(logits.dtype).min / 2)
-        losses = F.cross_entropy(logits, targets, reduction="none")  # (rows,)
-        terms.append((losses if valid is None else torch.where(valid[rows], losses, 0)).sum())
-    return (terms[0] + terms[1]) / (2 * _count(text_embeds, valid))
-
-
-def siglip_loss(
-    text_embeds: Tensor,
-    image_embeds: Tensor,
-    logit_scale: Tensor,
-    logit_bias: Tensor,
-    *,
-    valid: Tensor | None = None,
-    rows: slice | None = None,
-) -> Tensor:
-    """The sigmoid loss: every text with every image is a binary decision, summed over both and divided by n.
-
-    Source: SigLIP, arXiv 2303.15343, algorithm 1.
-
-    Args:
-        text_embeds: As in `clip_loss`, like the other arguments.
-        image_embeds: As there.
-        logit_scale: As there.
-        logit_bias: (), added to the scaled cosines.
-        valid: As there.
-        rows: As there.
-
-    Returns:
-        ().
-    """
-    rows = slice(None) if rows is None else rows
-    logits = logit_scale.exp() * text_embeds[rows] @ image_embeds.T + logit_bias  # (rows, n)
-    signs = 2 * torch.eye(len(text_embeds), dtype=logits.dtype, device=logits.device)[rows] - 1
-    losses = -F.logsigmoid(signs * logits)
-    if valid is not None:
-        losses = torch.where(valid[rows, None] & valid, losses, 0)
-    return losses.sum() / _count(text_embeds, valid)
-
-
-def _count(embeds: Tensor, valid: Tensor | None) -> int | Tensor:
-    return len(embeds) if valid is None else valid.sum()
 
 
 def start_processes(recipe: Recipe) -> Processes:

@@ -411,7 +411,7 @@ class TFCLIPPreTrainedModel(PretrainedMixin, keras.Model):
         return cls(config, **kwargs)
 
     @classmethod
-    def _from_arrays(
+    def from_arrays(
         cls,
         config: Any,
         arrays: dict[str, np.ndarray],
@@ -419,16 +419,19 @@ class TFCLIPPreTrainedModel(PretrainedMixin, keras.Model):
         dtype: str | None,
         dtype_policy: Any = None,
     ) -> TFCLIPPreTrainedModel:
+        """Builds the model around canonical arrays, and draws the parameters that have none."""
         with given(arrays):
             return cls(config, dtype=dtype if dtype_policy is None else dtype_policy)
 
     @classmethod
-    def _canonical_array(cls, value: Any) -> np.ndarray:
+    def canonical_array(cls, value: Any) -> np.ndarray:
+        """Returns one value of a ``state_dict`` as numpy."""
         return value.numpy() if tf.is_tensor(value) or isinstance(value, keras.Variable) else np.asarray(value)
 
-    def _to_arrays(self) -> dict[str, np.ndarray]:
+    def to_arrays(self) -> dict[str, np.ndarray]:
+        """Returns every parameter by its canonical name, in canonical layout."""
         return {
-            spec.name: KINDS[spec.kind].to_canonical(self._parameter(spec).numpy())
+            spec.name: KINDS[spec.kind].to_canonical(self.parameter(spec).numpy())
             for spec in specs(self.config, self.head)
         }
 
@@ -438,7 +441,8 @@ class TFCLIPPreTrainedModel(PretrainedMixin, keras.Model):
             owner = owner[int(part)] if part.isdigit() else getattr(owner, part)
         return owner
 
-    def _parameter(self, spec: Spec) -> keras.Variable:
+    def parameter(self, spec: Spec) -> keras.Variable:
+        """Returns the variable of a parameter."""
         return getattr(self._owner(spec), spec.path("tf")[-1])
 
     def post_init(self) -> None:
@@ -460,7 +464,7 @@ class TFCLIPPreTrainedModel(PretrainedMixin, keras.Model):
     def init_weights(self) -> None:
         """Draws every parameter from its initial normal distribution."""
         for spec in specs(self.config, self.head):
-            parameter = self._parameter(spec)
+            parameter = self.parameter(spec)
             parameter.assign(distribution(spec)(parameter.shape, dtype=parameter.dtype))
 
     def get_config(self) -> dict[str, Any]:

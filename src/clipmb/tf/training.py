@@ -172,7 +172,7 @@ class Trainer:
         self.table = [spec for spec in specs(model.config, "CLIPModel") if recipe.trains(spec)]
         if recipe.gradient_checkpointing:
             model.gradient_checkpointing_enable()
-        self._parameters = {spec.name: model._parameter(spec) for spec in self.table}
+        self._parameters = {spec.name: model.parameter(spec) for spec in self.table}
         if recipe.loss == "siglip":
             value = INITIAL_LOGIT_BIAS if state is None else state.tensors.get("logit_bias", INITIAL_LOGIT_BIAS)
             with self.strategy.scope():
@@ -202,7 +202,7 @@ class Trainer:
         if own and model.dtype_policy.name == policy:
             return model
         with self.strategy.scope():
-            return TFCLIPModel.from_pretrained(None, config=model.config, state_dict=model._to_arrays(), dtype=policy)
+            return TFCLIPModel.from_pretrained(None, config=model.config, state_dict=model.to_arrays(), dtype=policy)
 
     def _optimizer(self) -> AdamW:
         with self.strategy.scope():
@@ -252,7 +252,7 @@ class Trainer:
 
     def weights(self) -> dict[str, np.ndarray]:
         """Returns every parameter by canonical name; later steps leave the arrays as they are."""
-        return self.model._to_arrays()
+        return self.model.to_arrays()
 
     def moments(self) -> dict[str, np.ndarray]:
         """Returns AdamW's moments as `TrainingState` holds them; zeros before the first step."""

@@ -565,7 +565,7 @@ def test_every_backend_reads_every_format_directly(folders, backend, format, cap
     errors._said.clear()
     for _ in range(2):
         model = getattr(clipmb, name).from_pretrained(folder)
-        found = {name: np.asarray(array) for name, array in model._to_arrays().items()}
+        found = {name: np.asarray(array) for name, array in model.to_arrays().items()}
         assert equal(found, random_arrays(CONFIG, "CLIPModel"))
     told = [record for record in caplog.records if "clipmb convert" in record.getMessage()]
     assert len(told) == (format != "safetensors")
@@ -581,7 +581,7 @@ def test_every_backend_reads_openais_file_without_a_config(folders, backend):
     vision = getattr(clipmb, tower).from_pretrained(file)
     assert type(vision.config).__name__ == "CLIPVisionConfig"
     expected = random_arrays(CONFIG, "CLIPModel")
-    assert all((np.asarray(array) == expected[name]).all() for name, array in vision._to_arrays().items())
+    assert all((np.asarray(array) == expected[name]).all() for name, array in vision.to_arrays().items())
 
 
 def test_weights_without_any_config_say_what_is_missing(folders, tmp_path):

@@ -29,7 +29,7 @@ from processes import output
 from clipmb import CheckpointError, CLIPConfig, flax
 from clipmb.common.outputs import CLIPOutput
 from clipmb.common.parameters import KINDS, specs
-from clipmb.flax import modules
+from clipmb.flax import layers, modules
 from clipmb.flax.engine import Engine
 
 CONFIG = CONFIGS["plain"]
@@ -425,7 +425,7 @@ def test_attentions_under_fused_attention_fall_back_with_one_warning(tmp_path, m
 
 def test_fused_attention_is_used(tmp_path, monkeypatch):
     calls = []
-    fused = modules.fused_attention
+    fused = layers.fused_attention
     monkeypatch.setattr(modules, "fused_attention", lambda *a, **k: calls.append(k) or fused(*a, **k))
     model = load(tmp_path)
     model(**inputs_of("CLIPModel", CONFIG))
@@ -457,7 +457,7 @@ def test_the_derivative_of_layer_norm_is_that_of_its_formula():
                          (0, 1, 2))(*inputs),
             )  # fmt: skip
 
-        ours = derivatives(lambda *inputs: modules.layer_norm(*inputs, 1e-5))
+        ours = derivatives(lambda *inputs: layers.layer_norm(*inputs, 1e-5))
         for a, b in zip(jax.tree.leaves(ours), jax.tree.leaves(derivatives(formula)), strict=True):
             assert a.dtype == jnp.float64
             assert relative(a, b) < 1e-12
@@ -490,7 +490,7 @@ def test_fused_attention_on_a_cpu_is_that_of_jax(biased, dtype, bound):
     bias = jnp.asarray(rng.standard_normal((2, 1, 7, 7)), dtype) if biased else None
     ours, theirs = (
         jax.value_and_grad(lambda *inputs, call=call: jnp.square(call(*inputs, bias, scale=0.3)).sum(), (0, 1, 2))
-        for call in (modules.fused_attention, jax.nn.dot_product_attention)
+        for call in (layers.fused_attention, jax.nn.dot_product_attention)
     )
     for a, b in zip(jax.tree.leaves(ours(query, key, value)), jax.tree.leaves(theirs(query, key, value)), strict=True):
         a, b = np.asarray(a, np.float64), np.asarray(b, np.float64)
@@ -508,7 +508,7 @@ def test_fused_attention_elsewhere_is_that_of_jax(platform):
 
     dimensions = [[part.split(",")[2:] for part in products(jax.nn.dot_product_attention, platform)]]
     dimensions += [
-        [part.split(",")[2:] for part in products(modules.fused_attention, name)] for name in (platform, "cpu")
+        [part.split(",")[2:] for part in products(layers.fused_attention, name)] for name in (platform, "cpu")
     ]
     assert dimensions[0] == dimensions[1] != dimensions[2]
 

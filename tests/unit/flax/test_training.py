@@ -21,7 +21,8 @@ from clipmb import CheckpointError
 from clipmb.common.parameters import specs
 from clipmb.common.training.recipe import MAX_LOGIT_SCALE, decays
 from clipmb.common.training.state import FIRST, SECOND, TrainingState
-from clipmb.flax.training import clip_loss, local_device, siglip_loss, start_processes
+from clipmb.flax.losses import clip_loss, siglip_loss
+from clipmb.flax.training import local_device, start_processes
 
 LARGE = "vision_model.encoder.layers.0.mlp.fc1.weight"
 

@@ -14,7 +14,8 @@ from cases import ALL_HEADS, CONFIGS, TEXT_HEADS, config_of, inputs_of, random_a
 import clipmb
 from clipmb import CheckpointError, CLIPConfig, CLIPTextConfig, pt
 from clipmb.common.parameters import specs
-from clipmb.pt.modeling import ACTIVATIONS, attention_bias, interpolate_positions
+from clipmb.pt.layers import ACTIVATIONS, interpolate_positions
+from clipmb.pt.modeling import attention_bias
 
 CONFIG = CONFIGS["plain"]
 

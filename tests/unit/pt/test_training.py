@@ -17,7 +17,8 @@ from training_cases import CONFIG, VARIANTS, batch, batches, expected_losses, la
 from clipmb import CheckpointError, CLIPConfig, CLIPModel
 from clipmb.common.training.recipe import MAX_LOGIT_SCALE, decays
 from clipmb.common.training.state import TrainingState
-from clipmb.pt.training import Trainer, clip_loss, siglip_loss, start_processes
+from clipmb.pt.losses import clip_loss, siglip_loss
+from clipmb.pt.training import Trainer, start_processes
 
 
 def new_model(config: CLIPConfig = CONFIG, dtype: str = "float64") -> CLIPModel:

@@ -176,7 +176,7 @@ def test_fresh_weights_follow_the_factors_of_the_config():
     model = clipmb.tf.TFCLIPModel(config)
     drawn, tails = 0, 0
     for spec in specs(config, "CLIPModel"):
-        values = np.asarray(model._parameter(spec))
+        values = np.asarray(model.parameter(spec))
         if not spec.std:
             assert (values == np.float32(spec.mean)).all()
         elif values.size > 500:

@@ -58,7 +58,7 @@ def test_losses(padding, parts):
 @pytest.mark.parametrize("size", SIZES)
 def test_gradients_are_those_of_the_model_s_own_loss(plain, size):
     pairs, model = batch(size), new_model()
-    variables = [model._parameter(spec).value for spec in plain.table]
+    variables = [model.parameter(spec).value for spec in plain.table]
     with tf.GradientTape() as tape:
         mask = (pairs["input_ids"] != CONFIG.text_config.pad_token_id).astype(np.int64)
         output = model(pairs["input_ids"], pairs["pixel_values"], mask, return_loss=True)
@@ -300,7 +300,7 @@ def test_dropout_is_repeated_in_chunks_and_after_resuming(plain):
     # The gradient belongs to the masks of its own loss: a step along it changes the loss as the gradient says.
     size = 1e-5
     for spec in other.table:
-        other.model._parameter(spec).assign_sub(size * KINDS[spec.kind].to_framework(once[1][spec.name]))
+        other.model.parameter(spec).assign_sub(size * KINDS[spec.kind].to_framework(once[1][spec.name]))
     square = sum(np.square(value).sum() for value in once[1].values())
     assert (once[0] - other.gradients(batch(9))[0]) / size == pytest.approx(square, rel=1e-2)
 
@@ -330,7 +330,7 @@ def test_the_model_is_copied_only_where_it_has_to_be(plain):
     trainer = Trainer(model, recipe())
     assert trainer.model is not model
     assert trainer.model.dtype_policy.name == "float64"
-    assert all(np.array_equal(value, trainer.weights()[name]) for name, value in model._to_arrays().items())
+    assert all(np.array_equal(value, trainer.weights()[name]) for name, value in model.to_arrays().items())
 
 
 def test_fully_sharded_training_is_refused():

@@ -77,7 +77,7 @@ def test_keras_loads_what_is_written(tmp_path, head, dtype):
     write_as(FORMAT, tmp_path, arrays, part, head)
     model = keras_model(head, dtype=dtype)
     model.load_weights(tmp_path / "model.weights.h5")
-    assert_same(model._to_arrays(), arrays)
+    assert_same(model.to_arrays(), arrays)
 
 
 @pytest.mark.backend("tf")
@@ -107,7 +107,7 @@ def test_more_than_ten_blocks(tmp_path):
     write_as(FORMAT, tmp_path, arrays, config, "CLIPModel")
     model = keras_model("CLIPModel", config=config)
     model.load_weights(tmp_path / "model.weights.h5")
-    assert_same(model._to_arrays(), arrays)
+    assert_same(model.to_arrays(), arrays)
 
 
 @pytest.mark.backend("tf")
@@ -119,7 +119,7 @@ def test_the_state_of_an_optimizer_is_passed_over(tmp_path):
     model.save_weights(tmp_path / "model.weights.h5")
     with h5py.File(tmp_path / "model.weights.h5") as file:
         assert "optimizer" in file
-    assert_same(read_as(FORMAT, tmp_path, CONFIG, head), model._to_arrays())
+    assert_same(read_as(FORMAT, tmp_path, CONFIG, head), model.to_arrays())
 
 
 def test_no_framework_is_imported(tmp_path):

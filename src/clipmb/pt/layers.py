@@ -1,0 +1,99 @@
+"""The building blocks of the PyTorch models that are no part of CLIP itself."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+from clipmb.common import checks
+
+
+def quick_gelu(x: Tensor) -> Tensor:
+    """X * sigmoid(1.702 x); one temporary instead of three where no gradient is needed."""
+    if x.requires_grad:
+        return x * torch.sigmoid(1.702 * x)
+    gate = 1.702 * x
+    return gate.sigmoid_().mul_(x)
+
+
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "gelu": F.gelu,
+    "gelu_10": lambda x: F.gelu(x).clamp(-10, 10),
+    "gelu_accurate": lambda x: F.gelu(x, approximate="tanh"),
+    "gelu_fast": lambda x: 0.5 * x * (1 + torch.tanh(x * 0.7978845608 * (1 + 0.044715 * x * x))),
+    "gelu_new": lambda x: F.gelu(x, approximate="tanh"),
+    "gelu_python": F.gelu,
+    "gelu_python_tanh": lambda x: F.gelu(x, approximate="tanh"),
+    "gelu_pytorch_tanh": lambda x: F.gelu(x, approximate="tanh"),
+    "laplace": lambda x: 0.5 * (1 + torch.erf((x - 0.707107) / (0.282095 * 2.0**0.5))),
+    "leaky_relu": F.leaky_relu,
+    "linear": lambda x: x,
+    "mish": F.mish,
+    "quick_gelu": quick_gelu,
+    "relu": F.relu,
+    "relu2": lambda x: F.relu(x).square(),
+    "relu6": F.relu6,
+    "sigmoid": torch.sigmoid,
+    "silu": F.silu,
+    "swish": F.silu,
+    "tanh": torch.tanh,
+}
+
+
+def look_up(table: nn.Embedding, ids: Tensor, field: str) -> Tensor:
+    """Looks ids up in a table of embeddings.
+
+    Args:
+        table: (size, width).
+        ids: (batch, seq) integers; those outside the table raise where their values are known.
+        field: What they are called in errors.
+
+    Returns:
+        (batch, seq, width).
+
+    Raises:
+        TypeError: They are not integers.
+        ValueError: Some lie outside.
+    """
+    if torch.compiler.is_compiling():
+        return table(ids)
+    checks.check_integers(ids, field)
+    try:
+        return table(ids if ids.dtype == torch.int else ids.long())
+    except IndexError:
+        checks.check_ids(ids.numpy(force=True), table.num_embeddings, field)
+        raise
+
+
+def interpolate_positions(positions: Tensor, rows: int, columns: int) -> Tensor:
+    """Resizes the grid of position embeddings by bicubic interpolation (a = -0.75, half-pixel centres, no antialias).
+
+    Args:
+        positions: (patches + 1, width); the first is that of the class token and stays.
+        rows: Patches from top to bottom.
+        columns: Patches from left to right.
+
+    Returns:
+        (rows * columns + 1, width).
+    """
+    side = round((positions.shape[0] - 1) ** 0.5)
+    if rows == columns == side:
+        return positions
+    grid = positions[1:].reshape(1, side, side, -1).permute(0, 3, 1, 2)  # (1, width, side, side)
+    grid = F.interpolate(grid, size=(rows, columns), mode="bicubic", align_corners=False)
+    return torch.cat([positions[:1], grid.flatten(2)[0].T])
+
+
+class Uninitialised(TorchFunctionMode):
+    """Inside it, drawing initial values does nothing; on the meta device that would import half of the compiler."""
+
+    skipped = frozenset((nn.init.kaiming_uniform_, nn.init.uniform_, nn.init.normal_, Tensor.uniform_, Tensor.fill_))
+
+    def __torch_function__(self, func: Any, types: Any, args: tuple = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        return (args or (kwargs.get("tensor"),))[0] if func in self.skipped else func(*args, **kwargs)
