@@ -18,7 +18,8 @@ from image_processor import SIZE, photos
 from PIL import Image
 
 from clipmb import CLIPProcessor, CLIPTokenizerFast
-from clipmb.common.data.batches import Batches, Pairs
+from clipmb.common.data.batches import Batches
+from clipmb.common.data.pairs import Pairs
 
 COUNT, BATCH = 96, 32
 

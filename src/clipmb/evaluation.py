@@ -62,7 +62,7 @@ def evaluate(
 
     Args:
         model: A pipeline, or the folder or hub id of a checkpoint.
-        data: Path of a data set, as ``clipmb.common.data.batches.Pairs.open`` takes it, or an opened one.
+        data: Path of a data set, as ``clipmb.common.data.pairs.Pairs.open`` takes it, or an opened one.
         backend: "pt", "tf" or "flax" for a model that is loaded here; the first installed one when None.
         labels: The classes: names; {label in the data: its name in the prompts}; or a text file with one label, or
             label, tab and name, a line. The labels of the data when None.
@@ -119,7 +119,7 @@ def evaluate(
 
 def _opened(data: Any, columns: dict[str, Any]) -> Any:
     if isinstance(data, str | os.PathLike):
-        from clipmb.common.data.batches import Pairs
+        from clipmb.common.data.pairs import Pairs
 
         data = Pairs.open(data, **columns)
     elif given := [name for name, value in columns.items() if value is not None]:

@@ -17,7 +17,8 @@ import numpy as np
 from clipmb import backends
 from clipmb.common.checkpoint import write_safetensors
 from clipmb.common.config import CONFIG_NAME, CLIPConfig
-from clipmb.common.data.batches import Batch, Batches, Pairs
+from clipmb.common.data.batches import Batch, Batches
+from clipmb.common.data.pairs import Pairs
 from clipmb.common.errors import bad_input, logger
 from clipmb.common.hub import Source
 from clipmb.common.parameters import initial_weights, specs
@@ -67,7 +68,7 @@ def train(
     names the items that could not be read.
 
     Args:
-        data: Pictures with captions, as ``clipmb.common.data.batches.Pairs.open`` takes them, or opened `Pairs`.
+        data: Pictures with captions, as ``clipmb.common.data.pairs.Pairs.open`` takes them, or opened `Pairs`.
         model: Folder or hub id of what to begin from; not needed to resume.
         out: Where the trained model goes.
         backend: "pt", "tf" or "flax"; the first installed one when None. A run may be resumed with another.

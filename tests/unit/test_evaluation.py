@@ -31,7 +31,7 @@ CONFIG = CLIPConfig({**TEXT, "max_position_embeddings": 16}, VISION, projection_
 
 
 class Items:
-    """Data in memory, as `clipmb.common.data.batches.Pairs`: (picture or the error of reading it, captions, label)."""
+    """Data in memory, as `clipmb.common.data.pairs.Pairs`: (picture or the error of reading it, captions, label)."""
 
     def __init__(self, *items):
         self.items = items

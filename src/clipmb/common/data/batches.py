@@ -9,32 +9,26 @@ output for good, so orders and choices are drawn from that.
 
 from __future__ import annotations
 
-import json
-import math
 import os
-from collections import Counter, deque
-from collections.abc import Callable, Iterator, Sequence
+from collections import deque
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 from PIL import Image
 
+from clipmb.common.data.augment import Augment, random_resized_crop
+from clipmb.common.data.ledger import Ledger, Watch
 from clipmb.common.data.pairs import Pairs
 from clipmb.common.errors import bad_input, logger
 from clipmb.common.processor import CLIPProcessor
 from clipmb.common.workers import processors
 
-__all__ = ["Batch", "Batches", "Pairs", "random_resized_crop"]
-
-Augment = Callable[[Image.Image, np.random.Generator], Image.Image]
-
 _ORDER, _CAPTION, _PICTURE = range(3)  # what random numbers are for
 _MOST_WORKERS = 8
 _LARGE = 1 << 28  # bytes of a batch
-_WINDOW = 1000  # items, of which at most half may be broken
 _MULTIPLE = 8  # of tokens in a row
 
 
@@ -128,7 +122,7 @@ class Batches:
                 f"{len(pairs)} pairs, and {len(pairs.left_out)} items that are none; {name}: {why}", "Mend them",
                 shown=True,
             )  # fmt: skip
-        self._ledger = _Ledger(ledger)
+        self._ledger = Ledger(ledger)
         self._tokenizer = processor.tokenizer
         self._padding = _padding_id(self._tokenizer)
         self._limit = self.pad_to or self.context
@@ -173,7 +167,7 @@ class Batches:
         if self.rank == 0:
             self._ledger.add([(name, why, None, None) for name, why in self.pairs.left_out])
         order = self.order(epoch)
-        watch = _Watch(-(-len(order) // self.count), self.count)
+        watch = Watch(-(-len(order) // self.count), self.count)
         ahead = self._ahead()
         pool = ThreadPoolExecutor(self.workers, thread_name_prefix="clipmb-data") if self.workers else None
         submit = _Done if pool is None else pool.submit
@@ -205,7 +199,7 @@ class Batches:
         items = [submit(self._item, epoch, index, row) for index, row in zip(indices.tolist(), pixels, strict=True)]
         return _Decoding(number, part, indices, pixels, items)
 
-    def _collect(self, decoding: _Decoding, epoch: int, watch: _Watch) -> Batch:
+    def _collect(self, decoding: _Decoding, epoch: int, watch: Watch) -> Batch:
         """Waits for the items of one batch and puts them together."""
         results = [item.result() for item in decoding.items]
         names = [self.pairs.id(index) for index in decoding.indices.tolist()]
@@ -276,45 +270,6 @@ class Batches:
         return image
 
 
-def random_resized_crop(
-    image: Image.Image,
-    generator: np.random.Generator,
-    size: tuple[int, int],
-    scale: tuple[float, float] = (0.9, 1.0),
-    ratio: tuple[float, float] = (3 / 4, 4 / 3),
-) -> Image.Image:
-    """Cuts a random part out of a picture and resizes it, bicubic.
-
-    Area and the logarithm of the ratio are uniform; after ten parts that do not fit into the picture it is the largest
-    one around the centre whose ratio is allowed. Resizing looks at the pixels beside the part too, as Pillow does.
-
-    Args:
-        image: RGB.
-        generator: Where the random numbers come from.
-        size: (height, width) of the result.
-        scale: The least and the largest share of the picture's area; open_clip's default.
-        ratio: The least and the largest width / height.
-
-    Source: "Going Deeper with Convolutions" (Szegedy et al., arXiv 1409.4842), section 6.
-    """
-    width, height = image.size
-    for _ in range(10):
-        area = width * height * (scale[0] + (scale[1] - scale[0]) * generator.random())
-        low, high = math.log(ratio[0]), math.log(ratio[1])
-        wanted = math.exp(low + (high - low) * generator.random())
-        wide, tall = round(math.sqrt(area * wanted)), round(math.sqrt(area / wanted))
-        if 0 < wide <= width and 0 < tall <= height:
-            left = int(generator.random() * (width - wide + 1))
-            top = int(generator.random() * (height - tall + 1))
-            break
-    else:
-        wide = min(width, max(round(height * ratio[1]), 1))
-        tall = min(height, max(round(width / ratio[0]), 1))
-        left, top = (width - wide) // 2, (height - tall) // 2
-    box = (left, top, left + wide, top + tall)
-    return image.resize((size[1], size[0]), Image.Resampling.BICUBIC, box=box)
-
-
 @dataclass(frozen=True)
 class _Decoding:
     """A batch that is on its way: its number, the places of its items in the epoch, and what becomes of each."""
@@ -324,76 +279,6 @@ class _Decoding:
     indices: np.ndarray
     pixels: np.ndarray
     items: list[Any]
-
-
-class _Watch:
-    """Counts broken items by windows of the epoch, and stops when more than half of one are.
-
-    Windows lie at fixed places of the epoch, so that going on in the middle of one stops nothing that would not have
-    stopped before.
-    """
-
-    def __init__(self, items: int, count: int) -> None:
-        self._allowed = min(items, _WINDOW) / 2
-        self._width = _WINDOW * count
-        self._broken: Counter[int] = Counter()
-
-    def check(self, places: np.ndarray, broken: list[tuple[str, str, int, int]]) -> None:
-        for place, (name, why, _, _) in zip(places.tolist(), broken, strict=True):
-            window = place // self._width
-            self._broken[window] += 1
-            if self._broken[window] > self._allowed:
-                raise bad_input(
-                    "At most half of the items may be broken",
-                    f"{self._broken[window]} of {round(2 * self._allowed)} are; the last one, {name}: {why}",
-                    "Mend the files; the ledger or the log lists them",
-                    shown=True,
-                )
-
-
-class _Ledger:
-    """Appends what is broken to a file, each item once for an epoch, or logs it where there is none."""
-
-    def __init__(self, path: str | os.PathLike[str] | None) -> None:
-        self._path = None if path is None else Path(path)
-        self._known = self._load()
-
-    def add(self, entries: Sequence[tuple[str, str, int | None, int | None]]) -> None:
-        """Adds (id, error, epoch, batch); the last two are None of what was found before any epoch."""
-        new = []
-        for entry in entries:
-            if (entry[0], entry[2]) not in self._known:
-                self._known.add((entry[0], entry[2]))
-                new.append(entry)
-        if not new:
-            return
-        if self._path is None:
-            for name, error, epoch, _ in new:
-                if epoch is not None:  # the others were logged when they were found
-                    logger.warning("%s is broken and left out: %s", name, error)
-            return
-        lines = [
-            json.dumps({"id": name, "error": error, "epoch": epoch, "batch": batch}) + "\n"
-            for name, error, epoch, batch in new
-        ]
-        self._path.parent.mkdir(parents=True, exist_ok=True)
-        with open(self._path, "ab+") as file:
-            if file.seek(0, os.SEEK_END):
-                file.seek(-1, os.SEEK_END)
-                if file.read(1) != b"\n":  # the last line was cut when its process was killed
-                    lines.insert(0, "\n")
-            file.write("".join(lines).encode())
-
-    def _load(self) -> set[tuple[str, int | None]]:
-        known: set[tuple[str, int | None]] = set()
-        if self._path is not None and self._path.is_file():
-            for line in self._path.read_text("utf-8", errors="replace").splitlines():
-                try:
-                    entry = json.loads(line)
-                    known.add((entry["id"], entry["epoch"]))
-                except (ValueError, TypeError, KeyError):
-                    continue  # a line that was cut
-        return known
 
 
 class _Done:

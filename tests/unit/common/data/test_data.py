@@ -23,7 +23,9 @@ from PIL import Image
 from processes import python
 
 from clipmb import CLIPImageProcessor, CLIPProcessor, CLIPTokenizerFast
-from clipmb.common.data.batches import Batches, Pairs, random_resized_crop
+from clipmb.common.data.augment import random_resized_crop
+from clipmb.common.data.batches import Batches
+from clipmb.common.data.pairs import Pairs
 
 SIZE = (12, 16)
 PROCESSOR = CLIPProcessor(CLIPImageProcessor(size={"shortest_edge": 16}, crop_size=SIZE), CLIPTokenizerFast())
@@ -889,9 +891,9 @@ def test_too_many_broken_items_are_an_error(tmp_path, workers):
 
 
 def test_too_many_broken_items_in_a_row_are_an_error(tmp_path, monkeypatch):
-    from clipmb.common.data import batches as data
+    from clipmb.common.data import ledger
 
-    monkeypatch.setattr(data, "_WINDOW", 10)
+    monkeypatch.setattr(ledger, "_WINDOW", 10)
     folder_of(tmp_path, 30)
     for i in (0, 1, 12, 13, 20, 21):
         (tmp_path / f"{i:03d}.jpg").unlink()
@@ -1068,7 +1070,8 @@ def test_an_interrupt_ends_the_process(tmp_path):
     script = """
 import signal, sys, threading, time
 from clipmb import CLIPProcessor
-from clipmb.common.data.batches import Batches, Pairs
+from clipmb.common.data.batches import Batches
+from clipmb.common.data.pairs import Pairs
 pairs = Pairs.open(sys.argv[1])
 slow = lambda image, generator: time.sleep(0.05) or image
 signal.signal(signal.SIGINT, signal.default_int_handler)  # which a process started in the background lacks
