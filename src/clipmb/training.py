@@ -25,7 +25,8 @@ from clipmb.common.parameters import initial_weights, specs
 from clipmb.common.pretrained import config_text
 from clipmb.common.processor import CLIPProcessor
 from clipmb.common.saving import Transaction, finish
-from clipmb.common.training.metrics import CURVES_NAME, METRICS_NAME, Metrics, draw
+from clipmb.common.training.metrics import METRICS_NAME, Metrics
+from clipmb.common.training.plots import CURVES_NAME, draw
 from clipmb.common.training.recipe import Processes, Recipe
 from clipmb.common.training.state import STATE_NAME, TrainingState
 from clipmb.evaluation import evaluate

@@ -14,8 +14,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from clipmb.common.training import metrics as curves
-from clipmb.common.training.metrics import CURVES_NAME, METRICS_NAME, Metrics, draw, read_metrics
+from clipmb.common.training import plots, tensorboard
+from clipmb.common.training.metrics import METRICS_NAME, Metrics, read_metrics
+from clipmb.common.training.plots import CURVES_NAME, draw
 
 
 def evaluation(value):
@@ -165,7 +166,7 @@ for step in range(1, 10**9):
 
 def panels(folder):
     lines = read_metrics(folder)
-    return [*curves._step_panels(lines), *curves._evaluation_panels(lines)]
+    return [*plots._step_panels(lines), *plots._evaluation_panels(lines)]
 
 
 def test_there_is_a_panel_for_every_metric(tmp_path):
@@ -215,12 +216,12 @@ def test_the_picture_shows_the_curves(tmp_path):
     assert pixels.shape[0] > 300
     assert pixels.shape[1] == 2 * round(4.4 * 120)
     left = pixels[:, : pixels.shape[1] // 2]
-    rows, columns = np.nonzero(near(left, curves._COLOURS[0]))
+    rows, columns = np.nonzero(near(left, plots._COLOURS[0]))
     assert np.ptp(columns) > 0.7 * left.shape[1]
     assert np.ptp(rows) > 0.5 * left.shape[0]
     assert np.corrcoef(columns, rows)[0, 1] > 0.99  # rows count downwards
-    assert not near(left, curves._RED).any()
-    assert near(pixels[:, left.shape[1] :], curves._RED).any()  # not one value of the norm was finite
+    assert not near(left, plots._RED).any()
+    assert near(pixels[:, left.shape[1] :], plots._RED).any()  # not one value of the norm was finite
 
 
 @pytest.mark.parametrize("count", [1, 3000])
@@ -229,7 +230,7 @@ def test_runs_of_any_length_are_drawn(tmp_path, count):
     with Image.open(draw(tmp_path)) as image:
         pixels = np.asarray(image.convert("RGB"))
         assert image.size == (3 * round(4.4 * 120), round((3 * 2.9 + 0.5) * 120))
-    for colour in curves._COLOURS[:3] if count > 1 else curves._COLOURS[:2]:
+    for colour in plots._COLOURS[:3] if count > 1 else plots._COLOURS[:2]:
         assert near(pixels, colour).sum() > 20
 
 
@@ -246,7 +247,7 @@ def test_means_and_bands_of_long_curves(tmp_path):
         def plot(self, x, y, *_, **__):
             drawn.update(x=x, y=y)
 
-    curves._Panel("", {})._curve(Axes(), "loss", np.arange(1, 4001), values, "black")
+    plots._Panel("", {})._curve(Axes(), "loss", np.arange(1, 4001), values, "black")
     assert len(drawn["x"]) == len(drawn["y"]) == 200
     assert max(drawn["high"]) == 50
     assert min(drawn["low"]) == 1
@@ -257,7 +258,7 @@ def test_no_global_state_of_matplotlib_is_changed(tmp_path):
     script = """
 import sys, matplotlib
 before = matplotlib.rcParams.copy()  # which, unlike dict(), resolves nothing
-from clipmb.common.training.metrics import draw
+from clipmb.common.training.plots import draw
 draw(sys.argv[1])
 assert matplotlib.rcParams.copy() == before
 assert "matplotlib.pyplot" not in sys.modules
@@ -337,9 +338,11 @@ print(*(event.step for event in found.Scalars("loss")))
 
 
 def test_without_tensorboard_there_are_no_event_files_and_no_word(tmp_path, monkeypatch, caplog):
-    real = curves.importlib.util.find_spec
+    real = tensorboard.importlib.util.find_spec
     monkeypatch.setattr(
-        curves.importlib.util, "find_spec", lambda name, *rest: None if name == "tensorboard" else real(name, *rest)
+        tensorboard.importlib.util,
+        "find_spec",
+        lambda name, *rest: None if name == "tensorboard" else real(name, *rest),
     )
     run(tmp_path, 1, 3)
     assert steps(tmp_path) == [1, 2, 3]
