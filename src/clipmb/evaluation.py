@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 
 from clipmb.common.errors import bad_input, logger
+from clipmb.common.workers import default_workers
 from clipmb.common.zero_shot import class_embeddings, prompt_templates
 from clipmb.pipeline import CLIPPipeline, batches
 
@@ -25,7 +26,6 @@ RECALL = (1, 5, 10)
 # Similarities of unit vectors that are closer than this are equal: far above the rounding of their sums in float64, and
 # far below what float32 embeddings can tell apart.
 _TIE = 1e-12
-_THREADS = 8  # that decode the pictures of a batch
 _QUERIES, _CANDIDATES, _PAIRS = 1024, 4096, 65536  # a block of similarities: 32 MiB
 
 
@@ -247,7 +247,7 @@ def _encode_pictures(
                 except ValueError as error:
                     broken[i] = str(error)
 
-    with ThreadPoolExecutor(_THREADS) as pool:
+    with ThreadPoolExecutor(default_workers()) as pool:
         for _, batch in batches(used, batch_size, "images", progress):
             encode(batch)  # a function, so that its pictures are gone before the next ones are read
     if not kept:

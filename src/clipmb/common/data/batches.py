@@ -22,12 +22,11 @@ from PIL import Image
 from clipmb.common.data.augment import Augment, random_resized_crop
 from clipmb.common.data.ledger import Ledger, Watch
 from clipmb.common.data.pairs import Pairs
-from clipmb.common.errors import bad_input, logger
+from clipmb.common.errors import bad_input, logger, whole_number
 from clipmb.common.processor import CLIPProcessor
-from clipmb.common.workers import processors
+from clipmb.common.workers import default_workers
 
 _ORDER, _CAPTION, _PICTURE = range(3)  # what random numbers are for
-_MOST_WORKERS = 8
 _LARGE = 1 << 28  # bytes of a batch
 _MULTIPLE = 8  # of tokens in a row
 
@@ -97,13 +96,13 @@ class Batches:
         pad_to: int | None = None,
     ) -> None:
         self.pairs, self.processor, self.shuffle, self.drop_last = pairs, processor, shuffle, drop_last
-        self.batch_size = _whole("batch_size", batch_size, 1)
-        self.context = _whole("context", context, 2)
-        self.seed = _whole("seed", seed, 0, 2**63 - 1)
-        self.count = _whole("count", count, 1)
-        self.rank = _whole("rank", rank, 0, self.count - 1)
-        self.workers = _cores() if workers is None else _whole("workers", workers, 0, 1024)
-        self.pad_to = None if pad_to is None else _whole("pad_to", pad_to, 2, self.context)
+        self.batch_size = whole_number("batch_size", batch_size, 1)
+        self.context = whole_number("context", context, 2)
+        self.seed = whole_number("seed", seed, 0, 2**63 - 1)
+        self.count = whole_number("count", count, 1)
+        self.rank = whole_number("rank", rank, 0, self.count - 1)
+        self.workers = default_workers() if workers is None else whole_number("workers", workers, 0, 1024)
+        self.pad_to = None if pad_to is None else whole_number("pad_to", pad_to, 2, self.context)
         if augment is not None and augment != "crop" and not callable(augment):
             raise bad_input(
                 "augment must be None, 'crop', or a function of a picture and a generator", augment, "Pass one of these"
@@ -126,7 +125,7 @@ class Batches:
         self._tokenizer = processor.tokenizer
         self._padding = _padding_id(self._tokenizer)
         self._limit = self.pad_to or self.context
-        self._told = False
+        self._warned = False
 
     @property
     def per_epoch(self) -> int:
@@ -146,8 +145,8 @@ class Batches:
         Raises:
             ValueError: More than half of 1000 items that follow each other, or of all, are broken.
         """
-        epoch = _whole("epoch", epoch, 0, 2**63 - 1)
-        start = _whole("start", start, 0, self.per_epoch)
+        epoch = whole_number("epoch", epoch, 0, 2**63 - 1)
+        start = whole_number("start", start, 0, self.per_epoch)
         return self._run(epoch, start)
 
     def order(self, epoch: int) -> np.ndarray:
@@ -212,8 +211,8 @@ class Batches:
         kept = decoding.indices[good]
         pixels = decoding.pixels if good.all() else decoding.pixels[good]
         names = [name for name, fine in zip(names, good, strict=True) if fine]
-        if long and not self._told:
-            self._told = True
+        if long and not self._warned:
+            self._warned = True
             logger.warning(
                 "Captions of more than %d tokens are cut; the first is that of %s with %d. Each batch counts its own.",
                 self._limit, names[long[0]], len(rows[long[0]]),
@@ -317,16 +316,3 @@ def _picture_size(processor: Any) -> tuple[int, int]:
             "Set do_center_crop=True and crop_size, or size to height and width",
         )  # fmt: skip
     return size["height"], size["width"]
-
-
-def _cores() -> int:
-    return min(processors(), _MOST_WORKERS)
-
-
-def _whole(field: str, value: Any, least: int, most: int | None = None) -> int:
-    """Checks a whole number."""
-    fine = isinstance(value, int | np.integer) and not isinstance(value, bool)
-    if not fine or value < least or (most is not None and value > most):
-        span = f"at least {least}" if most is None else f"from {least} to {most}"
-        raise bad_input(f"{field} must be a whole number, {span}", value, "Pass such a number")
-    return int(value)

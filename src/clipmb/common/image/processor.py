@@ -20,14 +20,14 @@ from typing import Any, cast
 import numpy as np
 from PIL import Image
 
-from clipmb.common.errors import bad_input, log_once, logger, one_of
+from clipmb.common.errors import bad_input, log_once, logger, one_of, whole_number
 from clipmb.common.features import BatchFeature, check_tensor_type
 from clipmb.common.former import check_saving
 from clipmb.common.hub import Source
 from clipmb.common.image import pixels as px
 from clipmb.common.json_files import json_text, read_json
-from clipmb.common.saving import Transaction
-from clipmb.common.workers import processors
+from clipmb.common.saving import Transaction, write_atomically
+from clipmb.common.workers import default_workers
 
 OPENAI_CLIP_MEAN = [0.48145466, 0.4578275, 0.40821073]
 OPENAI_CLIP_STD = [0.26862954, 0.26130258, 0.27577711]
@@ -42,7 +42,6 @@ _SIZE_KEYS = (
     {"longest_edge"},
     {"max_height", "max_width"},
 )
-_MOST_WORKERS = 8
 
 
 class CLIPImageProcessor:
@@ -296,7 +295,7 @@ class CLIPImageProcessor:
 
     def to_json_file(self, json_file_path: str | os.PathLike[str]) -> None:
         """Writes `to_json_string` to a file."""
-        Path(json_file_path).write_text(self.to_json_string(), "utf-8")
+        write_atomically(Path(json_file_path), self.to_json_string().encode())
 
     @classmethod
     def from_json_file(cls, json_file: str | os.PathLike[str]) -> CLIPImageProcessor:
@@ -469,15 +468,13 @@ def _size_dict(field: str, size: Any, *, square: bool) -> dict[str, int]:
             given,
             f'Pass for example {field}={{"height": 224, "width": 224}}',
         )
-    for value in size.values():
-        if (
-            isinstance(value, bool)
-            or not isinstance(value, int | float | np.number)
-            or value < 1
-            or value != int(value)
-        ):
-            raise bad_input(f"{field} must hold positive whole numbers of pixels", given, "Pass such numbers")
-    return {key: int(value) for key, value in size.items()}
+    return {key: _pixels(f"{field}[{key!r}]", value) for key, value in size.items()}
+
+
+def _pixels(field: str, value: Any) -> int:
+    """Checks a number of pixels, which may be 224.0 in a file."""
+    whole = isinstance(value, float | np.floating) and value.is_integer()
+    return whole_number(field, int(value) if whole else value)
 
 
 def _height_width(field: str, size: dict[str, int]) -> tuple[int, int]:
@@ -505,12 +502,8 @@ def _numbers(field: str, values: Any) -> tuple[float, ...] | float:
 
 
 def _workers(wanted: int | None, items: list[Any]) -> int:
-    if wanted is not None and (isinstance(wanted, bool) or not isinstance(wanted, int) or wanted < 1):
-        raise bad_input("num_workers must be a positive integer or None", wanted, "Pass 1 for no threads")
+    wanted = default_workers() if wanted is None else whole_number("num_workers", wanted)
     undecoded = [id(item) for item in items if px.pending(item)]
     if len(set(undecoded)) < len(undecoded):  # two threads must not decode the same object
         return 1
-    return min(wanted or min(processors(), _MOST_WORKERS), len(items))
-
-
-# ---- files -----------------------------------------------------------------------------------------------------------
+    return min(wanted, len(items))

@@ -14,7 +14,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from clipmb.common.errors import bad_input
+from clipmb.common.errors import bad_input, whole_number
 from clipmb.common.saving import write_atomically
 from clipmb.common.training.tensorboard import TENSORBOARD_NAME, Events
 
@@ -70,9 +70,7 @@ class Metrics:
             TypeError: A value is nothing that JSON has.
         """
         plain = {str(name): _plain(value, str(name)) for name, value in values.items()}
-        step = plain.get("step")
-        if isinstance(step, bool) or not isinstance(step, int) or step < 0:
-            raise bad_input("step must be a whole number of at least 0", step, "Pass the steps done so far")
+        step = whole_number("step", plain.get("step"), 0)
         self._file.write(json.dumps(plain, allow_nan=False).encode() + b"\n")
         self._file.flush()
         if self._events is not None:

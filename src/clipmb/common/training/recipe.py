@@ -9,9 +9,9 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
-from typing import Any, NamedTuple
+from typing import Any
 
-from clipmb.common.errors import bad_input, one_of
+from clipmb.common.errors import bad_input, one_of, whole_number
 from clipmb.common.parameters import KINDS, Spec
 
 LOSSES = ("clip", "siglip")
@@ -27,11 +27,17 @@ INITIAL_LOGIT_BIAS = -10.0
 LOGIT_BIAS = Spec("logit_bias", "raw", (), mean=INITIAL_LOGIT_BIAS)  # of the sigmoid loss; no part of the model
 
 
-class Processes(NamedTuple):
-    """The processes of a run: the number of this one, and how many there are."""
+@dataclass(frozen=True)
+class Processes:
+    """The processes of a run.
+
+    Attributes:
+        rank: The number of this one, from 0.
+        count: How many there are.
+    """
 
     rank: int = 0
-    count: int = 1  # type: ignore[assignment]  # which hides tuple's method of that name
+    count: int = 1
 
 
 @dataclass(frozen=True)
@@ -84,11 +90,8 @@ class Recipe:
         object.__setattr__(self, "freeze", tuple(self.freeze))
         object.__setattr__(self, "clip_norm", self.clip_norm or None)
         for name, least in (("steps", 1), ("batch_size", 1), ("warmup_steps", 0), ("seed", 0), ("chunk_size", 1)):
-            value = getattr(self, name)
-            if not (name == "chunk_size" and value is None) and (
-                isinstance(value, bool) or not isinstance(value, int) or value < least
-            ):
-                raise bad_input(f"{name} must be a whole number of at least {least}", value, f"Correct {name}")
+            if name != "chunk_size" or self.chunk_size is not None:
+                object.__setattr__(self, name, whole_number(name, getattr(self, name), least))
         for name in ("learning_rate", "eps", "weight_decay", "clip_norm"):
             value = getattr(self, name)
             if not (name == "clip_norm" and value is None) and not (_is_number(value) and value >= 0):
