@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 
-_MOST = 8  # threads when nobody asks for more: reading is rarely the bottleneck then
+_MOST = 8  # threads when nobody asks for more
 
 
 def processors() -> int:
