@@ -34,6 +34,7 @@ from clipmb.common.training.state import FIRST, SECOND, TrainingState
 from clipmb.tf.engine import Engine
 from clipmb.tf.losses import clip_loss, normalize, siglip_loss
 from clipmb.tf.modeling import TFCLIPModel
+from clipmb.tf.optimizer import AdamW
 
 POLICIES = {"float32": "float32", "bfloat16": "mixed_bfloat16", "float64": "float64"}  # of Keras, by precision
 _SCALARS = ("logit_scale", LOGIT_BIAS.name)  # the parameters of the loss, which no tower has
@@ -94,59 +95,6 @@ def scope() -> contextlib.AbstractContextManager:
     return contextlib.nullcontext() if _strategy is None else _strategy.scope()
 
 
-class AdamW(keras.optimizers.AdamW):
-    """Keras' AdamW, adapted to compute what ``torch.optim.AdamW`` defines, in the dtype of the parameters.
-
-    - Epsilon is added to the root of the corrected second moment; Keras adds it to that of the uncorrected one.
-    - The learning rate is a float64 variable, and the other numbers are NumPy's float64: Keras' variable, and Python's
-      numbers in ``tf.cast``, become float32, also for parameters in float64.
-    - Gradients come added up over the devices, since they are clipped by the norm of their sum; Keras clips those of
-      each device and adds then.
-
-    Args:
-        recipe: Where the numbers are.
-
-    Attributes:
-        rate: (), the learning rate of the next step.
-    """
-
-    def __init__(self, recipe: Recipe) -> None:
-        rate = tf.Variable(np.float64(recipe.learning_rate), trainable=False)
-        super().__init__(
-            learning_rate=rate.read_value,
-            beta_1=np.float64(recipe.betas[0]),
-            beta_2=np.float64(recipe.betas[1]),
-            epsilon=np.float64(recipe.eps),
-            weight_decay=np.float64(recipe.weight_decay),
-        )
-        self.rate = rate
-
-    @property
-    def moments(self) -> tuple[list[keras.Variable], list[keras.Variable]]:
-        """The first and the second moment of each parameter, in the order in which they were given to ``build``."""
-        return self._momentums, self._velocities
-
-    def update_step(self, gradient: Tensor, variable: tf.Variable, learning_rate: tuple[Tensor, ...]) -> None:
-        """Updates a parameter, whose decay was subtracted before, and its moments."""
-        rate, root, new_first, new_second, epsilon = learning_rate
-        first, second = (moments[self._get_variable_index(variable)].value for moments in self.moments)
-        first.assign_add((gradient - first) * new_first)
-        second.assign_add((tf.square(gradient) - second) * new_second)
-        variable.assign_sub(rate * first / (tf.sqrt(second) / root + epsilon))
-
-    def _backend_update_step(self, grads: Any, trainable_variables: Any, learning_rate: Tensor) -> None:
-        """Computes once what the updates of all parameters share, and gives it to them as the learning rate."""
-        step = tf.cast(self.iterations.value + 1, tf.float64)
-        rate, root = learning_rate / (1 - self.beta_1**step), tf.sqrt(1 - self.beta_2**step)
-        shared = (rate, root, 1 - self.beta_1, 1 - self.beta_2, self.epsilon)
-        shared = tuple(tf.cast(number, trainable_variables[0].dtype) for number in shared)
-        super()._backend_update_step(grads, trainable_variables, shared)
-
-    def _all_reduce_sum_gradients(self, grads_and_vars: Any) -> list[Any]:
-        """Leaves gradients as they are: they are sums already."""
-        return list(grads_and_vars)
-
-
 class Trainer:
     """A model and its optimizer.
 
@@ -192,7 +140,8 @@ class Trainer:
             tf.TensorSpec((), tf.int32),
             tf.TensorSpec((2,), tf.int32),
         ]
-        self._traced_step = tf.function(self._step, input_signature=signature, autograph=False)
+        schedule = tf.TensorSpec((2,), tf.float64)
+        self._traced_step = tf.function(self._step, input_signature=[schedule, *signature], autograph=False)
         self._traced_gradients = tf.function(self._gradients, input_signature=signature, autograph=False)
 
     def _distributed(self, model: TFCLIPModel) -> TFCLIPModel:
@@ -206,18 +155,15 @@ class Trainer:
 
     def _optimizer(self) -> AdamW:
         with self.strategy.scope():
-            optimizer = AdamW(self.recipe)
-            optimizer.exclude_from_weight_decay(
-                [self._parameters[spec.name] for spec in self.table if not decays(spec)]
-            )
-            optimizer.build(list(self._parameters.values()))
-        return optimizer
+            parameters = {name: variable.value for name, variable in self._parameters.items()}
+            return AdamW(self.recipe, parameters, [spec.name for spec in self.table if decays(spec)])
 
     def _restore(self, state: TrainingState) -> None:
-        for values, moments in zip(state.moments(self.table), self.optimizer.moments, strict=True):
-            for spec, moment in zip(self.table, moments, strict=True):
-                moment.assign(KINDS[spec.kind].to_framework(values[spec.name]))
-        self.optimizer.iterations.assign(state.step)
+        for values, moments in zip(
+            state.moments(self.table), (self.optimizer.first, self.optimizer.second), strict=True
+        ):
+            for spec in self.table:
+                moments[spec.name].assign(KINDS[spec.kind].to_framework(values[spec.name]))
 
     def step(self, batch: Mapping[str, np.ndarray]) -> dict[str, float]:
         """Takes one optimizer step.
@@ -231,8 +177,8 @@ class Trainer:
             ``learning_rate`` and, for the sigmoid loss, ``logit_bias``.
         """
         rate = self.recipe.rate(self.steps)
-        self.optimizer.rate.assign(rate)
-        loss, norm = self._traced_step(*self._inputs(batch))
+        schedule = tf.constant((rate, self.steps + 1), tf.float64)
+        loss, norm = self._traced_step(schedule, *self._inputs(batch))
         self.steps += 1
         metrics = {"loss": float(loss), "grad_norm": float(norm)}
         metrics["logit_scale"] = float(np.exp(self.model.logit_scale.numpy()))
@@ -244,11 +190,9 @@ class Trainer:
     def gradients(self, batch: Mapping[str, np.ndarray]) -> tuple[float, dict[str, np.ndarray]]:
         """Returns the loss and its gradient, by canonical name and in canonical layout, without taking a step."""
         loss, gradients = self._traced_gradients(*self._inputs(batch))
-        found = {
-            spec.name: KINDS[spec.kind].to_canonical(gradient.numpy())
-            for spec, gradient in zip(self.table, gradients, strict=True)
+        return float(loss), {
+            spec.name: KINDS[spec.kind].to_canonical(gradients[spec.name].numpy()) for spec in self.table
         }
-        return float(loss), found
 
     def weights(self) -> dict[str, np.ndarray]:
         """Returns every parameter by canonical name; later steps leave the arrays as they are."""
@@ -257,9 +201,9 @@ class Trainer:
     def moments(self) -> dict[str, np.ndarray]:
         """Returns AdamW's moments as `TrainingState` holds them; zeros before the first step."""
         found = {}
-        for part, moments in zip((FIRST, SECOND), self.optimizer.moments, strict=True):
-            for spec, moment in zip(self.table, moments, strict=True):
-                found[part + spec.name] = KINDS[spec.kind].to_canonical(moment.numpy())
+        for part, moments in zip((FIRST, SECOND), (self.optimizer.first, self.optimizer.second), strict=True):
+            for spec in self.table:
+                found[part + spec.name] = KINDS[spec.kind].to_canonical(moments[spec.name].numpy())
         return found
 
     @property
@@ -300,31 +244,36 @@ class Trainer:
         with tf.device("CPU:0"):  # from where each device takes its part
             return tf.constant(ids.astype(np.int64)), tf.constant(pixels), size, tf.constant(seed)
 
-    def _step(self, *inputs: Tensor) -> tuple[Tensor, Tensor]:
-        """Takes a step on every device; returns loss and norm."""
-        found = self.strategy.run(self._update, inputs)
+    def _step(self, schedule: Tensor, *inputs: Tensor) -> tuple[Tensor, Tensor]:
+        """Takes a step on every device; returns loss and norm.
+
+        Args:
+            schedule: (2,), the learning rate and the number of the step, from 1.
+            *inputs: As `_backward` takes them.
+        """
+        found = self.strategy.run(self._update, (schedule, *inputs))
         scale = self.model.logit_scale.value
         scale.assign(tf.minimum(scale, tf.constant(MAX_LOGIT_SCALE, scale.dtype)))
         loss, norm = (self.strategy.experimental_local_results(value)[0] for value in found)
         return loss, norm
 
-    def _update(self, *inputs: Tensor) -> tuple[Tensor, Tensor]:
+    def _update(self, schedule: Tensor, *inputs: Tensor) -> tuple[Tensor, Tensor]:
         """The part of a step that one device does."""
         loss, gradients = self._backward(*inputs)
         norm, gradients = self._clip(gradients)
-        self.optimizer.apply(gradients)
+        self.optimizer.apply(gradients, *tf.unstack(schedule))
         return loss, norm
 
-    def _gradients(self, *inputs: Tensor) -> tuple[Tensor, list[Tensor]]:
+    def _gradients(self, *inputs: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         """Computes the gradients on every device, and returns loss and gradients of one of them."""
         loss, gradients = self.strategy.run(self._backward, inputs)
         local = self.strategy.experimental_local_results
-        return local(loss)[0], [local(gradient)[0] for gradient in gradients]
+        return local(loss)[0], {name: local(gradient)[0] for name, gradient in gradients.items()}
 
     def _backward(
         self, input_ids: Tensor, pixel_values: Tensor, size: Tensor, seed: Tensor
-    ) -> tuple[Tensor, list[Tensor]]:
-        """Returns the loss over the whole batch and its gradient with respect to the parameters, in their order.
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """Returns the loss over the whole batch and its gradient with respect to the parameters.
 
         Args:
             input_ids: (n, seq) of this process, padded to a multiple of its devices.
@@ -374,8 +323,8 @@ class Trainer:
             _, *found = tf.while_loop(more, second, (0, *zeros), parallel_iterations=1)
         if self._replicas > 1:
             found = tf.distribute.get_replica_context().all_reduce(tf.distribute.ReduceOp.SUM, found)
-        found, scalars = iter(found), iter(scalars)
-        return loss, [next(scalars if name in _SCALARS else found) for name in self._parameters]
+        gradients = dict(zip([name for name in self._parameters if name not in _SCALARS], found, strict=True))
+        return loss, {**gradients, **scalars}
 
     def _own(self, input_ids: Tensor, pixel_values: Tensor, size: Tensor, seed: Tensor) -> tuple[Any, ...]:
         """Returns the rows of this device, which of them are real (None for all), and its seed."""
@@ -413,17 +362,23 @@ class Trainer:
 
     def _loss(
         self, text: Tensor, image: Tensor, valid: Tensor | None
-    ) -> tuple[Tensor, tuple[Tensor, Tensor], list[Tensor]]:
-        """Returns the loss over the rows of all devices, and its gradient.
+    ) -> tuple[Tensor, tuple[Tensor, Tensor], dict[str, Tensor]]:
+        """Returns the loss over the rows of all devices and its gradient.
 
-        The gradient with respect to the features of this device, and that with respect to logit_scale and logit_bias,
-        which every device has whole.
+        Args:
+            text: (rows, proj), the features of this device.
+            image: (rows, proj).
+            valid: (rows,), False for padding; None when all are real.
+
+        Returns:
+            The loss, its gradient with respect to the features of this device, and that with respect to logit_scale
+            and, for the sigmoid loss, logit_bias, which are the same on every device.
         """
         wide = self.model.logit_scale.dtype
         own, valid = self._rows(valid)
-        scalars = [self._parameters[name].value for name in _SCALARS if name in self._parameters]
+        scalars = [name for name in _SCALARS if name in self._parameters]
         leaves = [self._gathered(tf.cast(part, wide)) for part in (text, image)]
-        leaves += [tf.convert_to_tensor(scalar) for scalar in scalars]
+        leaves += [tf.convert_to_tensor(self._parameters[name].value) for name in scalars]
         loss_of = siglip_loss if self.recipe.loss == "siglip" else clip_loss
         local = self.recipe.local_loss and self._replicas > 1
         with _watching(leaves) as tape:
@@ -436,7 +391,8 @@ class Trainer:
         if local:
             context = tf.distribute.get_replica_context()
             loss, *gradients = context.all_reduce(tf.distribute.ReduceOp.SUM, [loss, *gradients])
-        return loss, (gradients[0][own], gradients[1][own]), gradients[2:]
+        text, image, *rest = gradients
+        return loss, (text[own], image[own]), dict(zip(scalars, rest, strict=True))
 
     def _rows(self, valid: Tensor | None) -> tuple[slice, Tensor | None]:
         """Returns which rows of those of all devices belong to this one, and which of all are real."""
@@ -451,12 +407,13 @@ class Trainer:
         """Returns the rows of all devices, in order."""
         return rows if self._replicas == 1 else tf.distribute.get_replica_context().all_gather(rows, axis=0)
 
-    def _clip(self, gradients: list[Tensor]) -> tuple[Tensor, list[Tensor]]:
-        """Clips gradients as ``torch.nn.utils.clip_grad_norm_`` does, and returns their norm before."""
-        norm = tf.sqrt(tf.add_n([tf.cast(tf.reduce_sum(tf.square(g)), tf.float64) for g in gradients]))
+    def _clip(self, gradients: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
+        """Clips the gradient as ``torch.nn.utils.clip_grad_norm_`` does, and returns its norm before."""
+        squares = [tf.cast(tf.reduce_sum(tf.square(gradient)), tf.float64) for gradient in gradients.values()]
+        norm = tf.sqrt(tf.add_n(squares))
         if self.recipe.clip_norm is not None:
             factor = tf.minimum(self.recipe.clip_norm / (norm + 1e-6), 1)
-            gradients = [gradient * tf.cast(factor, gradient.dtype) for gradient in gradients]
+            gradients = {name: gradient * tf.cast(factor, gradient.dtype) for name, gradient in gradients.items()}
         return norm, gradients
 
 
