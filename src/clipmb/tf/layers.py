@@ -12,7 +12,7 @@ import tensorflow as tf
 from tensorflow import Tensor
 
 from clipmb.common import checks
-from clipmb.tf.tensors import plain_errors
+from clipmb.tf.tensors import plain_errors, sizes
 
 
 def statistics_dtype(dtype: tf.DType) -> tf.DType:
@@ -66,11 +66,20 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
 class Module(keras.layers.Layer):
     """A layer that builds its parts with itself, so that all weights exist before the first call."""
 
+    def __init__(self, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self._allow_non_tensor_positional_args = True  # as Keras' preprocessing layers do
+
     def build(self, input_shape: Any = None) -> None:
         """Creates the weights of every part."""
-        for part in self._flatten_layers(include_self=False, recursive=False):
-            if not part.built:
-                part.build()
+        build_parts(self)
+
+
+def build_parts(layer: keras.layers.Layer) -> None:
+    """Builds the layers that a layer or a model is made of, in the order of their construction."""
+    for part in layer._flatten_layers(include_self=False, recursive=False):
+        if not part.built:
+            part.build()
 
 
 class Linear(keras.layers.Dense):
@@ -84,13 +93,13 @@ class Linear(keras.layers.Dense):
         """Creates kernel (inputs, units) and bias (units,)."""
         super().build((None, self.inputs))
 
-    def call(self, inputs: Tensor) -> Tensor:
+    def call(self, inputs: Tensor, training: bool | None = None) -> Tensor:
         """(…, inputs) to (…, units), as a product of two matrices.
 
         The bias comes after the reshape, where graphs do not fuse it: oneDNN's fused kernel is slower for few rows, and
         in 16 bits rounds once where eager execution rounds twice.
         """
-        shape = (*keras.ops.shape(inputs)[:-1], self.units)
+        shape = (*sizes(inputs)[:-1], self.units)
         outputs = tf.reshape(tf.matmul(tf.reshape(inputs, (-1, self.inputs)), self.kernel), shape)
         return tf.nn.bias_add(outputs, self.bias) if self.use_bias else outputs
 
@@ -109,7 +118,7 @@ class Convolution(keras.layers.Layer):
     def call(self, pixel_values: Tensor) -> Tensor:
         """(batch, channels, height, width) to (batch, rows, columns, filters); what is left of a patch is not seen."""
         size, _, channels, filters = self.shape
-        batch, _, height, width = keras.ops.shape(pixel_values)
+        batch, _, height, width = sizes(pixel_values)
         rows, columns = height // size, width // size
         pixel_values = pixel_values[:, :, : rows * size, : columns * size]
         patches = tf.reshape(pixel_values, (batch, channels, rows, size, columns, size))
@@ -128,9 +137,9 @@ class LayerNorm(keras.layers.LayerNormalization):
         """Creates gamma (width,) and beta (width,)."""
         super().build((None, self.width))
 
-    def call(self, hidden_states: Tensor) -> Tensor:
+    def call(self, inputs: Tensor) -> Tensor:
         """(…, width) to the same, in the compute dtype."""
-        x = tf.cast(hidden_states, statistics_dtype(hidden_states.dtype))
+        x = tf.cast(inputs, statistics_dtype(inputs.dtype))
         centred = x - tf.reduce_mean(x, axis=-1, keepdims=True)
         variance = tf.reduce_mean(tf.square(centred), axis=-1, keepdims=True)
         gamma, beta = tf.cast(self.gamma, x.dtype), tf.cast(self.beta, x.dtype)
@@ -150,7 +159,7 @@ def look_up(table: keras.layers.Embedding, ids: Tensor, field: str) -> Tensor:
         return table(ids)
     inside = (ids >= 0) & (ids < table.input_dim)
     embedded = table(tf.where(inside, ids, 0))  # so that no kernel raises before the check does
-    return tf.where(inside[..., None], embedded, tf.constant(np.nan, embedded.dtype))
+    return tf.where(tf.expand_dims(inside, -1), embedded, tf.constant(np.nan, embedded.dtype))
 
 
 def check_range(ids: Tensor, size: int, field: str) -> None:
@@ -177,7 +186,7 @@ def bicubic_weights(size: int, new_size: int | Tensor) -> Tensor:
     far = ((a * x - 5 * a) * x + 8 * a) * x - 4 * a
     weights = tf.where(x <= 1, near, far)
     inside = tf.cast(tf.clip_by_value(taps, 0, size - 1), tf.int32)  # the border is repeated
-    return tf.reduce_sum(weights[..., None] * tf.one_hot(inside, size, dtype=tf.float64), axis=1)
+    return tf.reduce_sum(tf.expand_dims(weights, -1) * tf.one_hot(inside, size, dtype=tf.float64), axis=1)
 
 
 def interpolate_positions(positions: Tensor, rows: int | Tensor, columns: int | Tensor) -> Tensor:
@@ -193,7 +202,7 @@ def interpolate_positions(positions: Tensor, rows: int | Tensor, columns: int | 
     Returns:
         (rows * columns + 1, width).
     """
-    side = round((positions.shape[0] - 1) ** 0.5)
+    side = round((sizes(positions)[0] - 1) ** 0.5)
     if isinstance(rows, int) and isinstance(columns, int) and rows == columns == side:
         return positions
     dtype = statistics_dtype(positions.dtype)
@@ -202,3 +211,16 @@ def interpolate_positions(positions: Tensor, rows: int | Tensor, columns: int | 
     grid = tf.einsum("ri,cj,ijw->rcw", down, across, grid)  # (rows, columns, width)
     grid = tf.cast(tf.reshape(grid, (-1, positions.shape[1])), positions.dtype)
     return tf.concat([positions[:1], grid], axis=0)
+
+
+def recomputed(
+    layer: Module, hidden_states: Tensor, bias: Tensor | None, fused: bool, seed: Tensor | None
+) -> tuple[Tensor, Tensor | None]:
+    """Calls a block so that the backward pass computes it again, instead of keeping its intermediate results."""
+
+    def block(hidden_states: Tensor) -> Any:
+        outputs = layer(hidden_states, bias, fused, seed)
+        return outputs[0] if fused else outputs  # tf.recompute_grad takes no None
+
+    outputs = tf.recompute_grad(block)(hidden_states)
+    return (outputs, None) if fused else outputs

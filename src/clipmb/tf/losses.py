@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import keras
 import tensorflow as tf
 from tensorflow import Tensor
 
 from clipmb.common import checks
 from clipmb.common.config import CLIPConfig
 from clipmb.tf.layers import check_range, statistics_dtype
-from clipmb.tf.tensors import plain_errors
+from clipmb.tf.tensors import plain_errors, sizes
 
 
 def normalize(embeds: Tensor) -> Tensor:
@@ -35,7 +34,7 @@ def contrastive_loss(logits_per_text: Tensor) -> Tensor:
 
     Source: CLIP, arXiv 2103.00020, figure 3.
     """
-    texts, images = keras.ops.shape(logits_per_text)
+    texts, images = sizes(logits_per_text)
     if isinstance(texts, int) and isinstance(images, int) and texts != images:
         with plain_errors():
             raise checks.not_square(texts, images)

@@ -13,8 +13,6 @@ from __future__ import annotations
 
 import contextlib
 import math
-import os
-from collections.abc import Callable
 from typing import Any, ClassVar
 
 import keras
@@ -36,7 +34,8 @@ from clipmb.common.outputs import (
     ModelOutput,
 )
 from clipmb.common.parameters import KINDS, Spec, specs
-from clipmb.common.pretrained import PretrainedMixin
+from clipmb.tf.export import ExportMixin
+from clipmb.tf.keras_model import KerasModel
 from clipmb.tf.layers import (
     ACTIVATIONS,
     Convolution,
@@ -46,21 +45,22 @@ from clipmb.tf.layers import (
     check_range,
     interpolate_positions,
     look_up,
+    recomputed,
     statistics_dtype,
 )
 from clipmb.tf.losses import classification_loss, contrastive_loss, normalize
-from clipmb.tf.tensors import bind, distribution, given, initializer, plain_errors, to_tensor, unpacking
+from clipmb.tf.tensors import distribution, given, initializer, plain_errors, sizes, to_tensor, unpacking
 
 for _type in ModelOutput.types:
     optree.register_pytree_node(
         _type,
-        lambda output: (list(output.values()), list(output), list(output)),
+        lambda output: (tuple(output.values()), tuple(output), tuple(output)),
         lambda keys, values, _type=_type: _type(zip(keys, values, strict=True)),
         namespace="keras",
     )
 
 
-class CLIPAttention(Module):
+class TFCLIPAttention(Module):
     """Multi-head self-attention."""
 
     def __init__(self, config: CLIPTextConfig | CLIPVisionConfig, **kwargs: Any) -> None:
@@ -75,34 +75,35 @@ class CLIPAttention(Module):
         self.out_proj = Linear(width, width, name="out_proj", dtype=dtype)
 
     def call(
-        self, hidden_states: Tensor, bias: Tensor | None, seed: Tensor | None, fused: bool
+        self, hidden_states: Tensor, bias: Tensor | None, fused: bool, seed: Tensor | None
     ) -> tuple[Tensor, Tensor | None]:
         """Returns the context (batch, seq, width) and, unless fused, the weights (batch, heads, seq, seq).
 
         TensorFlow has no fused kernel: here it is the form that keeps the scores in at least float32, and no weights.
         ``seed`` is that of dropout, or None for none; fused attention takes none.
         """
-        batch, seq, width = keras.ops.shape(hidden_states)
+        batch, seq, width = sizes(hidden_states)
         split = (batch, seq, self.num_heads, self.head_dim)
         query = tf.transpose(tf.reshape(self.q_proj(hidden_states), split), (0, 2, 1, 3))
         key = tf.transpose(tf.reshape(self.k_proj(hidden_states), split), (0, 2, 1, 3))  # (batch, heads, seq, head_dim)
         value = tf.transpose(tf.reshape(self.v_proj(hidden_states), split), (0, 2, 1, 3))
         scores = tf.matmul(query, key, transpose_b=True)  # (batch, heads, seq, seq); faster than einsum
+        statistics = statistics_dtype(scores.dtype)
         if fused:
-            scores = tf.cast(scores, statistics_dtype(scores.dtype))
+            scores = tf.cast(scores, statistics)
         # Not times the reciprocal: oneDNN would fuse product, factor and bias into a kernel that takes 20 times longer.
         scores = scores / math.sqrt(self.head_dim)
         if bias is not None:
             scores = scores + tf.cast(bias, scores.dtype)
-        weights = tf.nn.softmax(tf.cast(scores, statistics_dtype(scores.dtype)), axis=-1)
-        weights = tf.cast(weights, query.dtype)
+        weights = tf.cast(tf.nn.softmax(tf.cast(scores, statistics), axis=-1), query.dtype)
         if seed is not None:
             weights = tf.nn.experimental.stateless_dropout(weights, self.dropout, seed=seed)
-        context = tf.transpose(tf.matmul(weights, value), (0, 2, 1, 3))  # (batch, seq, heads, head_dim)
-        return self.out_proj(tf.reshape(context, (batch, seq, width))), None if fused else weights
+        context = tf.matmul(weights, value)
+        context = tf.reshape(tf.transpose(context, (0, 2, 1, 3)), (batch, seq, width))
+        return self.out_proj(context), None if fused else weights
 
 
-class CLIPMLP(Module):
+class TFCLIPMLP(Module):
     """The two-layer perceptron of a block."""
 
     def __init__(self, config: CLIPTextConfig | CLIPVisionConfig, **kwargs: Any) -> None:
@@ -117,35 +118,35 @@ class CLIPMLP(Module):
         return self.fc2(self.activation(self.fc1(hidden_states)))
 
 
-class CLIPEncoderLayer(Module):
+class TFCLIPEncoderLayer(Module):
     """One block: attention and perceptron, each behind a layer norm and beside a residual."""
 
     def __init__(self, config: CLIPTextConfig | CLIPVisionConfig, **kwargs: Any) -> None:
         super().__init__(**kwargs)
         dtype = self.dtype_policy
-        self.self_attn = CLIPAttention(config, name="self_attn", dtype=dtype)
+        self.self_attn = TFCLIPAttention(config, name="self_attn", dtype=dtype)
         self.layer_norm1 = LayerNorm(config.hidden_size, eps=config.layer_norm_eps, name="layer_norm1", dtype=dtype)
-        self.mlp = CLIPMLP(config, name="mlp", dtype=dtype)
+        self.mlp = TFCLIPMLP(config, name="mlp", dtype=dtype)
         self.layer_norm2 = LayerNorm(config.hidden_size, eps=config.layer_norm_eps, name="layer_norm2", dtype=dtype)
 
     def call(
-        self, hidden_states: Tensor, bias: Tensor | None, seed: Tensor | None, fused: bool
+        self, hidden_states: Tensor, bias: Tensor | None, fused: bool, seed: Tensor | None
     ) -> tuple[Tensor, Tensor | None]:
         """(batch, seq, width) to the same, and the attention weights unless fused."""
-        context, weights = self.self_attn(self.layer_norm1(hidden_states), bias, seed, fused=fused)
+        context, weights = self.self_attn(self.layer_norm1(hidden_states), bias, fused, seed)
         hidden_states = hidden_states + context
         hidden_states = hidden_states + self.mlp(self.layer_norm2(hidden_states))
         return hidden_states, weights
 
 
-class CLIPEncoder(Module):
+class TFCLIPEncoder(Module):
     """The blocks of a tower."""
 
     def __init__(self, config: CLIPTextConfig | CLIPVisionConfig, **kwargs: Any) -> None:
         super().__init__(**kwargs)
         self.config = config
         self.layers = [
-            CLIPEncoderLayer(config, name=f"layers.{i}", dtype=self.dtype_policy)
+            TFCLIPEncoderLayer(config, name=f"layers.{i}", dtype=self.dtype_policy)
             for i in range(config.num_hidden_layers)
         ]
         self.checkpointing = False
@@ -176,9 +177,9 @@ class CLIPEncoder(Module):
             if dropout:
                 seed = tf.cast(self.seed_generator.next(), tf.int32)  # drawn here, so that recomputing drops the same
             if self.checkpointing and training:
-                hidden_states, weights = _recomputed(layer, hidden_states, bias, seed, fused)
+                hidden_states, weights = recomputed(layer, hidden_states, bias, fused, seed)
             else:
-                hidden_states, weights = layer(hidden_states, bias, seed, fused=fused)
+                hidden_states, weights = layer(hidden_states, bias, fused, seed)
             states.append(hidden_states)
             attentions.append(weights)
         return BaseModelOutput(
@@ -188,32 +189,9 @@ class CLIPEncoder(Module):
         )
 
 
-def _recomputed(
-    layer: CLIPEncoderLayer, hidden_states: Tensor, bias: Tensor | None, seed: Tensor | None, fused: bool
-) -> tuple[Tensor, Tensor | None]:
-    def block(hidden_states: Tensor) -> Any:
-        outputs = layer(hidden_states, bias, seed, fused=fused)
-        return outputs[0] if fused else outputs  # tf.recompute_grad takes no None
-
-    outputs = tf.recompute_grad(block)(hidden_states)
-    return (outputs, None) if fused else outputs
-
-
 def attention_bias(attention_mask: Tensor | None, hidden_states: Tensor) -> Tensor:
-    """Returns what is added to the scores: 0 where a token may look, the dtype's minimum where it may not.
-
-    The minimum of the causal part and that of the padding are added, so that a key hidden by both is at minus infinity:
-    a row in which everything before it is padding shares its weight among the keys that only one of the two hides.
-    Source: transformers 4.57.6, PyTorch; its other frameworks differ from it at such rows.
-
-    Args:
-        attention_mask: (batch, seq), 1 for tokens that may be looked at; None for all.
-        hidden_states: (batch, seq, width), for dtype.
-
-    Returns:
-        (batch or 1, 1, seq, seq) in the dtype of ``hidden_states``.
-    """
-    dtype, seq = hidden_states.dtype, keras.ops.shape(hidden_states)[1]
+    """Returns what is added to the scores, (batch or 1, 1, seq, seq): see `clipmb.pt.modeling.attention_bias`."""
+    dtype, seq = hidden_states.dtype, sizes(hidden_states)[1]
     lowest = tf.constant(dtype.min, dtype)
     steps = tf.range(seq)
     zero = tf.zeros((), dtype)
@@ -224,7 +202,7 @@ def attention_bias(attention_mask: Tensor | None, hidden_states: Tensor) -> Tens
     return bias
 
 
-class CLIPTextEmbeddings(Module):
+class TFCLIPTextEmbeddings(Module):
     """Token plus position embeddings."""
 
     def __init__(self, config: CLIPTextConfig, **kwargs: Any) -> None:
@@ -240,11 +218,11 @@ class CLIPTextEmbeddings(Module):
         """(batch, seq) to (batch, seq, width)."""
         tokens = look_up(self.token_embedding, input_ids, "input_ids")  # (batch, seq, width)
         if position_ids is None:
-            return tokens + self.position_embedding.embeddings[: keras.ops.shape(input_ids)[1]]
+            return tokens + tf.convert_to_tensor(self.position_embedding.embeddings)[: sizes(input_ids)[1]]
         return tokens + look_up(self.position_embedding, position_ids, "position_ids")
 
 
-class CLIPVisionEmbeddings(Module):
+class TFCLIPVisionEmbeddings(Module):
     """Class token and patch embeddings plus position embeddings."""
 
     def __init__(self, config: CLIPVisionConfig, **kwargs: Any) -> None:
@@ -268,7 +246,7 @@ class CLIPVisionEmbeddings(Module):
         size = None if interpolate_pos_encoding else self.config.image_size
         pixel_values = tf.ensure_shape(pixel_values, (None, self.config.num_channels, size, size))
         patches = self.patch_embedding(tf.cast(pixel_values, self.compute_dtype))  # (batch, rows, columns, width)
-        batch, rows, columns, width = keras.ops.shape(patches)
+        batch, rows, columns, width = sizes(patches)
         patches = tf.reshape(patches, (batch, rows * columns, width))  # (batch, patches, width)
         class_token = tf.broadcast_to(self.class_embedding, (batch, 1, width))  # (batch, 1, width)
         positions = tf.convert_to_tensor(self.position_embedding.embeddings)  # (patches + 1, width)
@@ -277,15 +255,15 @@ class CLIPVisionEmbeddings(Module):
         return tf.concat([class_token, patches], axis=1) + positions
 
 
-class CLIPTextTransformer(Module):
+class TFCLIPTextTransformer(Module):
     """The text tower."""
 
     def __init__(self, config: CLIPTextConfig, **kwargs: Any) -> None:
         super().__init__(**kwargs)
         self.config = config
         width, eps, dtype = config.hidden_size, config.layer_norm_eps, self.dtype_policy
-        self.embeddings = CLIPTextEmbeddings(config, name="embeddings", dtype=dtype)
-        self.encoder = CLIPEncoder(config, name="encoder", dtype=dtype)
+        self.embeddings = TFCLIPTextEmbeddings(config, name="embeddings", dtype=dtype)
+        self.encoder = TFCLIPEncoder(config, name="encoder", dtype=dtype)
         self.final_layer_norm = LayerNorm(width, eps=eps, name="final_layer_norm", dtype=dtype)
 
     def call(
@@ -301,15 +279,10 @@ class CLIPTextTransformer(Module):
         with plain_errors():
             checks.check_text(input_ids, attention_mask, position_ids, self.config)
         if attention_mask is not None:  # a mask of unknown shape must not be broadcast
-            attention_mask = tf.reshape(attention_mask, keras.ops.shape(input_ids))
+            attention_mask = tf.reshape(attention_mask, sizes(input_ids))
         hidden_states = self.embeddings(input_ids, position_ids)
         encoded = self.encoder(
-            hidden_states,
-            attention_mask,
-            causal=True,
-            output_attentions=output_attentions,
-            output_hidden_states=output_hidden_states,
-            training=training,
+            hidden_states, attention_mask, True, output_attentions, output_hidden_states, training=training
         )
         last_hidden_state = self.final_layer_norm(encoded.last_hidden_state)
         return BaseModelOutputWithPooling(
@@ -321,29 +294,25 @@ class CLIPTextTransformer(Module):
 
 
 def pool(last_hidden_state: Tensor, input_ids: Tensor, eos_token_id: int) -> Tensor:
-    """Takes the state at the end token of each row: (batch, seq, width) to (batch, width).
-
-    The end token is the first ``eos_token_id``, or the first token where there is none. The configs of the OpenAI
-    checkpoints say 2, which is not their end token: there it is the largest id of the row.
-    """
+    """Takes the state at the end token of each row, (batch, width): see `clipmb.pt.modeling.pool`."""
     chosen = input_ids if eos_token_id == 2 else tf.cast(input_ids == eos_token_id, tf.int32)
     # Not tf.argmax, which does not promise the first of equals.
     highest = chosen == tf.reduce_max(chosen, axis=-1, keepdims=True)
-    seq = keras.ops.shape(input_ids)[1]
+    seq = sizes(input_ids)[1]
     positions = tf.reduce_min(tf.where(highest, tf.range(seq), seq), axis=-1)  # (batch,)
     return tf.gather(last_hidden_state, positions, axis=1, batch_dims=1)
 
 
-class CLIPVisionTransformer(Module):
+class TFCLIPVisionTransformer(Module):
     """The vision tower."""
 
     def __init__(self, config: CLIPVisionConfig, **kwargs: Any) -> None:
         super().__init__(**kwargs)
         self.config = config
         width, eps, dtype = config.hidden_size, config.layer_norm_eps, self.dtype_policy
-        self.embeddings = CLIPVisionEmbeddings(config, name="embeddings", dtype=dtype)
+        self.embeddings = TFCLIPVisionEmbeddings(config, name="embeddings", dtype=dtype)
         self.pre_layrnorm = LayerNorm(width, eps=eps, name="pre_layrnorm", dtype=dtype)
-        self.encoder = CLIPEncoder(config, name="encoder", dtype=dtype)
+        self.encoder = TFCLIPEncoder(config, name="encoder", dtype=dtype)
         self.post_layernorm = LayerNorm(width, eps=eps, name="post_layernorm", dtype=dtype)
 
     def call(
@@ -357,17 +326,8 @@ class CLIPVisionTransformer(Module):
         """Runs the tower over (batch, channels, height, width)."""
         with plain_errors():
             checks.check_pixels(pixel_values, self.config, interpolate_pos_encoding)
-        hidden_states = self.pre_layrnorm(
-            self.embeddings(pixel_values, interpolate_pos_encoding=interpolate_pos_encoding)
-        )
-        encoded = self.encoder(
-            hidden_states,
-            None,
-            causal=False,
-            output_attentions=output_attentions,
-            output_hidden_states=output_hidden_states,
-            training=training,
-        )
+        hidden_states = self.pre_layrnorm(self.embeddings(pixel_values, interpolate_pos_encoding))
+        encoded = self.encoder(hidden_states, None, False, output_attentions, output_hidden_states, training=training)
         return BaseModelOutputWithPooling(
             last_hidden_state=encoded.last_hidden_state,
             pooler_output=self.post_layernorm(encoded.last_hidden_state[:, 0]),
@@ -376,7 +336,7 @@ class CLIPVisionTransformer(Module):
         )
 
 
-class TFCLIPPreTrainedModel(PretrainedMixin, keras.Model):
+class TFCLIPPreTrainedModel(ExportMixin, KerasModel):
     """What the six heads share: construction, files, embeddings, checkpointing.
 
     Args:
@@ -457,36 +417,11 @@ class TFCLIPPreTrainedModel(PretrainedMixin, keras.Model):
             setattr(owner, name, distribution(spec))  # which lets go of the array
         self._tracker.unlock()  # subclasses may add layers
 
-    def build(self, input_shape: Any = None) -> None:
-        """Creates the weights of every part."""
-        Module.build(self)
-
     def init_weights(self) -> None:
         """Draws every parameter from its initial normal distribution."""
         for spec in specs(self.config, self.head):
             parameter = self.parameter(spec)
             parameter.assign(distribution(spec)(parameter.shape, dtype=parameter.dtype))
-
-    def get_config(self) -> dict[str, Any]:
-        """Returns what `from_config` rebuilds the model from, for ``.keras`` files."""
-        policy = keras.dtype_policies.serialize(self.dtype_policy)
-        return {"config": self.config.to_dict(), "dtype": policy, "name": self.name, "trainable": self.trainable}
-
-    @classmethod
-    def from_config(cls, config: dict[str, Any], custom_objects: Any = None) -> TFCLIPPreTrainedModel:
-        """Builds a model from the result of `get_config`."""
-        config = dict(config)
-        dtype = keras.dtype_policies.deserialize(config.pop("dtype"))
-        return cls(cls.config_class.from_dict(config.pop("config")), dtype=dtype, **config)
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """Calls the model on inputs by name, by position, or in one mapping: tensors, arrays or lists.
-
-        Raises:
-            TypeError: A name is unknown or given twice.
-            ValueError: A shape or a value does not fit.
-        """
-        return super().__call__(**bind(type(self).call, type(self).__name__, args, kwargs))
 
     def check_ids(self, input_ids: Any, position_ids: Any = None) -> None:
         """Raises for ids outside the vocabulary: the check that functions compiled by XLA cannot make themselves.
@@ -499,26 +434,14 @@ class TFCLIPPreTrainedModel(PretrainedMixin, keras.Model):
         if position_ids is not None:
             check_range(to_tensor(position_ids), embeddings.position_embedding.input_dim, "position_ids")
 
-    def compute_loss(
-        self, x: Any = None, y: Any = None, y_pred: Any = None, sample_weight: Any = None, training: bool = True
-    ) -> Tensor:
-        """Returns the model's own loss where ``compile`` was given none."""
-        own = self._own_loss(y, y_pred) if self._compile_loss is None else None
-        if own is None:
-            return super().compute_loss(x, y, y_pred, sample_weight, training)
-        return tf.add_n([own, *(tf.cast(loss, own.dtype) for loss in self.losses)])
-
-    def _own_loss(self, y: Any, y_pred: Any) -> Tensor | None:
-        return None
-
     def num_parameters(self, only_trainable: bool = False, exclude_embeddings: bool = False) -> int:
         """Counts parameters."""
         layers = self._flatten_layers()
         skipped = {id(w) for layer in layers if isinstance(layer, keras.layers.Embedding) for w in layer.weights}
         return sum(
             int(np.prod(weight.shape))
-            for weight in (self.trainable_weights if only_trainable else self.weights)
-            if not (exclude_embeddings and id(weight) in skipped)
+            for weight in self.weights
+            if (weight.trainable or not only_trainable) and not (exclude_embeddings and id(weight) in skipped)
         )
 
     def get_input_embeddings(self) -> keras.layers.Layer:
@@ -554,7 +477,11 @@ class TFCLIPPreTrainedModel(PretrainedMixin, keras.Model):
             ValueError: The model has no text tower, or a number is not positive.
         """
         if not hasattr(self, "text_model"):
-            raise bad_input("Only models with a text tower have token embeddings", type(self).__name__, "Use one")
+            raise bad_input(
+                "Only models with a text tower have token embeddings",
+                type(self).__name__,
+                "Use a model with a text tower",
+            )
         old = self.text_model.embeddings.token_embedding
         size = old.input_dim if new_num_tokens is None else new_num_tokens
         for value in (size, pad_to_multiple_of or 1):
@@ -573,7 +500,7 @@ class TFCLIPPreTrainedModel(PretrainedMixin, keras.Model):
                     scopes.enter_context(keras.name_scope(part))
                 new.build()
             kept = min(size, old.input_dim)
-            new.embeddings.assign(tf.concat([old.embeddings[:kept], new.embeddings[kept:]], axis=0))
+            new.set_weights([np.concatenate([old.get_weights()[0][:kept], new.get_weights()[0][kept:]])])
             self.set_input_embeddings(new)
         return self.text_model.embeddings.token_embedding
 
@@ -590,63 +517,17 @@ class TFCLIPPreTrainedModel(PretrainedMixin, keras.Model):
 
     def _set_checkpointing(self, on: bool) -> None:
         for layer in self._flatten_layers():
-            if isinstance(layer, CLIPEncoder):
+            if isinstance(layer, TFCLIPEncoder):
                 layer.checkpointing = on
 
     @property
     def is_gradient_checkpointing(self) -> bool:
         """Whether gradient checkpointing is on."""
-        return any(isinstance(layer, CLIPEncoder) and layer.checkpointing for layer in self._flatten_layers())
+        return any(isinstance(layer, TFCLIPEncoder) and layer.checkpointing for layer in self._flatten_layers())
 
     def set_attn_implementation(self, attn_implementation: str | dict[str, str]) -> None:
         """Chooses "eager" or "sdpa" attention, for the whole or by tower."""
         self.config.attn_implementation = attn_implementation
-
-    @property
-    def input_signature(self) -> dict[str, tf.TensorSpec]:
-        """The inputs of a served model: any batch, any length of text."""
-        found: dict[str, tf.TensorSpec] = {}
-        if hasattr(self, "text_model"):
-            found["input_ids"] = tf.TensorSpec((None, None), tf.int32, "input_ids")
-            found["attention_mask"] = tf.TensorSpec((None, None), tf.int32, "attention_mask")
-        if hasattr(self, "vision_model"):
-            config = self.vision_model.config
-            shape = (None, config.num_channels, config.image_size, config.image_size)
-            found["pixel_values"] = tf.TensorSpec(shape, tf.float32, "pixel_values")
-        return found
-
-    def export_saved_model(self, folder: str | os.PathLike[str]) -> None:
-        """Writes a SavedModel with the signature ``serving_default`` and, for each tower, its features.
-
-        ``serving_default`` takes `input_signature` and returns every tensor of the output that is not nested;
-        `TFCLIPModel` also has ``text_features`` and ``image_features``. Batch and length of text may be any.
-        """
-
-        def serve(function: Callable, names: tuple[str, ...] = ()) -> tf.types.experimental.ConcreteFunction:
-            signature = {name: spec for name, spec in self.input_signature.items() if not names or name in names}
-            return tf.function(function, autograph=False).get_concrete_function(**signature)
-
-        def default(**inputs: Tensor) -> dict[str, Tensor]:
-            return {name: value for name, value in self(inputs, return_dict=True).items() if tf.is_tensor(value)}
-
-        signatures = {"serving_default": serve(default)}
-        if isinstance(self, TFCLIPModel):
-            signatures["text_features"] = serve(
-                lambda **inputs: {"text_features": self.get_text_features(inputs)}, ("input_ids", "attention_mask")
-            )
-            signatures["image_features"] = serve(
-                lambda **inputs: {"image_features": self.get_image_features(inputs)}, ("pixel_values",)
-            )
-        module = tf.Module()
-        module.weights = [variable.value for variable in self.variables]
-        tf.saved_model.save(module, os.fspath(folder), signatures=signatures)
-
-    def export(self, filepath: str | os.PathLike[str], format: str = "tf_saved_model", **options: Any) -> None:
-        """Keras' export, with the signatures of `export_saved_model` where none are given."""
-        if format == "tf_saved_model" and options.get("input_signature") is None:
-            self.export_saved_model(filepath)
-        else:
-            super().export(filepath, format, **options)
 
     def _returned(self, output: ModelOutput, return_dict: bool | None) -> Any:
         return output if _default(return_dict, self.config.return_dict) else output.to_tuple()
@@ -662,8 +543,8 @@ class TFCLIPModel(TFCLIPPreTrainedModel):
         super().__init__(config, dtype, **kwargs)
         text, vision, dtype = config.text_config, config.vision_config, self.dtype_policy
         proj = config.projection_dim
-        self.text_model = CLIPTextTransformer(text, name="text_model", dtype=dtype)
-        self.vision_model = CLIPVisionTransformer(vision, name="vision_model", dtype=dtype)
+        self.text_model = TFCLIPTextTransformer(text, name="text_model", dtype=dtype)
+        self.vision_model = TFCLIPVisionTransformer(vision, name="vision_model", dtype=dtype)
         self.visual_projection = Linear(vision.hidden_size, proj, use_bias=False, name="visual_projection", dtype=dtype)
         self.text_projection = Linear(text.hidden_size, proj, use_bias=False, name="text_projection", dtype=dtype)
         self.post_init()
@@ -689,12 +570,7 @@ class TFCLIPModel(TFCLIPPreTrainedModel):
     ) -> Tensor:
         """Returns the projected text: (batch, seq) to (batch, proj), not normalised."""
         output = self.text_model(
-            input_ids,
-            attention_mask,
-            position_ids,
-            output_attentions=output_attentions,
-            output_hidden_states=output_hidden_states,
-            training=training,
+            input_ids, attention_mask, position_ids, output_attentions, output_hidden_states, training=training
         )
         return self.text_projection(output.pooler_output)
 
@@ -710,11 +586,7 @@ class TFCLIPModel(TFCLIPPreTrainedModel):
     ) -> Tensor:
         """Returns the projected images: (batch, channels, height, width) to (batch, proj), not normalised."""
         output = self.vision_model(
-            pixel_values,
-            output_attentions=output_attentions,
-            output_hidden_states=output_hidden_states,
-            interpolate_pos_encoding=interpolate_pos_encoding,
-            training=training,
+            pixel_values, output_attentions, output_hidden_states, interpolate_pos_encoding, training=training
         )
         return self.visual_projection(output.pooler_output)
 
@@ -749,19 +621,10 @@ class TFCLIPModel(TFCLIPPreTrainedModel):
             ValueError: A shape or a value does not fit.
         """
         text_output = self.text_model(
-            input_ids,
-            attention_mask,
-            position_ids,
-            output_attentions=output_attentions,
-            output_hidden_states=output_hidden_states,
-            training=training,
+            input_ids, attention_mask, position_ids, output_attentions, output_hidden_states, training=training
         )
         vision_output = self.vision_model(
-            pixel_values,
-            output_attentions=output_attentions,
-            output_hidden_states=output_hidden_states,
-            interpolate_pos_encoding=interpolate_pos_encoding,
-            training=training,
+            pixel_values, output_attentions, output_hidden_states, interpolate_pos_encoding, training=training
         )
         text_embeds = normalize(self.text_projection(text_output.pooler_output))  # (texts, proj)
         image_embeds = normalize(self.visual_projection(vision_output.pooler_output))  # (images, proj)
@@ -778,7 +641,8 @@ class TFCLIPModel(TFCLIPPreTrainedModel):
         )
         return self._returned(output, return_dict)
 
-    def _own_loss(self, y: Any, y_pred: CLIPOutput | tuple) -> Tensor:
+    def own_loss(self, y: Any, y_pred: CLIPOutput | tuple) -> Tensor:
+        """Returns the contrastive loss of the batch."""
         return contrastive_loss(y_pred[-5])  # logits_per_text, whether or not there is a loss before it
 
 
@@ -791,7 +655,7 @@ class TFCLIPTextModel(TFCLIPPreTrainedModel):
 
     def __init__(self, config: CLIPTextConfig, dtype: Any = None, **kwargs: Any) -> None:
         super().__init__(config, dtype, **kwargs)
-        self.text_model = CLIPTextTransformer(config, name="text_model", dtype=self.dtype_policy)
+        self.text_model = TFCLIPTextTransformer(config, name="text_model", dtype=self.dtype_policy)
         self.post_init()
 
     def call(
@@ -806,12 +670,7 @@ class TFCLIPTextModel(TFCLIPPreTrainedModel):
     ) -> BaseModelOutputWithPooling | tuple:
         """Encodes texts; arguments as in `TFCLIPModel.call`."""
         output = self.text_model(
-            input_ids,
-            attention_mask,
-            position_ids,
-            output_attentions=output_attentions,
-            output_hidden_states=output_hidden_states,
-            training=training,
+            input_ids, attention_mask, position_ids, output_attentions, output_hidden_states, training=training
         )
         return self._returned(output, return_dict)
 
@@ -826,7 +685,7 @@ class TFCLIPTextModelWithProjection(TFCLIPPreTrainedModel):
     def __init__(self, config: CLIPTextConfig, dtype: Any = None, **kwargs: Any) -> None:
         super().__init__(config, dtype, **kwargs)
         width, proj, dtype = config.hidden_size, config.projection_dim, self.dtype_policy
-        self.text_model = CLIPTextTransformer(config, name="text_model", dtype=dtype)
+        self.text_model = TFCLIPTextTransformer(config, name="text_model", dtype=dtype)
         self.text_projection = Linear(width, proj, use_bias=False, name="text_projection", dtype=dtype)
         self.post_init()
 
@@ -842,12 +701,7 @@ class TFCLIPTextModelWithProjection(TFCLIPPreTrainedModel):
     ) -> CLIPTextModelOutput | tuple:
         """Encodes and projects texts; arguments as in `TFCLIPModel.call`."""
         output = self.text_model(
-            input_ids,
-            attention_mask,
-            position_ids,
-            output_attentions=output_attentions,
-            output_hidden_states=output_hidden_states,
-            training=training,
+            input_ids, attention_mask, position_ids, output_attentions, output_hidden_states, training=training
         )
         projected = CLIPTextModelOutput(
             text_embeds=self.text_projection(output.pooler_output),
@@ -868,7 +722,7 @@ class TFCLIPVisionModel(TFCLIPPreTrainedModel):
 
     def __init__(self, config: CLIPVisionConfig, dtype: Any = None, **kwargs: Any) -> None:
         super().__init__(config, dtype, **kwargs)
-        self.vision_model = CLIPVisionTransformer(config, name="vision_model", dtype=self.dtype_policy)
+        self.vision_model = TFCLIPVisionTransformer(config, name="vision_model", dtype=self.dtype_policy)
         self.post_init()
 
     def call(
@@ -882,11 +736,7 @@ class TFCLIPVisionModel(TFCLIPPreTrainedModel):
     ) -> BaseModelOutputWithPooling | tuple:
         """Encodes pictures; arguments as in `TFCLIPModel.call`."""
         output = self.vision_model(
-            pixel_values,
-            output_attentions=output_attentions,
-            output_hidden_states=output_hidden_states,
-            interpolate_pos_encoding=interpolate_pos_encoding,
-            training=training,
+            pixel_values, output_attentions, output_hidden_states, interpolate_pos_encoding, training=training
         )
         return self._returned(output, return_dict)
 
@@ -902,7 +752,7 @@ class TFCLIPVisionModelWithProjection(TFCLIPPreTrainedModel):
     def __init__(self, config: CLIPVisionConfig, dtype: Any = None, **kwargs: Any) -> None:
         super().__init__(config, dtype, **kwargs)
         width, proj, dtype = config.hidden_size, config.projection_dim, self.dtype_policy
-        self.vision_model = CLIPVisionTransformer(config, name="vision_model", dtype=dtype)
+        self.vision_model = TFCLIPVisionTransformer(config, name="vision_model", dtype=dtype)
         self.visual_projection = Linear(width, proj, use_bias=False, name="visual_projection", dtype=dtype)
         self.post_init()
 
@@ -917,11 +767,7 @@ class TFCLIPVisionModelWithProjection(TFCLIPPreTrainedModel):
     ) -> CLIPVisionModelOutput | tuple:
         """Encodes and projects pictures; arguments as in `TFCLIPModel.call`."""
         output = self.vision_model(
-            pixel_values,
-            output_attentions=output_attentions,
-            output_hidden_states=output_hidden_states,
-            interpolate_pos_encoding=interpolate_pos_encoding,
-            training=training,
+            pixel_values, output_attentions, output_hidden_states, interpolate_pos_encoding, training=training
         )
         projected = CLIPVisionModelOutput(
             image_embeds=self.visual_projection(output.pooler_output),
@@ -945,8 +791,7 @@ class TFCLIPForImageClassification(TFCLIPPreTrainedModel):
             raise bad_input("num_labels must be at least 1", config.num_labels, "Pass num_labels= or id2label=")
         dtype = self.dtype_policy
         self.num_labels = config.num_labels
-        self.vision_model = CLIPVisionTransformer(config.vision_config, name="vision_model", dtype=dtype)
-        self.vision_model.post_layernorm.trainable = False  # the logits do not depend on it, of which Keras would warn
+        self.vision_model = TFCLIPVisionTransformer(config.vision_config, name="vision_model", dtype=dtype)
         self.classifier = Linear(config.vision_config.hidden_size, config.num_labels, name="classifier", dtype=dtype)
         self.post_init()
 
@@ -972,11 +817,7 @@ class TFCLIPForImageClassification(TFCLIPPreTrainedModel):
             training: As in `TFCLIPModel.call`.
         """
         output = self.vision_model(
-            pixel_values,
-            output_attentions=output_attentions,
-            output_hidden_states=output_hidden_states,
-            interpolate_pos_encoding=interpolate_pos_encoding,
-            training=training,
+            pixel_values, output_attentions, output_hidden_states, interpolate_pos_encoding, training=training
         )
         logits = self.classifier(tf.reduce_mean(output.last_hidden_state[:, 1:], axis=1))  # (batch, num_labels)
         classified = ImageClassifierOutput(
@@ -987,28 +828,26 @@ class TFCLIPForImageClassification(TFCLIPPreTrainedModel):
         )
         return self._returned(classified, return_dict)
 
-    def compute_loss(
-        self, x: Any = None, y: Any = None, y_pred: Any = None, sample_weight: Any = None, training: bool = True
-    ) -> Tensor:
-        """Gives a loss of ``compile`` the logits; without one, labels among the inputs or beside them make the loss."""
-        if self._compile_loss is not None:
-            y_pred = self._logits(y_pred)
-        return super().compute_loss(x, y, y_pred, sample_weight, training)
-
-    def compute_metrics(self, x: Any, y: Any, y_pred: Any, sample_weight: Any = None) -> dict[str, Any]:
-        """Gives the metrics of ``compile`` the logits, and labels among the inputs where there are none beside them."""
-        if y is None and isinstance(x, dict):
-            y = x.get("labels")
-        return super().compute_metrics(x, y, self._logits(y_pred), sample_weight)
-
-    def _own_loss(self, y: Any, y_pred: ImageClassifierOutput | tuple) -> Tensor | None:
+    def own_loss(self, y: Any, y_pred: ImageClassifierOutput | tuple) -> Tensor | None:
+        """Returns the loss of labels beside the inputs, else that of labels among them, else None."""
         if y is not None:
-            return classification_loss(self._logits(y_pred), y, self.config)
-        return y_pred[0] if y_pred[0].shape.rank == 0 else None  # the loss, where there were labels
+            return classification_loss(self.scored(y_pred), y, self.config)
+        return y_pred[0] if y_pred[0].shape.rank == 0 else None
 
-    @staticmethod
-    def _logits(y_pred: ImageClassifierOutput | tuple) -> Tensor:
+    def scored(self, y_pred: ImageClassifierOutput | tuple) -> Tensor:
+        """Returns the logits, whether or not there is a loss before them."""
         return y_pred[1] if y_pred[0].shape.rank == 0 else y_pred[0]
+
+    @property
+    def trainable_weights(self) -> list[keras.Variable]:
+        """The weights that training changes: not ``post_layernorm``, of whose missing gradients Keras would warn."""
+        unused = {id(weight) for weight in self.vision_model.post_layernorm.weights}
+        return [weight for weight in super().trainable_weights if id(weight) not in unused]
+
+    @property
+    def trainable_variables(self) -> list[keras.Variable]:
+        """Like `trainable_weights`, which for this model are the same."""
+        return self.trainable_weights
 
 
 def _default(value: Any, default: Any) -> Any:

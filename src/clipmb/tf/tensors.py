@@ -7,7 +7,7 @@ import inspect
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
-from typing import Any
+from typing import Any, cast
 
 import keras
 import numpy as np
@@ -106,6 +106,11 @@ def to_tensor(value: Any) -> Any:
     if value is None or tf.is_tensor(value) or keras.utils.is_keras_tensor(value):
         return value
     return tf.convert_to_tensor(value)
+
+
+def sizes(tensor: Any) -> tuple[Any, ...]:
+    """Returns the shape of a tensor: numbers where they are known before the call, else scalar tensors."""
+    return cast("tuple[Any, ...]", keras.ops.shape(tensor))
 
 
 def unpacking(method: Callable) -> Callable:

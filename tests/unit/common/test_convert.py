@@ -396,7 +396,10 @@ def test_a_dry_run_maps_and_writes_nothing(source, tmp_path):
         ("flax-msgpack", "text_model/encoder/layers/1/self_attn/q_proj/kernel"),
         ("openai", "transformer.resblocks.1.attn.in_proj_weight"),
         ("open_clip", "transformer.resblocks.1.attn.in_proj_weight"),
-        ("keras-weights", "layers/clip_text_transformer/encoder/layers/clip_encoder_layer_1/self_attn/q_proj/vars/0"),
+        (
+            "keras-weights",
+            "layers/tfclip_text_transformer/encoder/layers/tfclip_encoder_layer_1/self_attn/q_proj/vars/0",
+        ),
     ],
 )
 def test_names_of_every_format_are_shown(folders, source, tmp_path, format, name):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import collections
+import functools
 import subprocess
 import sys
 
@@ -21,7 +22,7 @@ from clipmb.common.parameters import specs
 from clipmb.tf.engine import Engine
 from clipmb.tf.layers import LayerNorm, bicubic_weights
 from clipmb.tf.losses import contrastive_loss, normalize
-from clipmb.tf.modeling import CLIPEncoderLayer
+from clipmb.tf.modeling import TFCLIPEncoderLayer
 
 pytestmark = pytest.mark.filterwarnings(
     "ignore:__array__ implementation doesn't accept a copy:DeprecationWarning",  # Keras' variables under numpy 2
@@ -95,6 +96,16 @@ def test_weights_carry_the_names_of_the_table(model):
     model.text_model.trainable = False
     assert model.num_parameters(only_trainable=True) < model.num_parameters()
     model.text_model.trainable = True
+
+
+def test_the_classifier_counts_trainable_parameters_like_pytorch():
+    """Its logits do not depend on post_layernorm, which is trainable all the same, until somebody freezes it."""
+    model = build("CLIPForImageClassification")
+    assert model.num_parameters(only_trainable=True) == model.num_parameters()
+    assert not any("post_layernorm" in weight.path for weight in model.trainable_weights)
+    assert len(model.trainable_variables) == len(model.weights) - 2
+    model.vision_model.trainable = False
+    assert model.num_parameters(only_trainable=True) == 48 * 7 + 7  # the classifier
 
 
 def test_loading_draws_no_random_numbers(monkeypatch):
@@ -504,13 +515,14 @@ def test_gradient_checkpointing_recomputes_the_same(attention, mode, monkeypatch
     text, vision = ({**part, "attention_dropout": 0.3, "num_hidden_layers": 2} for part in (TEXT, VISION))
     config = CLIPConfig(text, vision, projection_dim=24)
     results, calls = [], []
-    call = CLIPEncoderLayer.call
+    call = TFCLIPEncoderLayer.call
 
+    @functools.wraps(call)  # Keras reads its signature
     def counted(self, *args, **kwargs):
         calls.append(self)
         return call(self, *args, **kwargs)
 
-    monkeypatch.setattr(CLIPEncoderLayer, "call", counted)
+    monkeypatch.setattr(TFCLIPEncoderLayer, "call", counted)
     for checkpointing in (False, True):
         model = build(config=config, dtype="float64", attn_implementation=attention)
         for tower in (model.text_model, model.vision_model):

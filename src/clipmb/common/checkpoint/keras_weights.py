@@ -3,9 +3,9 @@
 Keras 3 stores weights by attributes, not by names: the weights of a layer are ``vars/0``, ``vars/1`` … of the layer's
 group, in the order of their creation; the layers of a model and of a list are called by their classes, with ``_1``,
 ``_2`` … for further ones of a class. So ``text_model.encoder.layers.2.mlp.fc1.weight`` is at
-``layers/clip_text_transformer/encoder/layers/clip_encoder_layer_2/mlp/fc1/vars/0``, and ``text_projection.weight`` at
-``layers/linear_1/vars/0`` beside a ``visual_projection``, else at ``layers/linear/vars/0``. Only ``classifier`` goes by
-its own name: it comes before "layers" in the alphabet, in whose order Keras walks over attributes. Found out by
+``layers/tfclip_text_transformer/encoder/layers/tfclip_encoder_layer_2/mlp/fc1/vars/0``, and ``text_projection.weight``
+at ``layers/linear_1/vars/0`` beside a ``visual_projection``, else at ``layers/linear/vars/0``. Only ``classifier`` goes
+by its own name: it comes before "layers" in the alphabet, in whose order Keras walks over attributes. Found out by
 experiment with Keras 3.15. The states of an optimizer in such a file are passed over.
 
 Every dtype is stored as it is, bfloat16 as Keras does. Shards (``.weights.json``) are neither read nor written.
@@ -28,9 +28,9 @@ from clipmb.common.parameters import Spec, at_block, known_specs, specs
 from clipmb.common.saving import Transaction
 
 _FILE = "model.weights.h5"
-_TOWERS = {"text_model": "clip_text_transformer", "vision_model": "clip_vision_transformer"}
+_TOWERS = {"text_model": "tfclip_text_transformer", "vision_model": "tfclip_vision_transformer"}
 _PROJECTIONS = {"visual_projection": "vision_model", "text_projection": "text_model"}  # in the order of creation
-_BLOCK = "clip_encoder_layer"
+_BLOCK = "tfclip_encoder_layer"
 _STATES = re.compile(r"optimizer/|.*/seed_generator/")
 
 

@@ -1,0 +1,74 @@
+"""SavedModels for serving: signatures that take any batch and any length of text."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from typing import Any
+
+import keras
+import tensorflow as tf
+from tensorflow import Tensor
+
+
+class ExportMixin(keras.Model):
+    """The exports of a model with one or both towers."""
+
+    text_model: Any
+    vision_model: Any
+
+    @property
+    def input_signature(self) -> dict[str, tf.TensorSpec]:
+        """The inputs of a served model: any batch, any length of text."""
+        found: dict[str, tf.TensorSpec] = {}
+        if hasattr(self, "text_model"):
+            found["input_ids"] = tf.TensorSpec((None, None), tf.int32, "input_ids")
+            found["attention_mask"] = tf.TensorSpec((None, None), tf.int32, "attention_mask")
+        if hasattr(self, "vision_model"):
+            config = self.vision_model.config
+            shape = (None, config.num_channels, config.image_size, config.image_size)
+            found["pixel_values"] = tf.TensorSpec(shape, tf.float32, "pixel_values")
+        return found
+
+    def export_saved_model(self, folder: str | os.PathLike[str]) -> None:
+        """Writes a SavedModel with the signature ``serving_default`` and, for each tower, its features.
+
+        ``serving_default`` takes `input_signature` and returns every tensor of the output that is not nested;
+        `TFCLIPModel` also has ``text_features`` and ``image_features``. Batch and length of text may be any.
+
+        Args:
+            folder: Where; made when it is missing.
+        """
+        inputs = self.input_signature
+
+        def serve(function: Callable[..., Any], *names: str) -> Any:
+            signature = {name: inputs[name] for name in names}
+            return tf.function(function, autograph=False).get_concrete_function(**signature)
+
+        def default(**inputs: Tensor) -> dict[str, Tensor]:
+            return {name: value for name, value in self(inputs, return_dict=True).items() if tf.is_tensor(value)}
+
+        def features(name: str) -> Callable[..., dict[str, Tensor]]:
+            return lambda **inputs: {name: getattr(self, f"get_{name}")(inputs)}
+
+        signatures = {"serving_default": serve(default, *inputs)}
+        if hasattr(self, "get_text_features"):
+            signatures["text_features"] = serve(features("text_features"), "input_ids", "attention_mask")
+            signatures["image_features"] = serve(features("image_features"), "pixel_values")
+        module: Any = tf.Module()
+        module.weights = [variable.value for variable in self.variables]
+        tf.saved_model.save(module, os.fspath(folder), signatures=signatures)
+
+    def export(
+        self,
+        filepath: str | os.PathLike[str],
+        format: str = "tf_saved_model",
+        verbose: bool | None = None,
+        input_signature: Any = None,
+        **kwargs: Any,
+    ) -> None:
+        """Keras' export, with the signatures of `export_saved_model` where none are given."""
+        if format == "tf_saved_model" and input_signature is None:
+            self.export_saved_model(filepath)
+        else:
+            super().export(filepath, format, verbose, input_signature, **kwargs)
