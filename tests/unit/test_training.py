@@ -235,7 +235,7 @@ class TestRefusals:
             ({"overwrite": True, "steps": 2, "learning_rat": 1.0}, r"learning_rat.*Remove or correct"),
             ({"overwrite": True, "steps": 2, "batch_size": 0}, r"batch_size must be a whole number.*Received: 0"),
             ({"overwrite": True, "steps": 2, "loss": "mse"}, r"loss must be one of 'clip', 'siglip'"),
-            ({"overwrite": True, "steps": 2, "freeze": ("text", "vision")}, r"One tower at least must be trained"),
+            ({"overwrite": True, "steps": 2, "freeze": ("text", "vision")}, r"At least one tower must be trained"),
             ({"overwrite": True, "steps": 2, "freeze": ("head",)}, r"freeze must be one of"),
             ({"overwrite": True, "steps": 2, "betas": (0.9,)}, r"betas must be two numbers"),
             ({"overwrite": True, "steps": 2, "save_every": 0}, r"save_every must be"),

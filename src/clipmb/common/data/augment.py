@@ -18,17 +18,21 @@ def random_resized_crop(
     scale: tuple[float, float] = (0.9, 1.0),
     ratio: tuple[float, float] = (3 / 4, 4 / 3),
 ) -> Image.Image:
-    """Cuts a random part out of a picture and resizes it, bicubic.
+    """Cuts a random part out of a picture and resizes it with Pillow's bicubic filter.
 
-    Area and the logarithm of the ratio are uniform; after ten parts that do not fit into the picture it is the largest
-    one around the centre whose ratio is allowed. Resizing looks at the pixels beside the part too, as Pillow does.
+    The part's share of the area and the logarithm of its ratio are drawn uniformly. After ten parts that are larger
+    than the picture, it is the largest central part with an allowed ratio. The filter also reads the pixels next to the
+    part, as it does in Pillow.
 
     Args:
         image: RGB.
-        generator: Where the random numbers come from.
-        size: (height, width) of the result.
-        scale: The least and the largest share of the picture's area; open_clip's default.
-        ratio: The least and the largest width / height.
+        generator: Source of the random numbers.
+        size: (height, width) of the result, in pixels.
+        scale: Smallest and largest share of the picture's area. The default is open_clip's.
+        ratio: Smallest and largest width / height.
+
+    Returns:
+        The part, RGB, of the size asked for.
 
     Source: "Going Deeper with Convolutions" (Szegedy et al., arXiv 1409.4842), section 6.
     """

@@ -1,7 +1,7 @@
-"""Pairs of pictures and captions as numpy batches: the same ones in every framework, on any number of processes.
+"""Pairs of pictures and captions as numpy batches: the same in every framework, on any number of processes.
 
-Everything random comes from Philox generators that are placed by (seed, epoch, item): the order of an epoch, which of
-several captions is used, how a picture is cropped. Batch size, workers and processes change none of it.
+Everything random is drawn from a Philox generator that is positioned by seed, epoch and item: the order of an epoch,
+which of several captions is used, how a picture is cropped. Batch size, workers and processes change none of it.
 
 Source: Philox4x64-10 is from "Parallel Random Numbers: As Easy as 1, 2, 3" (Salmon et al., 2011). numpy fixes its raw
 output for good, so orders and choices are drawn from that.
@@ -37,11 +37,11 @@ class Batch:
 
     Attributes:
         input_ids: (n, seq) int64, padded on the right.
-        pixel_values: (n, channels, height, width) float32.
-        ids: Names of the n pairs.
-        indices: (n,) int64, their numbers in the `Pairs`.
-        skipped: How many further pairs of this process's part were broken.
-        truncated: How many of the n captions were cut to the context.
+        pixel_values: (n, channels, height, width) float32, rescaled and normalised as the image processor says.
+        ids: Names of the n pairs, as `Pairs.id` returns them.
+        indices: (n,) int64, the numbers of the pairs in the `Pairs`.
+        skipped: Number of pairs in this process's part that could not be read; they are missing from the rows.
+        truncated: Number of the n captions that were cut to the context.
     """
 
     input_ids: np.ndarray
@@ -53,29 +53,33 @@ class Batch:
 
 
 class Batches:
-    """Goes through pairs in epochs of batches.
+    """Batches of pairs for training, epoch by epoch: decoded, preprocessed and tokenized.
+
+    The batches of an epoch depend on the pairs, the processor, ``seed``, ``batch_size`` and ``augment`` alone, so that
+    a run can be resumed in the middle of an epoch, on another number of processes, and with another framework.
 
     Args:
-        pairs: What to go through.
+        pairs: The data.
         processor: Tokenizer and image processor of the model.
-        batch_size: Pairs in a global batch.
-        context: Tokens that the text tower takes, ``max_position_embeddings``; longer captions are cut, their end token
-            stays.
-        seed: Of the order, the choice among captions, and the augmentation.
-        rank: Which of the processes this is, from 0. It gets its part of each batch, as `numpy.array_split` makes them.
-        count: How many processes there are.
-        workers: Threads that read and decode; 0 for none. By default one for each processor, at most 8.
-        augment: What happens to pictures before the processor: None for nothing; "crop" for `random_resized_crop` in
-            the place of the processor's own resizing; or a function of a picture and a generator.
-        shuffle: Another order in each epoch; otherwise that of the pairs.
+        batch_size: Pairs in a global batch, at least 1.
+        context: Tokens that the text tower takes (``max_position_embeddings``), at least 2. Longer captions are cut;
+            their end token stays.
+        seed: Seed for data order, choice of captions and augmentation, from 0 to 2**63 - 1.
+        rank: Number of this process, from 0. It gets its part of each batch, divided as by `numpy.array_split`.
+        count: Number of processes.
+        workers: Threads that read and decode; 0 for none. Default: one for each processor, at most 8.
+        augment: Random change to each picture before the processor. None: no change. "crop": `random_resized_crop`
+            instead of the processor's own resize and crop. A function: called with a Pillow image and a
+            `numpy.random.Generator`, it returns a Pillow image.
+        shuffle: Draw a different order for each epoch. Otherwise pairs keep their order.
         drop_last: Leave out a last batch that is smaller than the others.
-        ledger: A file of JSON Lines to which broken items are appended. Without one they are logged.
-        pad_to: Cut and pad all captions to this many tokens. By default a batch is as long as its longest caption,
-            rounded up to a multiple of 8.
+        ledger: JSON Lines file to which broken items are appended. Without one they are logged.
+        pad_to: Cut and pad all captions to this many tokens, from 2 to ``context``. Default: the longest caption of the
+            batch, rounded up to a multiple of 8.
 
     Raises:
-        ValueError: An argument is out of its range, the processor gives pictures of different sizes, or more things in
-            the files are no pairs than are.
+        ValueError: An argument is out of its range, the image processor does not give all pictures one size, or more
+            items of the files are unusable than usable.
     """
 
     def __init__(
@@ -105,21 +109,20 @@ class Batches:
         self.pad_to = None if pad_to is None else whole_number("pad_to", pad_to, 2, self.context)
         if augment is not None and augment != "crop" and not callable(augment):
             raise bad_input(
-                "augment must be None, 'crop', or a function of a picture and a generator", augment, "Pass one of these"
+                "augment must be None, 'crop', or a function of a picture and a generator", augment, "Correct augment"
             )
         self.augment = augment
         self.size = _picture_size(processor.image_processor)
         if len(pairs) < self.batch_size and drop_last:
             raise bad_input(
-                "With drop_last there must be at least one whole batch", f"{len(pairs)} pairs, batch_size {batch_size}",
+                "With drop_last there must be at least one full batch", f"{len(pairs)} pairs, batch_size {batch_size}",
                 "Pass a smaller batch_size, or drop_last=False", shown=True,
             )  # fmt: skip
         if len(pairs.left_out) > len(pairs):
             name, why = pairs.left_out[0]
             raise bad_input(
-                "Most of what is in the files must be pairs",
-                f"{len(pairs)} pairs, and {len(pairs.left_out)} items that are none; {name}: {why}", "Mend them",
-                shown=True,
+                "Most items of the files must be usable pairs",
+                f"{len(pairs)} pairs and {len(pairs.left_out)} unusable items; {name}: {why}", "Fix them", shown=True,
             )  # fmt: skip
         self._ledger = Ledger(ledger)
         self._tokenizer = processor.tokenizer
@@ -129,35 +132,45 @@ class Batches:
 
     @property
     def per_epoch(self) -> int:
-        """Batches in an epoch."""
-        whole, rest = divmod(len(self.pairs), self.batch_size)
-        return whole + (rest > 0 and not self.drop_last)
+        """Number of batches in an epoch."""
+        full, rest = divmod(len(self.pairs), self.batch_size)
+        return full + (rest > 0 and not self.drop_last)
 
     def epoch(self, epoch: int, start: int = 0) -> Iterator[Batch]:
         """Yields the batches of an epoch.
 
-        Broken items are missing from their batch, which may leave it empty.
+        Broken items are missing from their batch, which may leave it empty. Closing the iterator stops the threads.
 
         Args:
-            epoch: Its number, from 0.
-            start: How many of its batches to pass over, without reading them.
+            epoch: Number of the epoch, from 0.
+            start: Number of batches to skip at its beginning; they are not read.
+
+        Yields:
+            This process's part of each batch.
 
         Raises:
-            ValueError: More than half of 1000 items that follow each other, or of all, are broken.
+            ValueError: More than half of 1000 successive items, or of all items, are broken.
         """
         epoch = whole_number("epoch", epoch, 0, 2**63 - 1)
         start = whole_number("start", start, 0, self.per_epoch)
         return self._run(epoch, start)
 
     def order(self, epoch: int) -> np.ndarray:
-        """Returns the numbers of all pairs, (pairs,) int64, in the order of an epoch."""
+        """Returns the order of an epoch.
+
+        Args:
+            epoch: Number of the epoch, from 0.
+
+        Returns:
+            (pairs,) int64, the numbers of all pairs.
+        """
         if not self.shuffle:
             return np.arange(len(self.pairs))
         raw = self._random(epoch, _ORDER).random_raw(len(self.pairs))
         return np.argsort(raw, kind="stable").astype(np.int64, copy=False)
 
     def _random(self, epoch: int, purpose: int, index: int = 0) -> np.random.Philox:
-        """Returns the random numbers of one purpose: 2**128 of them for each item of each epoch."""
+        """Returns a generator for one purpose: 2**128 numbers for each item of each epoch."""
         return np.random.Philox(
             key=np.array([self.seed, epoch], np.uint64), counter=np.array([0, 0, index, purpose], np.uint64)
         )
@@ -182,7 +195,7 @@ class Batches:
                 pool.shutdown(wait=True, cancel_futures=True)
 
     def _ahead(self) -> int:
-        """Returns how many batches are decoded while another is used: enough for all workers, few of large ones."""
+        """Returns how many batches are decoded ahead: enough for all workers, but few of large ones."""
         if not self.workers:
             return 0
         own = -(-self.batch_size // self.count)
@@ -190,7 +203,7 @@ class Batches:
         return max(1 if few else 2, -(-2 * self.workers // own))
 
     def _submit(self, submit: Callable[..., Any], order: np.ndarray, epoch: int, number: int) -> _Decoding:
-        """Starts to decode this process's part of one batch."""
+        """Starts decoding this process's part of one batch."""
         first, last = number * self.batch_size, min((number + 1) * self.batch_size, len(order))
         part = np.array_split(np.arange(first, last), self.count)[self.rank]
         pixels = np.empty((len(part), 3, *self.size), np.float32)
@@ -199,7 +212,7 @@ class Batches:
         return _Decoding(number, part, indices, pixels, items)
 
     def _collect(self, decoding: _Decoding, epoch: int, watch: Watch) -> Batch:
-        """Waits for the items of one batch and puts them together."""
+        """Waits for the items of one batch and assembles it."""
         results = [item.result() for item in decoding.items]
         names = [self.pairs.id(index) for index in decoding.indices.tolist()]
         good = np.array([isinstance(result, list) for result in results], bool)
@@ -214,7 +227,7 @@ class Batches:
         if long and not self._warned:
             self._warned = True
             logger.warning(
-                "Captions of more than %d tokens are cut; the first is that of %s with %d. Each batch counts its own.",
+                "Captions of more than %d tokens are cut; the first belongs to %s and has %d. Each batch counts them.",
                 self._limit, names[long[0]], len(rows[long[0]]),
             )  # fmt: skip
         return Batch(self._padded(rows), pixels, names, kept, len(broken), len(long))
@@ -230,11 +243,11 @@ class Batches:
         return ids
 
     def _item(self, epoch: int, index: int, out: np.ndarray) -> list[int] | str:
-        """Reads one pair: its pixels into ``out``, and returns its ids, or why it is broken."""
+        """Reads one pair: writes its pixels into ``out`` and returns its ids, or the reason why it is broken."""
         try:
             captions = self.pairs.captions(index)
             if not captions:
-                raise bad_input("A pair needs a caption", "none", "Write one, or leave the picture out", shown=True)
+                raise bad_input("A pair needs a caption", "none", "Add one, or remove the picture", shown=True)
             chosen = 0
             if len(captions) > 1:
                 chosen = self._random(epoch, _CAPTION, index).random_raw() % len(captions)
@@ -262,16 +275,16 @@ class Batches:
         try:
             image = augment(image, generator)
         except Exception as error:
-            error.add_note(f"This is an error of the augment function, at the picture of {self.pairs.id(index)}.")
+            error.add_note(f"The augment function raised this error for the picture of {self.pairs.id(index)}.")
             raise
         if not isinstance(image, Image.Image):
-            raise bad_input("augment must return a Pillow image", type(image), "Change the function", TypeError)
+            raise bad_input("augment must return a Pillow image", type(image), "Correct the function", TypeError)
         return image
 
 
 @dataclass(frozen=True)
 class _Decoding:
-    """A batch that is on its way: its number, the places of its items in the epoch, and what becomes of each."""
+    """A batch that is being decoded: its number, its items' places in the epoch, and the future of each item."""
 
     number: int
     places: np.ndarray
@@ -281,7 +294,7 @@ class _Decoding:
 
 
 class _Done:
-    """A future of what was computed at once, for running without threads."""
+    """A finished future, for running without threads."""
 
     def __init__(self, function: Callable[..., Any], *arguments: Any) -> None:
         self._result = function(*arguments)
@@ -291,7 +304,7 @@ class _Done:
 
 
 def _encode(tokenizer: Any, text: str) -> list[int]:
-    """Returns the ids of a caption, whose only end token is its last."""
+    """Returns the ids of a caption; the last one is the only end token."""
     ids = list(tokenizer(text, padding=False, truncation=False)["input_ids"])
     end = tokenizer.eos_token_id
     if end in ids[:-1] and tokenizer.eos_token.lower() in text.lower():  # written out: the model would pool there
@@ -300,19 +313,19 @@ def _encode(tokenizer: Any, text: str) -> list[int]:
 
 
 def _padding_id(tokenizer: Any) -> int:
-    """Returns what follows captions, unmasked: never larger than the end token, as old models pool at the largest."""
+    """Returns the token that pads captions. It is never larger than the end token: old models pool at the largest."""
     end, padding = tokenizer.eos_token_id, tokenizer.pad_token_id
     if end is None or tokenizer.bos_token_id is None:
-        raise bad_input("Captions need a start and an end token", tokenizer.special_tokens_map, "Set both")
+        raise bad_input("The tokenizer must have a start and an end token", tokenizer.special_tokens_map, "Set both")
     return end if padding is None or padding > end else padding
 
 
 def _picture_size(processor: Any) -> tuple[int, int]:
-    """Returns the (height, width) that an image processor gives all pictures."""
+    """Returns the (height, width) of all pictures that an image processor returns."""
     size = processor.crop_size if processor.do_center_crop else processor.size if processor.do_resize else {}
     if not {"height", "width"} <= set(size):
         raise bad_input(
-            "The image processor must give all pictures one size", size,
-            "Set do_center_crop=True and crop_size, or size to height and width",
+            "The image processor must resize all pictures to one size", size,
+            "Set do_center_crop=True and crop_size, or a size with height and width",
         )  # fmt: skip
     return size["height"], size["width"]

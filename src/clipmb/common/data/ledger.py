@@ -1,4 +1,4 @@
-"""What becomes of items that cannot be read: each is listed once, and too many of them stop the epoch."""
+"""Records of broken items: each is listed once, and too many of them stop the epoch."""
 
 from __future__ import annotations
 
@@ -16,10 +16,14 @@ _WINDOW = 1000  # items, of which at most half may be broken
 
 
 class Watch:
-    """Counts broken items by windows of the epoch, and stops when more than half of one are.
+    """Counts broken items in windows of the epoch, and stops it when more than half of a window are broken.
 
-    Windows lie at fixed places of the epoch, so that going on in the middle of one stops nothing that would not have
-    stopped before.
+    Windows lie at fixed places of the epoch, so that an epoch resumed in the middle of one never stops where the
+    original would not have stopped.
+
+    Args:
+        items: Items of this process in an epoch.
+        count: Number of processes.
     """
 
     def __init__(self, items: int, count: int) -> None:
@@ -44,20 +48,24 @@ class Watch:
                 raise bad_input(
                     "At most half of the items may be broken",
                     f"{self._broken[window]} of {round(2 * self._allowed)} are; the last one, {name}: {why}",
-                    "Mend the files; the ledger or the log lists them",
+                    "Fix the files; the ledger or the log lists them",
                     shown=True,
                 )
 
 
 class Ledger:
-    """Appends what is broken to a file, each item once for an epoch, or logs it where there is none."""
+    """Appends broken items to a JSON Lines file, each once in an epoch, or logs them.
+
+    Args:
+        path: The file; None to log instead.
+    """
 
     def __init__(self, path: str | os.PathLike[str] | None) -> None:
         self._path = None if path is None else Path(path)
         self._known = self._load()
 
     def add(self, entries: Sequence[tuple[str, str, int | None, int | None]]) -> None:
-        """Adds (id, error, epoch, batch); the last two are None of what was found before any epoch."""
+        """Adds (id, error, epoch, batch); epoch and batch are None for items found when the files were opened."""
         new = []
         for entry in entries:
             if (entry[0], entry[2]) not in self._known:
@@ -67,7 +75,7 @@ class Ledger:
             return
         if self._path is None:
             for name, error, epoch, _ in new:
-                if epoch is not None:  # the others were logged when they were found
+                if epoch is not None:  # the others were logged when the files were opened
                     logger.warning("%s is broken and left out: %s", name, error)
             return
         lines = [

@@ -1,4 +1,4 @@
-"""Pictures with captions on disk: tables, WebDataset shards, and many of either, as one numbered list."""
+"""Pictures with captions on disk: tables and WebDataset shards, any number of them, as one numbered list."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import math
 import os
 import re
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from functools import cached_property
 from hashlib import sha256
 from pathlib import Path
@@ -28,7 +28,7 @@ _BRACES = re.compile(r"\{([^{}]*)\}")
 
 
 class _Source(Protocol):
-    """One file of pairs."""
+    """One file of pairs; methods as those of `Pairs`."""
 
     name: str
     left_out: list[tuple[str, str]]
@@ -42,13 +42,14 @@ class _Source(Protocol):
 
 
 class Pairs:
-    """Pairs of a picture and its captions, numbered from 0; pictures are read when they are asked for.
+    """Pictures with their captions and labels, numbered from 0. Open files with `Pairs.open`.
 
-    Threads may share it.
+    Only an index is kept in memory: a picture is read and decoded each time `image` is called. Threads may share one
+    object.
 
     Attributes:
-        left_out: (id, reason) of everything in the files that is no pair: table rows without a picture, members of a
-            shard without a text.
+        left_out: (id, reason) of every unusable item in the files, for example a table row without a picture or a
+            member of a shard without a text.
     """
 
     def __init__(self, sources: Sequence[_Source]) -> None:
@@ -65,30 +66,44 @@ class Pairs:
         caption_column: str | None = None,
         label_column: str | None = None,
         separator: str | None = None,
+        optional: Collection[str] = (),
     ) -> Pairs:
-        """Opens files of pairs.
+        """Opens tables and shards, and indexes what they hold.
+
+        Rows of one picture and label become one pair with several captions. A pair needs a picture and at least one
+        caption or a label; everything else goes into ``left_out``, and the log says how much.
 
         Args:
-            path: A table (.csv, .tsv, .jsonl, .parquet); a WebDataset shard (.tar); a folder that holds a table beside
-                its pictures, called captions or metadata or the only one, or shards; a pattern such as
-                ``shards-{000..009}.tar`` or ``*.tar``; or several of those.
-            image_column: The column of a table that holds the paths of pictures, relative to the table. By default the
-                first of image, file_name, filename, filepath, path, image_path. A Parquet file may hold the pictures.
-            caption_column: The column, or field of .json members, of captions. By default the first of caption,
-                captions, text, title, sentence, sentences. In shards a .txt member comes before the .json member.
-            label_column: The same of labels. By default label or class. In shards a .cls member comes first.
-            separator: What separates the cells of text tables: by default a comma in .csv and a tab in .tsv.
+            path: One or several of: a table (.csv, .tsv, .jsonl, .parquet); a WebDataset shard (.tar, not compressed);
+                a folder with shards, or with one table called captions or metadata, or with one table of any name; a
+                pattern, for example ``shards-{000..009}.tar`` or ``*.tar``.
+            image_column: Column with the paths of the pictures, relative to the table. Default: the first of image,
+                file_name, filename, filepath, path, image_path. In Parquet files the column may hold the pictures
+                themselves.
+            caption_column: Column, or field of .json members, with the captions. Default: in shards the .txt member;
+                then the first of caption, captions, text, title, sentence, sentences.
+            label_column: Column, or field of .json members, with the labels. Default: in shards the .cls member; then
+                label or class.
+            separator: Column separator in text tables. Default: a comma in .csv, a tab in .tsv.
+            optional: Which of "image", "caption" and "label" may lack the column named for them; the default names
+                serve in such files.
+
+        Returns:
+            The pairs, in the order of the files.
 
         Raises:
-            FileNotFoundError: There is no such file, or no file fits the pattern.
-            ValueError: A file is damaged, a column is missing, or no pair is left.
-            ImportError: There is a Parquet file and pyarrow is not installed.
+            FileNotFoundError: There is no such file, or no file matches a pattern.
+            ValueError: A file is damaged, a column is missing, a file is given twice, or there is no pair.
+            TypeError: ``path`` is not a path.
+            ImportError: There is a Parquet file, and pyarrow is not installed.
+
+        Source: shards follow the layout of WebDataset, https://github.com/webdataset/webdataset.
         """
-        columns = Columns(image_column, caption_column, label_column, separator)
+        columns = Columns(image_column, caption_column, label_column, separator, tuple(optional))
         given = list(path) if isinstance(path, Iterable) and not isinstance(path, str) else [path]
         files = [file for each in given for file in _files(each)]
         if not files:
-            raise bad_input("Pairs are read from at least one file", path, "Pass a path")
+            raise bad_input("There must be at least one file of pairs", path, "Pass a path")
         twice = [str(file) for file, times in Counter(os.path.realpath(file) for file in files).items() if times > 1]
         if twice:
             raise bad_input("A file may be given only once", twice[0], "Remove the repetition", shown=True)
@@ -101,7 +116,10 @@ class Pairs:
             count, (first, why) = len(pairs.left_out), pairs.left_out[0]
             if not len(pairs):
                 raise bad_input(
-                    "There must be at least one pair", f"{count} that are none; {first}: {why}", "Mend them", shown=True
+                    "There must be at least one pair",
+                    f"{count} unusable items; {first}: {why}",
+                    "Fix them",
+                    shown=True,
                 )
             logger.warning("%d items are left out; the first, %s: %s", count, first, why)
         if not len(pairs):
@@ -116,39 +134,67 @@ class Pairs:
         return f"Pairs({len(self)} in {', '.join(files[:3])}{', …' if len(files) > 3 else ''})"
 
     def id(self, index: int) -> str:
-        """Names a pair, the same wherever the files are: the path as a table has it, or ``shard.tar/key``."""
+        """Returns the name of a pair: the picture's path as the table has it, or ``shard.tar/key``.
+
+        It does not depend on where the files are.
+
+        Args:
+            index: The number of the pair, from 0.
+
+        Raises:
+            IndexError: There is no pair of this number.
+        """
         source, place = self._at(index)
         return source.id(place)
 
     def captions(self, index: int) -> list[str]:
-        """Returns the captions of a pair; none where there is only a label.
+        """Returns the captions of a pair; an empty list where there is only a label.
+
+        Args:
+            index: The number of the pair, from 0.
 
         Raises:
-            ValueError: They are no text.
+            ValueError: They are not text, or not UTF-8.
+            IndexError: There is no pair of this number.
         """
         source, place = self._at(index)
         return source.captions(place)
 
     def label(self, index: int) -> str | None:
-        """Returns the name of the picture's class, when there is one."""
+        """Returns the name of the picture's class, or None.
+
+        Args:
+            index: The number of the pair, from 0.
+
+        Raises:
+            ValueError: It is neither text nor a number.
+            IndexError: There is no pair of this number.
+        """
         source, place = self._at(index)
         return source.label(place)
 
     def image(self, index: int) -> Image.Image:
-        """Reads and decodes a picture: upright by its EXIF orientation, RGB.
+        """Reads and decodes a picture.
+
+        Args:
+            index: The number of the pair, from 0.
+
+        Returns:
+            The picture in RGB, turned upright by its EXIF orientation.
 
         Raises:
             ValueError: It is missing or broken.
+            IndexError: There is no pair of this number.
         """
         source, place = self._at(index)
         return px.open_image(f"The picture of {source.id(place)}", source.image(place))
 
     @cached_property
     def fingerprint(self) -> str:
-        """SHA-256 in hexadecimal digits: another one when other pairs, or captions in tables, are there.
+        """SHA-256 of the pairs, 64 hexadecimal digits, by which a resumed run recognises its data.
 
-        Of shards it covers names, sizes and where which member is, of tables the content, of pictures in files of their
-        own the paths.
+        It covers the names of the files, the content of tables, and the keys, sizes and offsets of the members of
+        shards, but neither captions in shards nor pixels.
         """
         hashed = sha256(b"clipmb-pairs-1")
         for source in self._sources:
@@ -163,9 +209,9 @@ class Pairs:
 
 
 def _files(path: str | os.PathLike[str]) -> list[Path]:
-    """Returns the files that a path, a folder or a pattern stands for."""
+    """Returns the files that a path names, a folder holds or a pattern matches."""
     if not isinstance(path, str | os.PathLike) or not os.fspath(path):
-        raise bad_input("Pairs are named by paths", path, "Pass a string or a path", TypeError)
+        raise bad_input("Files of pairs must be given by their paths", path, "Pass a string or a path", TypeError)
     whole = os.fspath(path)
     if os.path.exists(whole):
         return _in_folder(Path(whole)) if os.path.isdir(whole) else [_known(Path(whole))]
@@ -173,9 +219,9 @@ def _files(path: str | os.PathLike[str]) -> list[Path]:
     for name in _expanded(whole):
         matching = [name] if os.path.exists(name) else sorted(glob.glob(name, recursive=True))
         if not matching:
-            what = "fits no file" if glob.has_magic(name) else "does not exist"
+            what = "matches no file" if glob.has_magic(name) else "does not exist"
             raise bad_input(
-                "Every path and pattern must stand for files",
+                "Every path or pattern must match at least one file",
                 f"{name}{'' if name == whole else f' (of {whole})'}, which {what}",
                 "Correct it",
                 FileNotFoundError,
@@ -188,7 +234,7 @@ def _files(path: str | os.PathLike[str]) -> list[Path]:
 def _known(path: Path) -> Path:
     if path.suffix.lower() not in _KNOWN or not path.is_file():
         raise bad_input(
-            f"Files of pairs are {', '.join(_KNOWN)}; shards are not compressed",
+            f"Expected a {', '.join(SUFFIXES)} or uncompressed .tar file",
             str(path),
             "Convert or unpack it",
             shown=True,
@@ -211,12 +257,12 @@ def _in_folder(folder: Path) -> list[Path]:
             "A folder must hold one table", f"{', '.join(file.name for file in found)} in {folder}", fix, shown=True
         )
     listed = ", ".join(file.name for file in files[:10]) or "no files"
-    rule = "A folder of pairs holds a table (captions.csv, .tsv, .jsonl, .parquet) or .tar shards"
+    rule = "A folder of pairs must hold a table (captions.csv, .tsv, .jsonl, .parquet) or .tar shards"
     raise bad_input(rule, f"{listed} in {folder}", fix, FileNotFoundError, shown=True)
 
 
 def _expanded(pattern: str) -> list[str]:
-    """Expands braces as shells do: {000..009} counts, {a,b} lists; others stay as they are."""
+    """Expands braces as shells do: {000..009} counts and {a,b} lists; other braces stay as they are."""
     parts: list[list[str]] = []
     end = 0
     for match in _BRACES.finditer(pattern):
@@ -243,11 +289,11 @@ def _choices(inside: str, pattern: str) -> Iterator[str]:
 
 
 def _too_many(pattern: str) -> None:
-    raise bad_input(f"A pattern may stand for at most {_MOST_FILES} files", pattern, "Check its numbers")
+    raise bad_input(f"A pattern may match at most {_MOST_FILES} files", pattern, "Check its numbers")
 
 
 def _names(files: list[Path]) -> list[str]:
-    """Names files by their last parts, with as many folders as it takes to tell them apart."""
+    """Names files by their last parts, with as many folders as make the names different."""
     names = [file.name for file in files]
     if len(set(names)) == len(names):
         return names

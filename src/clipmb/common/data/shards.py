@@ -1,4 +1,7 @@
-"""WebDataset shards: .tar files whose members of one key are one pair, read in place by their offsets.
+"""WebDataset shards: .tar files in which members of one key are one pair, read in place by their offsets.
+
+The index is not made with tarfile, which keeps an object for each member: 885 bytes and 37 microseconds for each pair
+of a shard of 20,000, against 85 bytes and 13 microseconds here. It also takes a cut or a concatenated file as complete.
 
 Source: the format is POSIX.1-2001's ustar and pax, with GNU tar's long names; keys and extensions are WebDataset's.
 """
@@ -24,7 +27,7 @@ _KINDS = dict.fromkeys((".jpg", ".jpeg", ".png", ".webp"), _PICTURE) | {".txt": 
 _NAMES = ("picture", ".txt", ".json", ".cls")
 _WIDTH = 2 * len(_NAMES)  # offset and size of each kind
 _NONE, _USED = -1, -2
-_FURTHER = "Its key has more than one {}; the first is used."
+_FURTHER = "This key has more than one {}; the first is used."
 _REGULAR, _FOLDER = (b"0", b"\0", b"7"), b"5"
 _LONGEST_EXTRA = 1 << 20  # bytes of a pax header or a long name; real ones have some hundreds
 
@@ -33,18 +36,18 @@ class Shard:
     """One .tar file.
 
     Its members are found in one pass over the headers; nothing is extracted. The index takes about 80 bytes for each
-    pair, and its key.
+    pair, and the length of its key.
 
     Args:
         path: The file.
-        name: What ids begin with.
+        name: Name of the file in ids.
         columns: Which fields of .json members hold captions and labels.
 
     Attributes:
-        left_out: (id, reason) of what cannot be a pair.
+        left_out: (id, reason) of the unusable members.
 
     Raises:
-        ValueError: The file is no uncompressed tar, or is truncated or damaged.
+        ValueError: The file is not an uncompressed tar file, or it is truncated or damaged.
     """
 
     def __init__(self, path: Path, name: str, columns: Columns) -> None:
@@ -52,13 +55,13 @@ class Shard:
         self.left_out: list[tuple[str, str]] = []
         keys, table, others = self._scan()
         self._join(keys, table)
-        whole = (table[:, 2 * _PICTURE] >= 0) & (table[:, 2 * _TXT :: 2] >= 0).any(axis=1)
-        for row in np.flatnonzero(~whole & (table[:, 0] != _USED)).tolist():
+        complete = (table[:, 2 * _PICTURE] >= 0) & (table[:, 2 * _TXT :: 2] >= 0).any(axis=1)
+        for row in np.flatnonzero(~complete & (table[:, 0] != _USED)).tolist():
             missing = "picture" if table[row, 2 * _PICTURE] < 0 else "text (.txt, .json or .cls)"
-            beside = f"; what it has: {others[row]}" if row in others else ""
+            beside = f"; they hold {others[row]}" if row in others else ""
             self.left_out.append((self._shown(keys[row]), f"The members of this key hold no {missing}{beside}."))
-        if not whole.all():
-            kept = np.flatnonzero(whole)
+        if not complete.all():
+            kept = np.flatnonzero(complete)
             keys, table = keys.take(kept.tolist()), table[kept]
         self._keys, self._table = keys, table
 
@@ -70,19 +73,25 @@ class Shard:
         return self._shown(self._keys[index])
 
     def captions(self, index: int) -> list[str]:
-        """The .txt member, or the caption of the .json member, or nothing."""
-        raw = self._read(index, _TXT) if self._columns.caption is None else None
-        if raw is not None and (text := self._text(index, raw, _TXT).strip()):
-            return [text]
-        fields = self._fields(index)
+        """The .txt member, or the caption of the .json member, or nothing; a named field comes first."""
+        named = self._columns.caption is not None
+        fields = self._fields(index) if named else {}
+        if not named or ("caption" in self._columns.optional and self._columns.caption not in fields):
+            raw = self._read(index, _TXT)
+            if raw is not None and (text := self._text(index, raw, _TXT).strip()):
+                return [text]
+            fields = fields or self._fields(index)
         name = self._columns.first("caption", fields)
         return [] if name is None else texts_of(f"Field {name!r} of {self.id(index)}", fields[name])
 
     def label(self, index: int) -> str | None:
-        """The .cls member, or the label of the .json member, or None."""
-        if self._columns.label is None and (raw := self._read(index, _CLS)) is not None:
-            return self._text(index, raw, _CLS).strip() or None
-        fields = self._fields(index)
+        """The .cls member, or the label of the .json member, or None; a named field comes first."""
+        named = self._columns.label is not None
+        fields = self._fields(index) if named else {}
+        if not named or ("label" in self._columns.optional and self._columns.label not in fields):
+            if (raw := self._read(index, _CLS)) is not None:
+                return self._text(index, raw, _CLS).strip() or None
+            fields = fields or self._fields(index)
         name = self._columns.first("label", fields)
         return None if name is None else label_of(f"Field {name!r} of {self.id(index)}", fields[name])
 
@@ -111,7 +120,7 @@ class Shard:
                 parts.append(part)
                 left -= len(part)
         if left:
-            self._fail("must stay as it was when it was opened", f"{size - left} of {size} bytes of {self.id(index)}")
+            self._fail("must not change while it is open", f"{size - left} of {size} bytes of {self.id(index)}")
         return b"".join(parts)
 
     def _text(self, index: int, raw: bytes, kind: int) -> str:
@@ -119,7 +128,10 @@ class Shard:
             return raw.decode("utf-8-sig")
         except UnicodeDecodeError as error:
             raise bad_input(
-                f"The {_NAMES[kind]} member of {self.id(index)} must be UTF-8", str(error), "Write it again", shown=True
+                f"The {_NAMES[kind]} member of {self.id(index)} must be UTF-8",
+                str(error),
+                "Save it as UTF-8",
+                shown=True,
             ) from error
 
     def _fields(self, index: int) -> dict[str, Any]:
@@ -130,10 +142,10 @@ class Shard:
             fields = json.loads(self._text(index, raw, _JSON))
         except (json.JSONDecodeError, RecursionError) as error:
             raise bad_input(
-                f"The .json member of {self.id(index)} must be JSON", str(error), "Write it again", shown=True
+                f"The .json member of {self.id(index)} must be JSON", str(error), "Rewrite it", shown=True
             ) from error
         if not isinstance(fields, dict):
-            raise bad_input(f"The .json member of {self.id(index)} must be a JSON object", fields, "Write it again")
+            raise bad_input(f"The .json member of {self.id(index)} must be a JSON object", fields, "Rewrite it")
         return fields
 
     # ---- the index ---------------------------------------------------------------------------------------------------
@@ -142,8 +154,8 @@ class Shard:
         """Reads all headers.
 
         Returns:
-            The key of each run of members with the same key; offset and size of each kind, [runs, 8], -1 where there is
-            none; and of runs that are no pair so far, what else they hold.
+            The key of each run of members with the same key; offset and size of each kind, [runs, 8], -1 for a missing
+            one; and the other members of each run that is not a pair so far.
         """
         keys, table, others = Strings(), array("q"), {}
         last, row = None, -1
@@ -174,7 +186,7 @@ class Shard:
         return keys, np.frombuffer(table, np.int64).reshape(-1, _WIDTH), others
 
     def _join(self, keys: Strings, table: np.ndarray) -> None:
-        """Brings members of one key together that do not follow each other; rows that are used up hold _USED."""
+        """Joins runs of one key; the rows of joined runs hold _USED."""
         hashes = np.fromiter((hash(key) for key in keys), np.int64, len(keys))
         values, counts = np.unique(hashes, return_counts=True)
         if len(values) == len(hashes):
@@ -201,7 +213,7 @@ class Shard:
             if len(header) < _BLOCK:
                 if not self._size:
                     self._fail("must be a tar file", "an empty file")
-                self._fail("must be a whole tar file", f"no end-of-archive block at the end, byte {position}")
+                self._fail("must be a complete tar file", f"no end-of-archive block at the end, byte {position}")
             if not any(header):
                 self._check_end(file, position)
                 return
@@ -219,19 +231,19 @@ class Shard:
                 continue
             fields, extra = defaults | extra, {}
             if flag in b"123456":
-                size = 0  # links and special files have no content, whatever their header says
+                size = 0  # links and special files have no content, whatever the header says
             elif "size" in fields:
                 digits = fields["size"]
                 size = int(digits) if digits.isdigit() and len(digits) < 20 else self._damaged(position)
             if any(name.startswith("GNU.sparse") for name in fields):
-                flag = b"S"  # stored with holes, as by GNU's own flag: not there as one piece
+                flag = b"S"  # sparse, as with GNU's own flag: its content is not in one piece
             prefix = header[345:500].split(b"\0", 1)[0] if header[257:263] == b"ustar\0" else b""
             name = fields.get("path") or (prefix + b"/" if prefix else b"") + header[:100].split(b"\0", 1)[0]
             if flag in _REGULAR and name.endswith(b"/"):
                 flag = _FOLDER
             position = offset + -(-size // _BLOCK) * _BLOCK
             if offset + size > self._size:
-                self._fail("must be a whole tar file", f"{name.decode('utf-8', 'replace')!r} ends behind its end")
+                self._fail("must be a complete tar file", f"{name.decode('utf-8', 'replace')!r} ends beyond its end")
             yield name.removeprefix(b"./"), flag, offset, size
 
     def _size_of(self, header: bytes, position: int) -> int:
@@ -261,22 +273,24 @@ class Shard:
         return fields
 
     def _check_end(self, file: BinaryIO, position: int) -> None:
-        """Refuses what comes behind the end-of-archive block, which would be left out silently."""
+        """Refuses data behind the end-of-archive block, which would be left out silently."""
         file.seek(position)
         while part := file.read(1 << 16):
             if part.count(0) < len(part):
                 self._fail(
                     "must end with its end-of-archive block",
-                    f"data behind byte {position}, as in tar files that were put together with cat",
+                    f"data behind byte {position}, as in tar files joined with cat",
                     "Pass the parts, or join them with tar --concatenate",
                 )
 
     def _damaged(self, position: int) -> NoReturn:
         if position == 0:
             self._fail(
-                "must be an uncompressed tar file", "a first block that is no tar header", "Unpack it, or leave it out"
+                "must be an uncompressed tar file",
+                "a first block that is not a tar header",
+                "Unpack it, or leave it out",
             )
-        self._fail("must be a whole tar file", f"a damaged header at byte {position}")
+        self._fail("must be a complete tar file", f"a damaged header at byte {position}")
 
-    def _fail(self, rule: str, received: str, fix: str = "Copy or write this shard again, or leave it out") -> NoReturn:
+    def _fail(self, rule: str, received: str, fix: str = "Copy or write the shard again, or leave it out") -> NoReturn:
         raise bad_input(f"{self.path} {rule}", received, fix, shown=True)

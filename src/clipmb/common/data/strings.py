@@ -1,4 +1,4 @@
-"""Many short texts in two arrays: what a list of Python objects would take several times the memory for."""
+"""Many short byte strings in two arrays, in a fraction of the memory of a list of Python objects."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import numpy as np
 
 
 class Strings:
-    """A list of byte strings that only grows: 8 bytes for each beside its own."""
+    """An append-only list of byte strings; each takes its own length and 8 bytes."""
 
     def __init__(self) -> None:
         self._bytes = bytearray()
@@ -27,19 +27,19 @@ class Strings:
         return (self[index] for index in range(len(self)))
 
     def append(self, value: bytes) -> None:
-        """Adds one at the end."""
+        """Appends one string."""
         self._bytes += value
         self._ends.append(len(self._bytes))
 
     def take(self, indices: Iterable[int]) -> Strings:
-        """Returns a new list of some of them."""
+        """Returns a new list of the strings at these indices."""
         taken = Strings()
         for index in indices:
             taken.append(self[index])
         return taken
 
     def digest(self) -> bytes:
-        """SHA-256 over all of them and where each ends."""
+        """SHA-256 of all strings and of where each ends."""
         hashed = sha256(self._bytes)
         hashed.update(np.frombuffer(self._ends, np.int64).astype("<i8", copy=False).tobytes())
         return hashed.digest()

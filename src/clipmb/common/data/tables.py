@@ -17,10 +17,10 @@ from typing import Any
 import numpy as np
 
 from clipmb.common.data.strings import Strings
-from clipmb.common.errors import bad_input, logger
+from clipmb.common.errors import bad_input, logger, one_of
 
 SUFFIXES = (".csv", ".tsv", ".jsonl", ".parquet")
-# What columns and fields are called, the first match wins; upper and lower case are the same.
+# Known names of columns and fields, in any case; the first match wins.
 NAMES = {
     "image": ("image", "file_name", "filename", "filepath", "path", "image_path"),
     "caption": ("caption", "captions", "text", "title", "sentence", "sentences"),
@@ -33,19 +33,21 @@ _KEPT = 1 << 28  # bytes of row groups that are kept in memory
 
 @dataclass(frozen=True)
 class Columns:
-    """Which columns of tables, or fields of .json members, hold what; None for the first known name.
+    """The columns of tables, or fields of .json members, to read; None for the first known name.
 
     Attributes:
-        image: Pictures, by their paths.
-        caption: Captions.
-        label: Names of classes.
-        separator: What separates the cells of text tables; None for a comma in .csv and a tab in .tsv.
+        image: Column of the pictures' paths.
+        caption: Column of the captions.
+        label: Column of the names of classes.
+        separator: Column separator in text tables; None for a comma in .csv and a tab in .tsv.
+        optional: Which of "image", "caption" and "label" a file may lack under the name given; known names serve then.
     """
 
     image: str | None = None
     caption: str | None = None
     label: str | None = None
     separator: str | None = None
+    optional: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         for name in ("image", "caption", "label"):
@@ -57,12 +59,16 @@ class Columns:
             isinstance(separator, str) and len(separator) == 1 and separator not in '"\r\n'
         ):
             raise bad_input("separator must be one character", separator, "Pass for example ';'")
+        if unknown := [kind for kind in self.optional if kind not in NAMES]:
+            raise one_of("optional", unknown[0], tuple(NAMES))
 
     def first(self, kind: str, available: Collection[str]) -> str | None:
-        """Returns the name under which ``kind`` is available, or None."""
+        """Returns the available name of a kind of content ("image", "caption" or "label"), or None."""
         wanted = getattr(self, kind)
-        if wanted is not None:
-            return wanted if wanted in available else None
+        if wanted in available:
+            return wanted
+        if wanted is not None and kind not in self.optional:
+            return None
         lower: dict[str, str] = {}
         for name in available:
             lower.setdefault(name.strip().lower(), name)
@@ -77,7 +83,7 @@ class Columns:
         found = {kind: name for kind in NAMES if (name := self.first(kind, available)) is not None}
         shown = f"{', '.join(map(repr, available)) or 'none'} in {path}"
         for kind in NAMES:
-            if getattr(self, kind) is not None and kind not in found:
+            if getattr(self, kind) is not None and kind not in found and kind not in self.optional:
                 raise bad_input(
                     f"{kind}_column must name a column", f"{getattr(self, kind)!r}; there are {shown}",
                     "Correct the name", shown=True,
@@ -101,21 +107,21 @@ class Columns:
 
 
 class Table:
-    """One file that says which captions, and which label, each picture has.
+    """One table with the captions or the label of each picture.
 
-    Rows of the same picture and label are one pair with several captions. Rows that say nothing are left out.
+    Rows of the same picture and label are one pair with several captions. Rows without both are left out.
 
     Args:
         path: The file.
-        name: What its ids begin with when ids are not paths, and in reasons.
-        columns: Which columns to use.
-        prefix: Begin all ids with ``name``, since there are several files.
+        name: Name of the file in ids and reasons.
+        columns: Which columns to read.
+        prefix: Begin all ids with ``name``, because there are several files.
 
     Attributes:
-        left_out: (id, reason) of the rows that cannot be a pair.
+        left_out: (id, reason) of the unusable rows.
 
     Raises:
-        ValueError: The file is not readable as what its suffix says, or a column is missing.
+        ValueError: The file does not hold what its suffix says, or a column is missing.
         ImportError: It is a Parquet file and pyarrow is not installed.
     """
 
@@ -146,7 +152,7 @@ class Table:
                 self._captions.append(_packed(caption))
                 owners.append(pair)
         if not rows:
-            raise bad_input(f"{path} must hold pairs", "no row", "Pass a table that is not empty", shown=True)
+            raise bad_input(f"{path} must have at least one row", "none", "Pass a table that is not empty", shown=True)
         of = np.array(owners, np.int64)
         self._order = np.argsort(of, kind="stable")
         self._starts = np.searchsorted(of[self._order], np.arange(len(self) + 1))
@@ -157,7 +163,7 @@ class Table:
         return len(self._labels)
 
     def id(self, index: int) -> str:
-        """The path of the picture as the table has it; for pictures inside the file its name and the row's number."""
+        """The path of the picture as the table has it; for pictures inside the file, its name and the row number."""
         if self._embedded is not None:
             return f"{self.name}/{self._rows[index]}"
         picture = _unpacked(self._pictures[index])
@@ -188,7 +194,7 @@ class Table:
         return hashed.digest()
 
     def _checked(self, row: dict[str, Any] | str) -> tuple[str, list[str], str]:
-        """Returns picture, captions and label of one row; "" for what there is none of."""
+        """Returns picture, captions and label of one row; "" for a missing picture or label."""
         if isinstance(row, str):
             raise ValueError(row)
         picture = row.get("image")
@@ -207,7 +213,7 @@ class Table:
         return picture or "", captions, label or ""
 
     def _read(self, columns: Columns) -> Iterator[tuple[str, dict[str, Any] | str]]:
-        """Yields where a row is; and its image, caption and label, or what is wrong with it."""
+        """Yields the place of each row, and its image, caption and label, or why it is unusable."""
         if self.path.suffix.lower() == ".parquet":
             yield from self._read_parquet(columns)
             return
@@ -226,7 +232,7 @@ class Table:
                     row = {kind: row[name] for kind, name in names.items()}
                 yield f":{line}", row
         except UnicodeDecodeError as error:
-            raise bad_input(f"{self.path} must be UTF-8", f"{error}", "Save it in this encoding", shown=True) from error
+            raise bad_input(f"{self.path} must be UTF-8", f"{error}", "Save it as UTF-8", shown=True) from error
 
     def _read_parquet(self, columns: Columns) -> Iterator[tuple[str, dict[str, Any] | str]]:
         with _parquet(self.path) as file:
@@ -249,12 +255,12 @@ class Table:
 
 
 class _Embedded:
-    """The pictures inside a Parquet file, by row; whole row groups are read, and the last ones are kept.
+    """The pictures inside a Parquet file, by row. Row groups are read at once, and the last ones are kept.
 
     Args:
         path: The file.
         column: The column of pictures: binary, or a struct of bytes and path, as Hugging Face's datasets write it.
-        metadata: The file's.
+        metadata: The metadata of the file.
     """
 
     def __init__(self, path: Path, column: str, metadata: Any) -> None:
@@ -267,9 +273,9 @@ class _Embedded:
             sizes.append(sum(part.total_uncompressed_size for part in own))
         if max(sizes, default=0) > _LARGEST_GROUP:
             raise bad_input(
-                "A row group may hold at most 1 GiB of pictures, since it is read whole",
+                "A row group may hold at most 1 GiB of pictures, because it is read at once",
                 f"{max(sizes) >> 20} MiB in {path}",
-                "Write the file again with row groups of about 100 rows",
+                "Rewrite the file with row groups of about 100 rows",
                 shown=True,
             )
         self._starts = np.cumsum([0] + [group.num_rows for group in groups])
@@ -283,7 +289,7 @@ class _Embedded:
             if pictures is None:
                 pictures = self._load(group)
                 while self._kept and pictures.nbytes + sum(part.nbytes for part in self._kept.values()) > _KEPT:
-                    self._kept.popitem(last=False)  # the one that was used longest ago
+                    self._kept.popitem(last=False)  # the least recently used
             self._kept[group] = pictures
         value = pictures[row - int(self._starts[group])].as_py()
         if isinstance(value, dict):
@@ -298,25 +304,33 @@ class _Embedded:
 
 
 def texts_of(name: str, value: Any) -> list[str]:
-    """Returns the captions in a cell or field: a text, a list of texts, or nothing; blank ones do not count.
+    """Returns the captions in a cell or field; blank ones do not count.
+
+    Args:
+        name: The name of the cell or field, for the message.
+        value: A text, a list of texts, or None.
 
     Raises:
         ValueError: It is something else.
     """
     values = value if isinstance(value, list) else [] if value is None else [value]
     if not all(isinstance(text, str) for text in values):
-        raise bad_input(f"{name} must be a text or a list of texts", value, "Write it as one")
+        raise bad_input(f"{name} must be a text or a list of texts", value, "Correct it")
     return [stripped for text in values if (stripped := text.strip())]
 
 
 def label_of(name: str, value: Any) -> str | None:
-    """Returns a label, which may also be a number, as text; None for nothing.
+    """Returns the label in a cell or field as text, or None.
+
+    Args:
+        name: The name of the cell or field, for the message.
+        value: A text, a number, or None.
 
     Raises:
         ValueError: It is something else.
     """
     if value is not None and not isinstance(value, str | int | float):
-        raise bad_input(f"{name} must be a text or a number", value, "Write it as one")
+        raise bad_input(f"{name} must be a text or a number", value, "Correct it")
     return None if value is None else str(value).strip() or None
 
 
@@ -334,7 +348,7 @@ def _distinct(path: Path, names: list[str]) -> None:
 
 
 def _read_cells(path: Path, separator: str) -> Iterator[tuple[int, dict[str, Any] | str]]:
-    """Yields the rows of a text table; its first line holds the names."""
+    """Yields the rows of a text table, whose first line holds the names."""
     with open(path, encoding="utf-8-sig", newline="") as file:
         reader = csv.reader(file, delimiter=separator, strict=True)
         names: list[str] = []
@@ -349,26 +363,26 @@ def _read_cells(path: Path, separator: str) -> Iterator[tuple[int, dict[str, Any
                     yield reader.line_num, dict(zip(names, cells, strict=True))
                 else:
                     rule = f"A row must have as many cells as the first line, {len(names)}"
-                    fix = "Put captions that hold a separator into double quotes"
+                    fix = "Enclose captions that contain a separator in double quotes"
                     yield reader.line_num, str(bad_input(rule, f"{len(cells)}: {cells}", fix, shown=True))
         except csv.Error as error:
             raise bad_input(
-                f"{path} must be a table with cells in double quotes where needed",
+                f"{path} must be a valid table",
                 f"line {reader.line_num}: {error}",
-                'Put cells that begin with " into double quotes, and write " inside of them twice',
+                'Enclose cells that contain " in double quotes, and double each " inside them',
                 shown=True,
             ) from error
 
 
 def _read_json(path: Path, separator: str) -> Iterator[tuple[int, dict[str, Any] | str]]:
-    """Yields the objects of a JSON Lines file; blank lines do not count."""
+    """Yields the objects of a JSON Lines file, without blank lines."""
     with open(path, encoding="utf-8-sig") as file:
         for number, line in enumerate(file, 1):
             if not line.strip():
                 continue
             try:
                 row = json.loads(line.strip())
-                problem = None if isinstance(row, dict) else "something else"
+                problem = None if isinstance(row, dict) else type(row).__name__
             except (ValueError, RecursionError) as error:
                 row, problem = {}, str(error)
             if problem:
@@ -378,7 +392,7 @@ def _read_json(path: Path, separator: str) -> Iterator[tuple[int, dict[str, Any]
 
 @contextlib.contextmanager
 def _parquet(path: Path, metadata: Any = None) -> Iterator[Any]:
-    """Opens a Parquet file, and turns pyarrow's errors into one kind."""
+    """Opens a Parquet file; turns pyarrow's errors into ValueError."""
     try:
         import pyarrow
         from pyarrow import parquet
@@ -391,12 +405,15 @@ def _parquet(path: Path, metadata: Any = None) -> Iterator[Any]:
             yield file
     except (pyarrow.ArrowException, OSError) as error:
         raise bad_input(
-            f"{path} must be a readable Parquet file", f"{type(error).__name__}: {error}", "Write it again", shown=True
+            f"{path} must be a readable Parquet file",
+            f"{type(error).__name__}: {error}",
+            "Rewrite the file",
+            shown=True,
         ) from error
 
 
 def _holds_bytes(kind: Any) -> bool:
-    """Whether a column of this Arrow type holds pictures themselves, and no paths."""
+    """Whether a column of this Arrow type holds pictures rather than paths."""
     from pyarrow import types
 
     if types.is_struct(kind):
@@ -405,7 +422,7 @@ def _holds_bytes(kind: Any) -> bool:
 
 
 def _class_names(schema: Any, label: str | None) -> list[str]:
-    """Returns the names behind the numbers of a column of labels, where Hugging Face's datasets noted them."""
+    """Returns the names of numbered labels from the metadata of Hugging Face's datasets; none without it."""
     try:
         features = json.loads((schema.metadata or {}).get(b"huggingface", b"{}"))["info"]["features"]
         return [str(name) for name in features[label]["names"]]

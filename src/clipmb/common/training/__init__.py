@@ -1,1 +1,1 @@
-"""What training shares among frameworks: the recipe, the resumable state, and the metrics of a run."""
+"""Training in every framework: the recipe, the resumable state, and the metrics of a run."""

@@ -24,17 +24,17 @@ METRICS_NAME = "metrics.jsonl"
 class Metrics:
     """Appends lines to ``metrics.jsonl`` of a folder, and the same values to TensorBoard's event files.
 
-    Every line is written at once and whole, so that a killed process leaves at most a torn last line, which is dropped
-    when the run continues. Event files are written into the folder ``tensorboard`` when the package is installed.
+    Every line is written at once, so that a killed process leaves at most a torn last line, which is dropped when the
+    run is resumed. Event files are written into the folder ``tensorboard`` when the package is installed.
 
     >>> with Metrics(folder, step=0) as metrics:
     ...     metrics.write({"step": 1, "epoch": 0, "loss": 5.2})
     ...     metrics.write({"step": 1, "evaluation": {"zero_shot": {"top1": 0.5}}})
 
     Args:
-        folder: Of the run; made when it is missing.
-        step: The steps done before: 0 begins a new file; otherwise the lines of later steps, which will be taken
-            again, are dropped.
+        folder: Folder of the run; created when it is missing.
+        step: Steps done before. 0 starts a new file; otherwise the lines of later steps, which will be taken again, are
+            dropped.
 
     Raises:
         ValueError: A line before the last one cannot be read.
@@ -63,11 +63,12 @@ class Metrics:
         """Writes one line.
 
         Args:
-            values: "step", and JSON values or arrays and tensors of one number. NaN and infinity become null.
+            values: "step", and JSON values, arrays of one number or tensors of one number. NaN and infinity become
+                null.
 
         Raises:
             ValueError: "step" is missing or not a whole number of at least 0.
-            TypeError: A value is nothing that JSON has.
+            TypeError: A value has no form in JSON.
         """
         plain = {str(name): _plain(value, str(name)) for name, value in values.items()}
         step = whole_number("step", plain.get("step"), 0)
@@ -84,22 +85,28 @@ class Metrics:
 
 
 def read_metrics(folder: str | os.PathLike[str]) -> list[dict[str, Any]]:
-    """Returns the lines of a run, which may still be going on.
+    """Returns the lines of a run, which may still be running.
+
+    Args:
+        folder: Folder of the run.
+
+    Returns:
+        One dictionary for each line, in their order.
 
     Raises:
-        FileNotFoundError: The folder has none.
+        FileNotFoundError: The folder has no metrics.
         ValueError: A line before the last one cannot be read.
     """
     path = Path(folder) / METRICS_NAME
     if not path.is_file():
         raise bad_input(
-            f"The folder of a run has a file {METRICS_NAME}", str(folder), "Pass another folder", FileNotFoundError
+            f"The folder of a run must contain {METRICS_NAME}", str(folder), "Pass another folder", FileNotFoundError
         )
     return [values for _, values in _lines(path)]
 
 
 def _lines(path: Path) -> Iterator[tuple[bytes, dict[str, Any]]]:
-    """Yields the lines of a file, raw and read; a torn last one is left out."""
+    """Yields the lines of a file, as bytes and parsed, without a torn last one."""
     raw = path.read_bytes().split(b"\n") if path.is_file() else [b""]
     for number, line in enumerate(raw, 1):
         if number == len(raw) and not line:
@@ -107,7 +114,7 @@ def _lines(path: Path) -> Iterator[tuple[bytes, dict[str, Any]]]:
         try:
             values = json.loads(line)
             if not isinstance(values, dict) or not isinstance(values["step"], int):
-                raise ValueError("no object with a step")
+                raise ValueError("not an object with a step")
         except (ValueError, KeyError) as error:
             if number == len(raw):
                 return
@@ -135,7 +142,7 @@ def is_number(value: Any) -> bool:
 
 
 def _plain(value: Any, name: str) -> Any:
-    """Returns a value as JSON has it; NaN and infinity as None."""
+    """Returns a value in its JSON form; NaN and infinity as None."""
     if isinstance(value, Mapping):
         return {str(key): _plain(inner, f"{name}.{key}") for key, inner in value.items()}
     if isinstance(value, list | tuple):

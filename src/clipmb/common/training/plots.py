@@ -17,7 +17,7 @@ from clipmb.common.training.metrics import is_number, numbers, read_metrics
 
 CURVES_NAME = "curves.png"
 
-# The curves in their order; others follow under their own names.
+# The first curves, in order; others follow under their own names.
 _TITLES = {
     "loss": "Loss",
     "learning_rate": "Learning rate",
@@ -27,35 +27,35 @@ _TITLES = {
     "pairs_per_second": "Pairs per second",
     "zero_shot": "Zero-shot classification",
 }
-_NO_CURVES = ("step", "epoch", "batch", "images", "captions", "classes")  # places and sizes
+_NO_CURVES = ("step", "epoch", "batch", "images", "captions", "classes")  # places and counts
 _LOGARITHMIC = ("grad_norm",)
-_BINS = 200  # that the points of a curve are gathered into when there are more than twice as many
+_BINS = 200  # a curve of more than twice as many points is drawn by the means of so many parts
 _COLUMNS, _WIDTH, _HEIGHT, _DPI = 3, 4.4, 2.9, 120  # panels in a row, inches of a panel, dots per inch
 _GREY, _RED = "#666666", "#c1272d"
 _COLOURS = ("#2b5d9b", "#d9822b", "#3a8f5c", "#8b4fa1", "#7a5c3e", "#4b4b4b")
 
 
 def draw(folder: str | os.PathLike[str]) -> Path:
-    """Draws the curves of a run into ``curves.png``: every number of the steps, and of the evaluations.
+    """Draws the curves of a run into ``curves.png``: every number of its steps and evaluations.
 
-    Long curves are drawn as the mean of 200 equal parts in a band from their least to their greatest value. Where a
-    value was not finite there is a red cross at the bottom.
+    Long curves are drawn as the means of 200 equal parts, in a band from the minimum to the maximum of each. A red
+    cross at the bottom marks a value that was not finite.
 
     Args:
-        folder: Of a run, which may still be going on.
+        folder: Folder of a run, which may still be running.
 
     Returns:
         The path of the picture.
 
     Raises:
         FileNotFoundError: The folder has no metrics.
-        ValueError: They hold nothing to draw, or a line before the last one cannot be read.
+        ValueError: They hold nothing to plot, or a line before the last one cannot be read.
         ImportError: matplotlib is not installed.
     """
     lines = read_metrics(folder)
     panels = [*_step_panels(lines), *_evaluation_panels(lines)]
     if not panels:
-        raise bad_input("Curves are drawn of at least one step", f"none in {folder}", "Train first", shown=True)
+        raise bad_input("There are no steps to plot yet", f"none in {folder}", "Train first", shown=True)
     try:
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure
@@ -90,8 +90,8 @@ class _Panel:
     Args:
         title: Above it.
         curves: (steps, values) of each by its name; NaN where a value was not finite.
-        sparse: They are of evaluations: drawn with a mark for each, from zero.
-        logarithmic: Draw the values on a logarithmic axis when they spread far.
+        sparse: The values are evaluations: mark each of them, and begin the axis at zero.
+        logarithmic: Use a logarithmic axis when the values spread far.
     """
 
     def __init__(
@@ -142,7 +142,7 @@ class _Panel:
 
 
 def _step_panels(lines: list[dict[str, Any]]) -> Iterator[_Panel]:
-    """Yields one panel for every number of the steps."""
+    """Yields one panel for each number of the steps."""
     rows = [values for values in lines if not any(isinstance(value, dict) for value in values.values())]
     names = dict.fromkeys([*_TITLES, *(name for values in rows for name in values)])
     for name in names:
@@ -152,7 +152,7 @@ def _step_panels(lines: list[dict[str, Any]]) -> Iterator[_Panel]:
 
 
 def _evaluation_panels(lines: list[dict[str, Any]]) -> Iterator[_Panel]:
-    """Yields one panel for every group of numbers in nested objects; ranks apart from fractions."""
+    """Yields one panel for each group of numbers in nested objects; ranks are separate from fractions."""
     groups: dict[str, dict[str, list[tuple[int, float | None]]]] = {}
     for values in lines:
         for path, value in numbers(values, missing=True):
@@ -172,7 +172,7 @@ def _evaluation_panels(lines: list[dict[str, Any]]) -> Iterator[_Panel]:
 
 
 def _curve_of(points: list[tuple[int, float | None]]) -> tuple[np.ndarray, np.ndarray]:
-    """Returns steps and values in order, the last value of each step."""
+    """Returns steps and values in order; the last value of a step counts."""
     last = dict(sorted(points, key=lambda point: point[0]))
     return np.array(list(last)), np.array([math.nan if value is None else value for value in last.values()], float)
 

@@ -1,8 +1,8 @@
-"""What a training run needs to go on, beside the weights: one file, the same whichever framework wrote it.
+"""The state of a training run beside the weights: one file, the same whichever framework wrote it.
 
 ``training_state.safetensors`` holds the optimizer's moments under the canonical names and in the canonical layouts of
-the parameters that they belong to, and in its metadata the step, the place in the data and the recipe. Random numbers
-are drawn from seed, epoch, step and item, so that there is no random state beside these.
+their parameters, and in its metadata the step, the place in the data and the recipe. Random numbers are drawn from
+seed, epoch, step and item, so there is no further random state.
 """
 
 from __future__ import annotations
@@ -33,10 +33,10 @@ class TrainingState:
     Attributes:
         step: Optimizer steps done.
         epoch: The current pass over the data, from 0.
-        batch: Batches already taken in it.
+        batch: Batches of it that are done.
         recipe: The recipe of the run.
         data: Fingerprint of the data set.
-        backend: The framework that did the last step.
+        backend: The backend that took the last step.
         tensors: ``first_moment.<name>`` and ``second_moment.<name>`` of every trained parameter, in canonical layouts,
             and ``logit_bias`` () of a run with the sigmoid loss.
     """
@@ -65,12 +65,12 @@ class TrainingState:
         """Reads the file of a folder; the tensors are mapped.
 
         Raises:
-            CheckpointError: There is none, or it is damaged or no state of this version.
+            CheckpointError: It is missing, damaged, or not of this version.
         """
         finish(folder)
         path = folder / STATE_NAME
         if not path.is_file():
-            raise CheckpointError(f"{folder} has no {STATE_NAME}. Resume in the folder that a training run wrote.")
+            raise CheckpointError(f"{folder} has no {STATE_NAME}. Resume in the folder of a training run.")
         tensors = map_file(path)
         with safetensors.safe_open(path, framework="np") as file:
             metadata = file.metadata() or {}
@@ -83,7 +83,7 @@ class TrainingState:
             if min(state.step, state.epoch, state.batch) < 0:
                 raise ValueError("negative counts")
         except (KeyError, TypeError, ValueError) as error:
-            raise CheckpointError(f"{path} is no training state of version {_VERSION}: {error}") from error
+            raise CheckpointError(f"{path} is not a training state of version {_VERSION}: {error}") from error
         return state
 
     def moments(self, table: list[Spec]) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
@@ -93,7 +93,7 @@ class TrainingState:
             table: The parameters that are trained.
 
         Raises:
-            CheckpointError: Moments are missing, unexpected or of another shape; lists all of it.
+            CheckpointError: Moments are missing, unexpected or of another shape; all of them are listed.
         """
         expected = {f"{part}{spec.name}": spec.shape for spec in table for part in (FIRST, SECOND)}
         found = {name: array.shape for name, array in self.tensors.items() if name.startswith((FIRST, SECOND))}

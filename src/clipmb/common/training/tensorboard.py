@@ -16,7 +16,7 @@ TENSORBOARD_NAME = "tensorboard"
 
 
 class Events:
-    """A TensorBoard event file, written with TensorBoard's own records but without TensorFlow.
+    """A TensorBoard event file, written with TensorBoard's own records.
 
     TensorBoard's EventFileWriter would import TensorFlow wherever it is installed.
     """
@@ -32,7 +32,7 @@ class Events:
         number = sum(path.name.startswith(stem) for path in folder.iterdir())
         self._records = RecordWriter(open(folder / f"{stem}.{number}", "xb"))  # noqa: SIM115 - close() closes it
         self._add(file_version="brain.Event:2")
-        # Tells TensorBoard to forget what earlier files have of the steps that follow.
+        # Makes TensorBoard drop the steps from here on that it found in earlier files.
         self._add(step=step + 1 if step else 0, session_log=messages.SessionLog(status=messages.SessionLog.START))
 
     @classmethod

@@ -236,10 +236,10 @@ PARQUET_TWICE = written(pa.Table.from_arrays([["a"], ["b"], ["c"]], ["image", "t
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        ("x.csv", b"", "must hold pairs"),
-        ("x.csv", b"\xef\xbb\xbf\r\n", "must hold pairs"),
-        ("x.csv", b"image,caption\n", "must hold pairs"),
-        ("x.jsonl", b"\n", "must hold pairs"),
+        ("x.csv", b"", "must have at least one row"),
+        ("x.csv", b"\xef\xbb\xbf\r\n", "must have at least one row"),
+        ("x.csv", b"image,caption\n", "must have at least one row"),
+        ("x.jsonl", b"\n", "must have at least one row"),
         ("x.csv", b"image,caption\n,\n", "at least one pair"),
         ("x.csv", b"image,words\na,b\n", "column of captions, called caption, .*the columns 'image', 'words'"),
         ("x.csv", b"caption\na\n", "column of pictures, called image, "),
@@ -419,9 +419,9 @@ def test_members_that_are_no_pair_are_left_out(tmp_path):
     assert reasons == {
         "picture": ["The members of this key hold no text (.txt, .json or .cls)."],
         "text": ["The members of this key hold no picture."],
-        "link": ["The members of this key hold no picture; what it has: .jpg (a link or special file)."],
-        "my": ["The members of this key hold no picture; what it has: .photo.jpg."],
-        "twice": [f"Its key has more than one {kind}; the first is used." for kind in ("picture", ".txt")],
+        "link": ["The members of this key hold no picture; they hold .jpg (a link or special file)."],
+        "my": ["The members of this key hold no picture; they hold .photo.jpg."],
+        "twice": [f"This key has more than one {kind}; the first is used." for kind in ("picture", ".txt")],
     }
 
 
@@ -442,7 +442,7 @@ def test_members_that_cannot_be_read_are_named(tmp_path):
             pairs.image(index)
     whole = (tmp_path / "s.tar").read_bytes()
     (tmp_path / "s.tar").write_bytes(whole[:512])
-    with pytest.raises(ValueError, match="must stay as it was when it was opened"):
+    with pytest.raises(ValueError, match="must not change while it is open"):
         pairs.captions(0)
 
 
@@ -452,14 +452,14 @@ def test_damaged_shards_are_refused(tmp_path):
     end = whole.rindex(b"1.txt") + 1024
     for size in range(0, end + 511, 100):
         path.write_bytes(whole[:size])
-        with pytest.raises(ValueError, match=r"s\.tar must be a (whole )?tar file\. Received: .*shard again"):
+        with pytest.raises(ValueError, match=r"s\.tar must be a (complete )?tar file\. Received: .*shard again"):
             Pairs.open(path)
     path.write_bytes(whole[:end] + bytes(512))
     assert len(Pairs.open(path)) == 2
     second = whole.index(b"0.txt")
     for place in (second, second + 124, second + 148, second + 300):
         path.write_bytes(whole[:place] + b"\x07" + whole[place + 1 :])
-        with pytest.raises(ValueError, match=f"must be a whole tar file. Received: a damaged header at byte {second}"):
+        with pytest.raises(ValueError, match=f"a complete tar file. Received: a damaged header at byte {second}"):
             Pairs.open(path)
     path.write_bytes(whole + whole)
     with pytest.raises(ValueError, match=r"end-of-archive block\. Received: data behind byte"):
@@ -551,13 +551,13 @@ def test_files_of_one_name_are_told_apart_by_their_folders(tmp_path):
     ("path", "kind", "message"),
     [
         ("none", FileNotFoundError, "none, which does not exist"),
-        ("*.tar", FileNotFoundError, "which fits no file"),
+        ("*.tar", FileNotFoundError, "which matches no file"),
         ("s-{0..2}.tar", FileNotFoundError, r"s-2\.tar \(of .*s-\{0\.\.2\}\.tar\), which does not exist"),
         ("{0..9999999}.tar", ValueError, "at most 1000000 files"),
         ("{0..999}{0..999}{0..9}.tar", ValueError, "at most 1000000 files"),
-        ("x.tar.gz", ValueError, "shards are not compressed"),
+        ("x.tar.gz", ValueError, "Expected a .csv, .tsv, .jsonl, .parquet or uncompressed .tar file"),
         ("two", ValueError, "A folder must hold one table. Received: captions.csv, metadata.jsonl"),
-        ("empty", FileNotFoundError, "A folder of pairs holds a table .* Received: no files"),
+        ("empty", FileNotFoundError, "A folder of pairs must hold a table .* Received: no files"),
     ],
 )
 def test_paths_that_name_no_pairs(tmp_path, path, kind, message):
@@ -578,7 +578,7 @@ def test_a_file_is_given_once_and_by_a_path(tmp_path):
     with pytest.raises(ValueError, match="A file may be given only once"):
         Pairs.open([path, f"{tmp_path}/*.tar"])
     for wrong in ([3], 3, "", [""], None, b"s.tar"):
-        with pytest.raises(TypeError, match="Pairs are named by paths"):
+        with pytest.raises(TypeError, match="Files of pairs must be given by their paths"):
             Pairs.open(wrong)
     with pytest.raises(ValueError, match="at least one file"):
         Pairs.open([])
@@ -772,7 +772,7 @@ def test_long_captions_are_cut_and_counted(tmp_path, caplog, pad_to, seq):
         np.testing.assert_array_equal(batch.input_ids[[0, 2], -1], EOS)
         assert EOS not in batch.input_ids[0, :-1]
         assert batch.input_ids[1].tolist() == [BOS, *batch.input_ids[1, 1:2], *[EOS] * (seq - 2)]
-    assert caplog.text.count("are cut; the first is that of 000.jpg with 33") == 1
+    assert caplog.text.count("are cut; the first belongs to 000.jpg and has 33") == 1
 
 
 def test_an_end_token_inside_a_caption_is_text(tmp_path):
@@ -910,7 +910,7 @@ def test_too_many_broken_items_in_a_row_are_an_error(tmp_path, monkeypatch):
 def test_files_that_hold_mostly_something_else_are_refused(tmp_path):
     members = [*pair("0", "fine"), ("1.jpg", b""), ("2.jpg", b"")]
     pairs = Pairs.open(tar_of(tmp_path / "s.tar", members))
-    with pytest.raises(ValueError, match=r"Most of what is in the files.*1 pairs, and 2 items that are none; s\.tar/1"):
+    with pytest.raises(ValueError, match=r"Most items of the files.*1 pairs and 2 unusable items; s\.tar/1"):
         batches(pairs)
 
 
@@ -1013,7 +1013,7 @@ def test_errors_of_the_augmentation_come_out(ten, workers):
 
     with pytest.raises(ValueError, match="wrong") as caught:
         list(batches(ten, augment=wrong, workers=workers).epoch(0))
-    assert "an error of the augment function, at the picture of 00" in caught.value.__notes__[0]
+    assert "The augment function raised this error for the picture of 00" in caught.value.__notes__[0]
     with pytest.raises(TypeError, match=r"augment must return a Pillow image\. Received: <class 'NoneType'>"):
         list(batches(ten, augment=lambda image, generator: None, workers=workers).epoch(0))
 
@@ -1104,7 +1104,7 @@ except KeyboardInterrupt:
         ({"workers": -1}, "workers must be a whole number from 0"),
         ({"pad_to": 78}, "pad_to must be a whole number from 2 to 77"),
         ({"augment": "crops"}, "augment must be None, 'crop', or a function"),
-        ({"batch_size": 11, "drop_last": True}, "at least one whole batch. Received: 10 pairs, batch_size 11"),
+        ({"batch_size": 11, "drop_last": True}, "at least one full batch. Received: 10 pairs, batch_size 11"),
     ],
 )
 def test_wrong_arguments(ten, options, message):
@@ -1121,7 +1121,7 @@ def test_wrong_epochs_are_refused_before_anything_is_read(ten):
 
 def test_the_processor_must_give_one_size(ten):
     for options in ({"do_center_crop": False}, {"do_center_crop": False, "do_resize": False}):
-        with pytest.raises(ValueError, match="must give all pictures one size"):
+        with pytest.raises(ValueError, match="must resize all pictures to one size"):
             Batches(ten, CLIPProcessor(CLIPImageProcessor(**options)), batch_size=2, context=77)
     squashed = CLIPImageProcessor(size={"height": 6, "width": 4}, do_center_crop=False)
     for augment in (None, "crop"):

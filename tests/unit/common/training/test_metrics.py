@@ -272,7 +272,7 @@ def test_nothing_to_draw(tmp_path):
     with pytest.raises(FileNotFoundError, match=METRICS_NAME):
         draw(tmp_path)
     Metrics(tmp_path, 0).close()
-    with pytest.raises(ValueError, match="at least one step"):
+    with pytest.raises(ValueError, match="no steps to plot"):
         draw(tmp_path)
     assert not (tmp_path / CURVES_NAME).exists()
 
