@@ -88,7 +88,9 @@ def train(
         workers: Threads that decode pictures; as many as processors (at most 8) when None.
         device: Where to compute, as the framework names it; its own choice when None.
         progress: Show a progress bar, when there is a terminal.
-        columns: ``image_column``, ``caption_column``, ``label_column``, ``separator`` of the data.
+        columns: ``image_column``, ``caption_column`` and ``separator`` of data and evaluation_data, and
+            ``label_column`` of evaluation_data, as `Pairs.open` takes them. Evaluation data that lack a column of the
+            training data are read by the default names.
         **recipe: The other fields of `Recipe`: ``batch_size``, ``learning_rate`` ….
 
     Returns:
@@ -103,7 +105,7 @@ def train(
     """
     folder = Path(out)
     state = _saved_state(folder, resume, overwrite)
-    pairs = data if isinstance(data, Pairs) else Pairs.open(data, **(columns or {}))
+    pairs, held_out = _opened(data, evaluation_data, columns or {})
     chosen = _recipe(recipe, state, len(pairs), epochs, steps)
     if state is not None and state.data != pairs.fingerprint:
         raise bad_input(
@@ -126,9 +128,6 @@ def train(
     loading["device"] = framework.local_device() if device is None else device
     config = CLIPConfig.from_pretrained(source)
     processor = processor_for(source, config)
-    held_out = evaluation_data
-    if held_out is not None and not isinstance(held_out, Pairs):
-        held_out = Pairs.open(held_out)
     with framework.scope():
         if from_scratch and state is None:
             arrays = initial_weights(specs(config, "CLIPModel"), chosen.seed)
@@ -181,6 +180,21 @@ def train(
     if processes.rank == 0:
         _draw(folder)
     return result
+
+
+def _opened(data: Any, held_out: Any, columns: dict[str, Any]) -> tuple[Pairs, Pairs | None]:
+    """Opens training and evaluation data, with the columns that apply to each."""
+    both = {name: value for name, value in columns.items() if value is not None}
+    label = both.pop("label_column", None)
+    if label is not None and (held_out is None or isinstance(held_out, Pairs)):
+        raise bad_input("label_column applies to the file of evaluation_data", label, "Leave it out, or pass a path")
+    if both and isinstance(data, Pairs) and (held_out is None or isinstance(held_out, Pairs)):
+        raise bad_input("Columns are chosen when data are opened", both, "Pass them to Pairs.open, or pass a path")
+    if held_out is not None and not isinstance(held_out, Pairs):
+        # A misspelt name is found in the training data; where these are open already, in the evaluation data.
+        optional = () if isinstance(data, Pairs) else ("image", "caption")
+        held_out = Pairs.open(held_out, label_column=label, optional=optional, **both)
+    return data if isinstance(data, Pairs) else Pairs.open(data, **both), held_out
 
 
 def _saved_state(folder: Path, resume: bool, overwrite: bool) -> TrainingState | None:

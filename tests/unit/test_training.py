@@ -19,6 +19,7 @@ import clipmb
 from clipmb import CheckpointError, CLIPPipeline
 from clipmb.cli import app
 from clipmb.common.checkpoint.safetensors import map_file
+from clipmb.common.data.pairs import Pairs
 from clipmb.common.training.recipe import Recipe
 from clipmb.common.training.state import STATE_NAME, TrainingState
 from clipmb.training import train
@@ -199,6 +200,32 @@ def test_from_scratch_every_framework_begins_with_the_same_weights(files, tmp_pa
     name = "text_model.encoder.layers.0.mlp.fc1.weight"
     assert expected[name].std() == pytest.approx((2 * config.text_config.hidden_size) ** -0.5, rel=0.1)
     assert not np.array_equal(expected[name], random_arrays(config, "CLIPModel")[name])
+
+
+def test_columns_apply_to_evaluation_data_as_far_as_they_have_them(files, tmp_path):
+    """Labelled data need no captions; without the columns, neither table could be read."""
+    for name, columns in (("train", "image;foto;wort"), ("held-out", "image;foto;art")):
+        rows = [f"no.png;{path};{place % 2}" for place, path in enumerate(sorted((files / "pairs").glob("*.png"))[:4])]
+        (tmp_path / f"{name}.csv").write_text("\n".join([columns, *rows]), "utf-8")
+    options = {"backend": BACKENDS[0], "steps": 1, "batch_size": 4}
+    columns = {"image_column": "foto", "caption_column": "wort", "label_column": "art", "separator": ";"}
+    held_out = tmp_path / "held-out.csv"
+    result = train(
+        tmp_path / "train.csv", files / "model", tmp_path / "out", evaluation_data=held_out, columns=columns, **options
+    )
+    assert result["evaluation"]["zero_shot"]["images"] == 4
+    assert "retrieval" not in result["evaluation"]
+    opened = Pairs.open(tmp_path / "train.csv", image_column="foto", caption_column="wort", separator=";")
+    for data, evaluation_data, message in (
+        (tmp_path / "train.csv", None, "label_column applies to the file of evaluation_data"),
+        (opened, held_out, "caption_column must name a column"),
+        (tmp_path / "train.csv", tmp_path / "train.csv", "label_column must name a column"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            train(data, files / "model", tmp_path / "no", evaluation_data=evaluation_data, columns=columns, **options)
+    with pytest.raises(ValueError, match="Columns are chosen when data are opened"):
+        train(opened, files / "model", tmp_path / "no", columns={"separator": ";"}, **options)
+    assert not (tmp_path / "no").exists()
 
 
 def test_broken_pictures_are_left_out_and_named(files, tmp_path):

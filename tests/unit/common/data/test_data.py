@@ -140,6 +140,29 @@ def test_columns_and_separator_can_be_named(tmp_path):
         Pairs.open(tmp_path / "x.csv", label_column="kind", separator=";")
 
 
+def test_named_columns_may_be_optional(tmp_path):
+    (tmp_path / "a.csv").write_text("image,words,caption\na.jpg,yes,no\n", "utf-8")
+    (tmp_path / "b.csv").write_text("image,caption\nb.jpg,yes\n", "utf-8")
+    lines = ['{"image": "c.jpg", "words": "yes", "caption": "no"}', '{"image": "d.jpg", "caption": "yes"}']
+    (tmp_path / "c.jsonl").write_text("\n".join(lines), "utf-8")
+    members = [("e.jpg", b""), ("e.json", b'{"words": "yes", "kind": "7"}'), ("e.txt", b"no"), ("e.cls", b"no")]
+    members += [("f.jpg", b""), ("f.json", b'{"caption": "no", "label": "no"}'), ("f.txt", b"yes"), ("f.cls", b"7")]
+    members += [("g.jpg", b""), ("g.json", b'{"caption": "yes", "label": "7"}')]
+    tar_of(tmp_path / "s.tar", members)
+    files = [tmp_path / name for name in ("a.csv", "b.csv", "c.jsonl", "s.tar")]
+    named = {"caption_column": "words", "label_column": "kind"}
+    pairs = Pairs.open(files, **named, optional=("caption", "label"))
+    assert [pairs.captions(i) for i in range(7)] == [["yes"]] * 7
+    assert [pairs.label(i) for i in range(4, 7)] == ["7"] * 3
+    strict = Pairs.open(files[3], **named)
+    assert [strict.captions(i) for i in range(3)] == [["yes"], [], []]
+    assert [strict.label(i) for i in range(3)] == ["7", None, None]
+    with pytest.raises(ValueError, match="caption_column must name a column"):
+        Pairs.open(files, **named, optional=("label",))
+    with pytest.raises(ValueError, match="optional must be one of 'image', 'caption', 'label'"):
+        Pairs.open(files, optional=("text",))
+
+
 def test_the_first_known_name_wins(tmp_path):
     (tmp_path / "x.csv").write_text("path,title,Image,TEXT,class,label\np,t,i,x,c,l\n", "utf-8")
     pairs = Pairs.open(tmp_path / "x.csv")
