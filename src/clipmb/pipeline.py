@@ -16,7 +16,7 @@ from clipmb.common.processor import CLIPProcessor, image_processor_of, tokenizer
 from clipmb.common.progress import progress_bar
 from clipmb.common.zero_shot import class_embeddings, softmax, unit
 
-_LONG_TEXT = ("error", "truncate", "mean")
+LONG_TEXT = ("error", "truncate", "mean")
 
 
 class CLIPPipeline:
@@ -124,8 +124,8 @@ class CLIPPipeline:
         Raises:
             ValueError: A text is too long and ``long_text`` is "error", or something is not text.
         """
-        if long_text not in _LONG_TEXT:
-            raise one_of("long_text", long_text, _LONG_TEXT)
+        if long_text not in LONG_TEXT:
+            raise one_of("long_text", long_text, LONG_TEXT)
         texts = [texts] if isinstance(texts, str) else list(texts)
         rows, owners = self._rows(texts, long_text)
         order = sorted(range(len(rows)), key=lambda i: len(rows[i]))

@@ -61,4 +61,4 @@ def test_doctor_on_the_command_line():
     found = json.loads(done.stdout)
     assert found["ok"]
     assert {name for name, entry in found["backends"].items() if entry["installed"]} >= set(BACKENDS)
-    assert clipmb("doctor", "--backend", "onnx").returncode == 1
+    assert clipmb("doctor", "--backend", "onnx").returncode == 2

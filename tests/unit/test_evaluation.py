@@ -407,12 +407,20 @@ def test_command(folder, table, tmp_path):
     labels.write_text("cat\ndog\ncup\ncar\nbus\nhat\n", encoding="utf-8")
     shown = run(*options, "--labels", labels)
     assert shown.exit_code == 0, shown.output
-    for words in ("8 pictures, 6 classes", "top1", "top5", "recall@10", "median rank", "text to image", "left out: 1"):
+    for words in ("8 images, 6 classes", "top1", "top5", "recall@10", "median rank", "text to image", "left out: 1"):
         assert words in shown.stdout
     assert f"{expected['retrieval']['text_to_image']['recall@5']:.2%}" in shown.stdout
     assert "4.png" in shown.stdout
     six = run(*options, "--labels", "cat, dog,cup,car,bus,hat", "--json")
     assert json.loads(six.stdout)["zero_shot"]["classes"] == 6
+
+
+def test_templates_without_labels_are_reported(folder, table):
+    unlabelled = table.with_name("unlabelled.csv")
+    unlabelled.write_text(table.read_text("utf-8").replace("caption,label", "caption,other", 1), "utf-8")
+    done = run(unlabelled, "--model", folder, "--backend", BACKENDS[0], "--template", "a {}")
+    assert done.exit_code == 0, done.output
+    assert "--template had no effect: the data has no labels." in done.stderr
 
 
 @pytest.mark.parametrize(
@@ -424,7 +432,7 @@ def test_command(folder, table, tmp_path):
         (["TABLE", "--labels", "cat"], 1, "--labels"),
         (["TABLE", "--labels", "cat,dog"], 1, "1 others: 'cup'"),
         (["TABLE", "--template", "x"], 1, "template"),
-        (["TABLE", "--backend", "onnx"], 1, "backend"),
+        (["TABLE", "--backend", "onnx"], 2, "pt, tf, flax"),
         (["TABLE", "--caption-column", "nothing"], 1, "nothing"),
     ],
 )

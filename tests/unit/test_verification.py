@@ -107,13 +107,17 @@ def test_nothing_to_compare(folder):
         compare(folder, backends=BACKENDS[:1], against=folder, colour="red")
 
 
+def named(backends):
+    return [part for backend in backends for part in ("--backend", backend)]
+
+
 @pytest.mark.several
 def test_verify(folder):
-    done = clipmb("verify", folder, "--backends", ",".join(BACKENDS))
+    done = clipmb("verify", folder, *named(BACKENDS))
     assert (done.returncode, done.stderr) == (0, "")
     assert "text.block.1" in done.stdout
     assert "agree" in done.stdout
-    found = json.loads(clipmb("verify", folder, "--backends", ",".join(BACKENDS[:2]), "--json").stdout)
+    found = json.loads(clipmb("verify", folder, *named(BACKENDS[:2]), "--json").stdout)
     assert found["agrees"]
     assert {entry["contender"] for entry in found["comparisons"]} == {BACKENDS[1]}
 
@@ -121,12 +125,12 @@ def test_verify(folder):
 def test_verify_against_another_checkpoint(folder, tmp_path):
     scale = np.asarray(2.1, np.float32)
     other = changed(tmp_path, logit_scale=scale)
-    done = clipmb("verify", other, "--backends", BACKENDS[0], "--against", folder)
+    done = clipmb("verify", other, "--backend", BACKENDS[0], "--against", folder)
     assert done.returncode == 1
     assert "logit_scale" in done.stdout
     assert "Traceback" not in done.stderr
-    assert clipmb("verify", folder, "--backends", BACKENDS[0], "--against", folder).returncode == 0
-    assert clipmb("verify", "/no/such/folder", "--backends", BACKENDS[0], "--against", folder).returncode == 1
+    assert clipmb("verify", folder, "--backend", BACKENDS[0], "--against", folder).returncode == 0
+    assert clipmb("verify", "/no/such/folder", "--backend", BACKENDS[0], "--against", folder).returncode == 1
 
 
 @pytest.mark.parametrize("file", ["tokenizer.json", "preprocessor_config.json"])

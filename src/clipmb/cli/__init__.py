@@ -8,12 +8,12 @@ from clipmb.cli import classify, convert, demo, doctor, encode, evaluate, info, 
 from clipmb.cli.common import guarded, set_debug
 
 app = typer.Typer(
-    name="clipmb",
     help="CLIP on PyTorch, TensorFlow and Flax.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
+    context_settings={"max_content_width": 120},
 )
 
 
@@ -33,17 +33,10 @@ def _options(
     set_debug(debug)
 
 
-app.command("classify")(guarded(classify.run))
-app.command("convert")(guarded(convert.run))
-app.command("demo")(guarded(demo.run))
-app.command("doctor")(guarded(doctor.run))
-app.command("encode")(guarded(encode.run))
-app.command("evaluate")(guarded(evaluate.run))
-app.command("info")(guarded(info.run))
-app.command("train")(guarded(train.run))
-app.command("verify")(guarded(verify.run))
+for _module in (classify, convert, demo, doctor, encode, evaluate, info, train, verify):
+    app.command(_module.__name__.rpartition(".")[2])(guarded(_module.run))
 
 
 def main() -> None:
     """Runs the command line: exit code 0 for success, 1 for an error, 2 for wrong usage."""
-    app()
+    app(prog_name="clipmb")

@@ -1,8 +1,7 @@
-"""``clipmb classify``: which label fits each picture."""
+"""``clipmb classify``: which label fits each image."""
 
 from __future__ import annotations
 
-import json
 from typing import Annotated
 
 import typer
@@ -11,29 +10,24 @@ from clipmb.cli import common
 
 
 def run(
-    images: Annotated[list[str], typer.Argument(metavar="IMAGE...", help="Picture files.")],
-    labels: Annotated[list[str], typer.Option("--labels", "-l", help='Class names, "a cat,a dog"; may be repeated.')],
-    model: common.Model = common.DEFAULT_MODEL,
+    images: Annotated[list[str], typer.Argument(metavar="IMAGE", help="Image files.")],
+    labels: Annotated[
+        list[str],
+        typer.Option("--labels", "-l", metavar="NAMES", help="Class names, separated by commas; repeatable."),
+    ],
+    model: common.Model = None,
     backend: common.Backend = None,
-    template: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--template", "-t", help='Text with {} for the label, or "photo", "label", "seven"; may be repeated.'
-        ),
-    ] = None,
-    dtype: Annotated[str, typer.Option(help="float32, float16, bfloat16 or float64.")] = "float32",
-    device: Annotated[str | None, typer.Option(help="As the framework names it.")] = None,
-    batch_size: Annotated[int, typer.Option(min=1, help="Pictures per step.")] = 32,
-    top: Annotated[int, typer.Option(min=1, help="Labels shown for each picture.")] = 5,
+    template: common.Template = None,
+    dtype: common.Dtype = "float32",
+    device: common.Device = None,
+    batch_size: common.BatchSize = 32,
+    top: Annotated[int, typer.Option(min=1, metavar="N", help="Labels to show for each image.")] = 5,
     as_json: common.Json = False,
 ) -> None:
-    """Tell which label fits each picture."""
-    names = [name.strip() for part in labels for name in part.split(",") if name.strip()]
-    model, templates = common.chosen(model, template[0] if template and len(template) == 1 else template)
-    common.load_framework(backend)
-    from clipmb.pipeline import CLIPPipeline
-
-    pipeline = CLIPPipeline.from_pretrained(model, backend=backend, dtype=dtype, device=device)
+    """Classify images with zero-shot labels."""
+    names = [name for part in labels for name in common.split(part)]
+    model, templates = common.chosen(model, template)
+    pipeline = common.load_pipeline(model, backend, dtype, device)
     probabilities = pipeline.classify(images, names, templates, batch_size=batch_size, progress=True)
     order = (-probabilities).argsort(axis=1, kind="stable")[:, :top]
     found = [
@@ -41,7 +35,7 @@ def run(
         for image, row, best in zip(images, probabilities, order, strict=True)
     ]
     if as_json:
-        typer.echo(json.dumps({"model": model, "backend": pipeline.backend, "images": found}, indent=2))
+        common.print_json({"model": model, "backend": pipeline.backend, "images": found})
         return
     rows = [
         [entry["image"] if not place else "", best["label"], f"{best['probability']:.4f}"]

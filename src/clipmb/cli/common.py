@@ -4,27 +4,88 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import json
 import logging
 import os
 import sys
-from collections.abc import Callable, Iterator
-from typing import Annotated, Any
+from collections.abc import Callable, Collection, Iterator
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from clipmb.backends import BACKENDS
+from clipmb.common.dtypes import DTYPES
 from clipmb.common.errors import ClipmbError
+from clipmb.common.zero_shot import TEMPLATES
+
+if TYPE_CHECKING:
+    from clipmb.pipeline import CLIPPipeline
 
 FULL_SIZE = "openai/clip-vit-base-patch32"
-DEFAULT_MODEL: str | None = None  # the small model that comes with the package: `chosen`
+
+
+def choice(*names: str, values: Collection[str], help: str, metavar: str = "NAME", **more: Any) -> Any:
+    """Makes an option that takes one of the names in a table; any other name is wrong usage."""
+
+    def parse(text: str) -> str:
+        if text not in values:
+            raise typer.BadParameter(f"{text!r} is not one of {', '.join(values)}.")
+        return text
+
+    return typer.Option(*names, parser=parse, metavar=metavar, help=f"{help}: {', '.join(values)}.", **more)
+
 
 Model = Annotated[
     str | None,
     typer.Option(
-        "--model", "-m", help="Folder or hub id of a CLIP checkpoint; clipmb's own small emoji model if not given."
+        "--model",
+        "-m",
+        metavar="MODEL",
+        help="Folder or Hub id of a CLIP checkpoint.",
+        show_default="the emoji model in the package",
     ),
 ]
 Backend = Annotated[
-    str | None, typer.Option("--backend", "-b", help="pt, tf or flax; the first installed one if not given.")
+    str | None,
+    choice("--backend", "-b", values=BACKENDS, help="Framework to compute with", show_default="the first installed"),
+]
+Backends = Annotated[
+    list[str] | None,
+    choice("--backend", "-b", values=BACKENDS, help="Framework to run (repeatable)", show_default="all installed"),
+]
+Dtype = Annotated[str, choice("--dtype", values=DTYPES, help="Floating-point type to compute in")]
+Device = Annotated[
+    str | None,
+    typer.Option("--device", metavar="NAME", help="Device, as the framework names it.", show_default="its own choice"),
+]
+BatchSize = Annotated[int, typer.Option("--batch-size", metavar="N", min=1, help="Images or texts per step.")]
+Template = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--template",
+        "-t",
+        metavar="TEXT",
+        help=f"Prompt with {{}} in place of the label, or a named set: {', '.join(TEMPLATES)}; repeatable.",
+        show_default="photo",
+    ),
+]
+Subfolder = Annotated[str, typer.Option("--subfolder", metavar="NAME", help="Subfolder of the checkpoint.")]
+Revision = Annotated[str | None, typer.Option("--revision", metavar="NAME", help="Branch, tag or commit on the Hub.")]
+ImageColumn = Annotated[
+    str | None, typer.Option("--image-column", metavar="NAME", help="Column of image paths.", show_default="by name")
+]
+CaptionColumn = Annotated[
+    str | None, typer.Option("--caption-column", metavar="NAME", help="Column of captions.", show_default="by name")
+]
+LabelColumn = Annotated[
+    str | None,
+    typer.Option("--label-column", metavar="NAME", help="Column of class labels.", show_default="by name"),
+]
+Separator = Annotated[
+    str | None,
+    typer.Option(
+        "--separator", metavar="TEXT", help="Column separator in text files.", show_default="by the file's suffix"
+    ),
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
@@ -32,13 +93,13 @@ _debug = False
 
 
 def set_debug(debug: bool) -> None:
-    """Chooses whether errors show their traceback."""
+    """Sets whether errors show their traceback."""
     global _debug
     _debug = debug
 
 
 def guarded(command: Callable[..., None]) -> Callable[..., None]:
-    """Turns the errors of bad input into one line on stderr and exit code 1."""
+    """Reports errors of input as one line on stderr and exit code 1."""
 
     @functools.wraps(command)
     def run(*args: Any, **kwargs: Any) -> None:
@@ -58,7 +119,7 @@ def guarded(command: Callable[..., None]) -> Callable[..., None]:
 
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
-    """Hides what is written to stderr within: TensorFlow's notices on import, which no setting turns off."""
+    """Hides what is written to stderr meanwhile: TensorFlow's notices on import, which no setting turns off."""
     if _debug:
         yield
         return
@@ -74,18 +135,50 @@ def quiet() -> Iterator[None]:
         os.close(kept)
 
 
-def chosen(model: str | None, templates: list[str] | str | None = None) -> tuple[str, list[str] | str | None]:
-    """Returns the model and the templates to use: without a model the small one, which a note on stderr tells."""
+def given(context: typer.Context) -> set[str]:
+    """Returns the names of the parameters that the command line sets."""
+    sources = {name: context.get_parameter_source(name) for name in context.params}
+    return {name for name, source in sources.items() if source is not None and source.name != "DEFAULT"}
+
+
+def refuse(context: typer.Context, names: Collection[str], why: str) -> None:
+    """Makes options that would have no effect wrong usage.
+
+    Args:
+        context: The command line.
+        names: Names of the parameters behind these options.
+        why: A sentence about them, which follows the options that were given.
+
+    Raises:
+        typer.BadParameter: One of them was given.
+    """
+    options = [param.opts[0] for param in context.command.params if param.name in given(context) & set(names)]
+    if options:
+        raise typer.BadParameter(f"{', '.join(options)} {why}")
+
+
+def split(text: str) -> list[str]:
+    """Splits names at commas."""
+    return [name.strip() for name in text.split(",") if name.strip()]
+
+
+def templates(texts: list[str] | None) -> list[str] | str | None:
+    """Returns prompt templates as the package takes them: one may be the name of a set."""
+    return texts[0] if texts and len(texts) == 1 else texts or None
+
+
+def chosen(model: str | None, texts: list[str] | None = None) -> tuple[str, list[str] | str | None]:
+    """Returns the model and the templates to use; without a model the one in the package, with a note on stderr."""
     if model is not None:
-        return model, templates
+        return model, templates(texts)
     from clipmb.common.small_model import TEMPLATES, small_model
 
     typer.echo(
-        f"No --model given: clipmb's small model knows emoji-like pictures only; --model {FULL_SIZE} takes a "
-        "full-size model.",
+        "Using the small model in the package, which recognises emoji-style images only; "
+        f"use --model {FULL_SIZE} for a full-size model.",
         err=True,
     )
-    return str(small_model()), templates or list(TEMPLATES)
+    return str(small_model()), templates(texts or list(TEMPLATES))
 
 
 def load_framework(backend: str | None) -> None:
@@ -96,8 +189,21 @@ def load_framework(backend: str | None) -> None:
         backends.engine(backend)
 
 
+def load_pipeline(model: str, backend: str | None, dtype: str, device: str | None) -> CLIPPipeline:
+    """Loads a model with its tokenizer and image processor."""
+    load_framework(backend)
+    from clipmb.pipeline import CLIPPipeline
+
+    return CLIPPipeline.from_pretrained(model, backend=backend, dtype=dtype, device=device)
+
+
+def print_json(values: Any) -> None:
+    """Prints JSON."""
+    typer.echo(json.dumps(values, indent=2))
+
+
 def table(title: str, columns: list[str], rows: list[list[str]], right: tuple[int, ...] = ()) -> None:
-    """Prints a table; plain and as wide as it needs to be where there is no terminal."""
+    """Prints a table; without a terminal it is plain and as wide as necessary."""
     from rich.console import Console
     from rich.table import Table
 

@@ -2,42 +2,52 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
 from clipmb.cli import common
 from clipmb.common.checkpoint.formats import FORMATS
+from clipmb.common.convert import DTYPES, RECORD_NAME, convert
+from clipmb.common.parameters import HEADS
 
 
 def run(
-    src: Annotated[str, typer.Argument(metavar="SRC", help="Folder, file of weights, or hub id, in any format.")],
-    dst: Annotated[str, typer.Argument(metavar="DST", help="Folder to write into; new or empty.")],
-    to: Annotated[str, typer.Option("--to", "-t", help=f"{', '.join(FORMATS)}.")] = "safetensors",
+    context: typer.Context,
+    src: Annotated[str, typer.Argument(metavar="SRC", help="Folder, weights file or Hub id, in any format.")],
+    dst: Annotated[str, typer.Argument(metavar="DST", help="Folder to write; new or empty.")],
+    to: Annotated[str, common.choice("--to", values=FORMATS, metavar="FORMAT", help="Format to write")] = "safetensors",
     dtype: Annotated[
-        str | None, typer.Option(help="float32, float16 or bfloat16; the source's own if not given.")
+        str | None, common.choice(values=DTYPES, help="Floating-point type to round to", show_default="as in SRC")
     ] = None,
-    head: Annotated[str | None, typer.Option(help="Write this model out of a larger one: CLIPTextModel, …")] = None,
-    shard_size: Annotated[str, typer.Option(help="Split larger results: 200MB, 5GB, 2GiB.")] = "5GB",
-    subfolder: Annotated[str, typer.Option(help="Folder inside SRC.")] = "",
-    revision: Annotated[str | None, typer.Option(help="Branch, tag or commit on the hub.")] = None,
-    variant: Annotated[str | None, typer.Option(help="Read model.VARIANT.safetensors.")] = None,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the checkpoint that DST holds.")] = False,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the mapping and write nothing.")] = False,
+    head: Annotated[
+        str | None,
+        common.choice(values=HEADS, help="Model to write, if only a part", show_default="as in SRC"),
+    ] = None,
+    shard_size: Annotated[
+        str, typer.Option(metavar="SIZE", help="Largest file; bigger results are split: 200MB, 2GiB.")
+    ] = "5GB",
+    subfolder: common.Subfolder = "",
+    revision: common.Revision = None,
+    variant: Annotated[str | None, typer.Option(metavar="NAME", help="Read model.NAME.safetensors.")] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the checkpoint in DST.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the mapping; write nothing.")] = False,
     verify: Annotated[
         bool, typer.Option("--verify", help="Also run source and result through every installed backend.")
     ] = False,
     as_json: common.Json = False,
 ) -> None:
-    """Write a checkpoint in another format, and compare every tensor with the source.
+    """Convert a checkpoint to another format and verify every tensor.
 
-    The config, tokenizer and image processor are written too, and conversion.json records what was done. A kill, a full
-    disk or a difference leaves DST as it was.
+    The config, tokenizer and image processor are converted too, and conversion.json records what was done. If the
+    process is killed, the disk fills up or verification fails, DST is left untouched.
     """
-    from clipmb.common.convert import RECORD_NAME, convert
-
+    if Path(src).exists():
+        common.refuse(context, {"revision"}, "has no effect on local files.")
+    if dry_run:
+        common.refuse(context, {"verify"}, "needs a result, and --dry-run writes none.")
     done = convert(
         src,
         dst,
@@ -49,7 +59,7 @@ def run(
         overwrite=overwrite,
         dry_run=dry_run,
         progress=True,
-        check=_check() if verify and not dry_run else None,
+        check=_check() if verify else None,
         subfolder=subfolder,
         revision=revision,
     )
@@ -61,27 +71,28 @@ def run(
             "decisions": done.decisions,
             "mapping": [entry._asdict() for entry in done.mapping],
         }
-        typer.echo(json.dumps(plan if dry_run else done.record, indent=2))
+        common.print_json(plan if dry_run else done.record)
         return
     title = f"{done.source} ({done.source_format}) to {done.folder} ({done.target_format}): {done.head}"
     if dry_run:
         rows = [[e.source, e.canonical, e.target, str(e.shape), e.dtype] for e in done.mapping]
         common.table(title, ["source", "canonical", "result", "shape", "dtype"], rows)
-        common.table("", ["decision", ""], [[key, text] for key, text in done.decisions.items()])
-        typer.echo(f"Nothing was written; {len(done.mapping)} tensors would be.")
-        return
-    files = done.record["result"]["files"]
-    common.table(title, ["file", "bytes"], [[name, f"{entry['bytes']:,}"] for name, entry in files.items()], (1,))
+    else:
+        files = done.record["result"]["files"]
+        common.table(title, ["file", "bytes"], [[name, f"{entry['bytes']:,}"] for name, entry in files.items()], (1,))
     common.table("", ["decision", ""], [[key, text] for key, text in done.decisions.items()])
-    typer.echo(f"{len(done.mapping)} tensors {verdict(done.record['verification'])}; recorded in {RECORD_NAME}.")
+    if dry_run:
+        typer.echo(f"Nothing was written; {len(done.mapping)} tensors would be.")
+    else:
+        typer.echo(f"{len(done.mapping)} tensors {_verdict(done.record['verification'])}; recorded in {RECORD_NAME}.")
 
 
-def verdict(verification: dict[str, Any]) -> str:
-    """Says how the result compares with the source."""
+def _verdict(verification: dict[str, Any]) -> str:
+    """Returns how the result compares with the source, in words."""
     difference = verification["largest_difference"]
-    said = f"rounded, by at most {difference:.1e} of the largest value" if difference else "equal to the bit"
+    result = f"rounded, by at most {difference:.1e} of the largest value" if difference else "equal to the bit"
     checked = verification["backends"]
-    return said if checked is None else f"{said}; source and result agree on {', '.join(checked['contenders'])}"
+    return result if checked is None else f"{result}; source and result agree on {', '.join(checked['contenders'])}"
 
 
 def _check() -> Callable[..., dict[str, Any]]:

@@ -1,10 +1,9 @@
-"""``clipmb doctor``: what is installed, and does it compute CLIP correctly on this machine?"""
+"""``clipmb doctor``: what is installed, and whether it computes CLIP correctly on this machine."""
 
 from __future__ import annotations
 
-import json
 import platform
-from typing import Annotated, Any
+from typing import Any
 
 import typer
 
@@ -12,18 +11,22 @@ from clipmb.cli import common
 
 
 def run(
-    backend: Annotated[str | None, typer.Option("--backend", "-b", help="Only this one; it must be installed.")] = None,
+    backend: common.Backends = None,
     as_json: common.Json = False,
 ) -> None:
-    """Check the installation against recorded values of transformers 4.57.6: exit code 1 when something is wrong."""
+    """Check that the installed backends compute CLIP correctly.
+
+    Results are compared with recorded values of transformers 4.57.6. The exit code is 1 when something is wrong, or a
+    backend that you name is not installed.
+    """
     from clipmb import __version__
     from clipmb.doctor import examine
 
     with common.quiet():
-        found = examine(None if backend is None else [backend])
+        found = examine(backend or None)
     system = {"clipmb": __version__, "python": platform.python_version(), "system": platform.platform()}
     if as_json:
-        typer.echo(json.dumps({**system, **found}, indent=2))
+        common.print_json({**system, **found})
     else:
         typer.echo("  ".join(f"{key} {value}" for key, value in system.items()))
         rows = [
@@ -46,7 +49,5 @@ def _verdict(entry: dict[str, Any]) -> tuple[str, str]:
         return "", "not installed"
     if "error" in entry:
         return "", f"FAILED: {entry['error']}"
-    worst = f"largest difference {entry['difference']:.1e}"
-    return f"{entry['stages']} stages", f"correct, {worst}" if entry[
-        "correct"
-    ] else f"WRONG at {entry['first']}, {worst}"
+    verdict = "correct" if entry["correct"] else f"WRONG at {entry['first']}"
+    return f"{entry['stages']} stages", f"{verdict}, largest difference {entry['difference']:.1e}"

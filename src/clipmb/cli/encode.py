@@ -1,4 +1,4 @@
-"""``clipmb encode``: the embeddings of pictures and texts."""
+"""``clipmb encode``: the embeddings of images and texts."""
 
 from __future__ import annotations
 
@@ -13,40 +13,49 @@ import typer
 from clipmb.cli import common
 from clipmb.common.errors import bad_input
 from clipmb.common.saving import write_atomically
+from clipmb.pipeline import LONG_TEXT
 
-FORMATS = (".npy", ".npz", ".safetensors")
+SUFFIXES = (".npy", ".npz", ".safetensors")
 
 
 def run(
-    images: Annotated[list[str] | None, typer.Argument(metavar="[IMAGE...]", help="Picture files.")] = None,
-    text: Annotated[list[str] | None, typer.Option("--text", "-t", help="A text; may be repeated.")] = None,
-    texts: Annotated[str | None, typer.Option("--texts", help="File with one text a line.")] = None,
+    context: typer.Context,
+    images: Annotated[list[str] | None, typer.Argument(metavar="IMAGE", help="Image files.")] = None,
+    text: Annotated[list[str] | None, typer.Option(metavar="TEXT", help="Text to encode; repeatable.")] = None,
+    texts: Annotated[str | None, typer.Option(metavar="FILE", help="File with one text per line.")] = None,
     out: Annotated[
         str | None,
         typer.Option(
             "--out",
             "-o",
-            help=".npy: one matrix, of pictures or of texts; .npz or .safetensors: images, texts. Else JSON on stdout.",
+            metavar="FILE",
+            help="Output file: .npy (one matrix, of images or of texts), .npz or .safetensors (images and texts).",
+            show_default="JSON on stdout",
         ),
     ] = None,
-    model: common.Model = common.DEFAULT_MODEL,
+    model: common.Model = None,
     backend: common.Backend = None,
-    normalize: Annotated[bool, typer.Option(help="Scale to unit length.")] = True,
-    long_text: Annotated[str, typer.Option(help="error, truncate or mean: text beyond the context.")] = "error",
-    dtype: Annotated[str, typer.Option(help="float32, float16, bfloat16 or float64.")] = "float32",
-    device: Annotated[str | None, typer.Option(help="As the framework names it.")] = None,
-    batch_size: Annotated[int, typer.Option(min=1, help="Pictures or texts per step.")] = 32,
+    normalize: Annotated[bool, typer.Option(help="Scale embeddings to unit length.")] = True,
+    long_text: Annotated[
+        str,
+        common.choice(values=LONG_TEXT, help="What to do with text longer than the context"),
+    ] = "error",
+    dtype: common.Dtype = "float32",
+    device: common.Device = None,
+    batch_size: common.BatchSize = 32,
 ) -> None:
-    """Embed pictures and texts: rows of a matrix, in the order given."""
+    """Encode images and texts as embeddings.
+
+    Each image and each text becomes one row of a matrix, in the order given.
+    """
     paths, lines = list(images or []), [*(text or []), *_lines(texts)]
     if not paths and not lines:
-        raise bad_input("There must be something to encode", "no picture and no text", "Name some", shown=True)
+        raise bad_input("encode needs an image or a text", "neither", "Pass image files, --text or --texts", shown=True)
+    if not lines:
+        common.refuse(context, {"long_text"}, "has no effect without text.")
     _check(out, paths, lines)
     model, _ = common.chosen(model)
-    common.load_framework(backend)
-    from clipmb.pipeline import CLIPPipeline
-
-    pipeline = CLIPPipeline.from_pretrained(model, backend=backend, dtype=dtype, device=device)
+    pipeline = common.load_pipeline(model, backend, dtype, device)
     options: dict[str, Any] = {"batch_size": batch_size, "normalize": normalize, "progress": True}
     embeds = {}
     if paths:
@@ -73,34 +82,35 @@ def _lines(path: str | None) -> list[str]:
         return [line for line in Path(path).read_text("utf-8-sig").splitlines() if line.strip()]
     except (OSError, UnicodeDecodeError) as error:
         raise bad_input(
-            "--texts must be a readable UTF-8 file", f"{path} ({error})", "Correct the path", shown=True
+            "--texts must be a readable UTF-8 file", f"{path} ({error})", "Check the path", shown=True
         ) from None
 
 
 def _check(out: str | None, paths: list[str], lines: list[str]) -> None:
-    """Refuses what cannot be written before anything is computed."""
+    """Raises, before anything is computed, if the result could not be written."""
     if out is None:
         return
-    if Path(out).suffix not in FORMATS:
-        raise bad_input(f"--out must end in {', '.join(FORMATS)}", out, "Change its ending")
+    if Path(out).suffix not in SUFFIXES:
+        raise bad_input(f"--out must end in {', '.join(SUFFIXES)}", out, "Change the suffix")
     if Path(out).suffix == ".npy" and paths and lines:
-        raise bad_input("A .npy file holds one matrix", "pictures and texts", "Write .npz or .safetensors", shown=True)
+        raise bad_input("A .npy file holds one matrix", "images and texts", "Use .npz or .safetensors", shown=True)
     if not Path(out).absolute().parent.is_dir():
-        raise bad_input("--out must be in a folder that exists", out, "Make the folder first")
+        raise bad_input("--out must be in a folder that exists", out, "Create the folder first")
 
 
 def _write(path: Path, embeds: dict[str, np.ndarray], names: dict[str, list[str]], made: dict[str, str]) -> None:
-    """Writes the file whole: it appears under its name when it is complete."""
+    """Writes the file; it appears under its name only when it is complete."""
     if path.suffix == ".safetensors":
         from safetensors.numpy import save
 
-        told = {kind: json.dumps(names[kind], ensure_ascii=False) for kind in embeds}
-        content = save(embeds, metadata={**made, **{f"{kind}_names": value for kind, value in told.items()}})
+        listed = {f"{kind}_names": json.dumps(names[kind], ensure_ascii=False) for kind in embeds}
+        content = save(embeds, metadata={**made, **listed})
     else:
         buffer = io.BytesIO()
         if path.suffix == ".npy":
             np.save(buffer, next(iter(embeds.values())))
         else:
-            np.savez(buffer, **embeds, **{f"{kind}_names": np.array(names[kind]) for kind in embeds})
+            arrays: dict[str, Any] = {f"{kind}_names": np.array(names[kind]) for kind in embeds}
+            np.savez(buffer, **embeds, **arrays)
         content = buffer.getvalue()
     write_atomically(path, content)

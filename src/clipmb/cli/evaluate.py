@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -17,37 +16,37 @@ def run(
         str,
         typer.Argument(
             metavar="DATA",
-            help="Table of pictures with captions or labels (.csv, .tsv, .jsonl, .parquet), folder, or .tar shards.",
+            help="Images with labels or captions: a table (.csv, .tsv, .jsonl, .parquet), a folder, or .tar shards.",
         ),
     ],
-    model: common.Model = common.DEFAULT_MODEL,
+    model: common.Model = None,
     backend: common.Backend = None,
     labels: Annotated[
         str | None,
         typer.Option(
             "--labels",
             "-l",
-            help='The classes: "a cat,a dog", or a file with one label, or label, tab and name in the prompts, a line; '
-            "the labels of the data if not given.",
+            metavar="NAMES|FILE",
+            help="Class names, separated by commas, or a file with one label per line, optionally followed by a tab "
+            "and the name to use in prompts.",
+            show_default="the labels in DATA",
         ),
     ] = None,
-    template: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--template", "-t", help='Text with {} for the label, or "photo", "label", "seven"; may be repeated.'
-        ),
-    ] = None,
-    image_column: Annotated[str | None, typer.Option(help="Column of the pictures.")] = None,
-    caption_column: Annotated[str | None, typer.Option(help="Column of the captions.")] = None,
-    label_column: Annotated[str | None, typer.Option(help="Column of the labels.")] = None,
-    separator: Annotated[str | None, typer.Option(help="What separates the cells of a text table.")] = None,
-    dtype: Annotated[str, typer.Option(help="float32, float16, bfloat16 or float64.")] = "float32",
-    device: Annotated[str | None, typer.Option(help="As the framework names it.")] = None,
-    batch_size: Annotated[int, typer.Option(min=1, help="Pictures per step.")] = 32,
+    template: common.Template = None,
+    image_column: common.ImageColumn = None,
+    caption_column: common.CaptionColumn = None,
+    label_column: common.LabelColumn = None,
+    separator: common.Separator = None,
+    dtype: common.Dtype = "float32",
+    device: common.Device = None,
+    batch_size: common.BatchSize = 32,
     as_json: common.Json = False,
 ) -> None:
-    """Measure zero-shot classification where items have labels, and retrieval where they have captions."""
-    model, templates = common.chosen(model, template[0] if template and len(template) == 1 else template)
+    """Measure zero-shot accuracy and image-text retrieval.
+
+    Zero-shot classification is measured on the images with labels, retrieval on those with captions.
+    """
+    model, templates = common.chosen(model, template)
     common.load_framework(backend)
     from clipmb import backends
     from clipmb.evaluation import evaluate
@@ -68,24 +67,26 @@ def run(
         label_column=label_column,
         separator=separator,
     )
+    if template and "zero_shot" not in found:
+        typer.echo("--template had no effect: the data has no labels.", err=True)
     if as_json:
-        typer.echo(json.dumps({"model": model, "backend": name, "data": data, **found}, indent=2))
+        common.print_json({"model": model, "backend": name, "data": data, **found})
         return
-    for parts in report(found, f"{model} on {name}: {data}"):
+    for parts in _report(found, f"{model} on {name}: {data}"):
         common.table(*parts)
 
 
-def report(found: dict[str, Any], title: str) -> list[tuple[str, list[str], list[list[str]], tuple[int, ...]]]:
-    """Returns the tables of an evaluation: title, columns, rows and the columns aligned to the right."""
+def _report(found: dict[str, Any], title: str) -> list[tuple[str, list[str], list[list[str]], tuple[int, ...]]]:
+    """Returns the tables of an evaluation, each as title, columns, rows and the columns aligned to the right."""
     tables = []
     if scores := found.get("zero_shot"):
-        about = f"{title}\nzero-shot classification: {scores['images']:,} pictures, {scores['classes']:,} classes"
+        about = f"{title}\nzero-shot classification: {scores['images']:,} images, {scores['classes']:,} classes"
         measures = [key for key in scores if key not in ("images", "classes")]
         row = [f"{scores[key]:.2%}" for key in measures]
         tables.append((about, measures, [row], tuple(range(len(row)))))
         title = ""
     if scores := found.get("retrieval"):
-        about = f"retrieval: {scores['images']:,} pictures, {scores['captions']:,} captions"
+        about = f"retrieval: {scores['images']:,} images, {scores['captions']:,} captions"
         directions = [key for key, value in scores.items() if isinstance(value, dict)]
         measures = list(scores[directions[0]])
         rows = [
@@ -104,5 +105,5 @@ def _classes(labels: str) -> list[str] | Path:
     if Path(labels).is_file():
         return Path(labels)
     if "," not in labels:
-        raise bad_input("--labels must be a file, or names with commas between them", labels, "Correct it")
-    return [name.strip() for name in labels.split(",") if name.strip()]
+        raise bad_input("--labels must be a file or names separated by commas", labels, "Pass at least two names")
+    return common.split(labels)

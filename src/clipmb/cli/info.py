@@ -1,8 +1,7 @@
-"""``clipmb info``: what a checkpoint is, without loading a framework."""
+"""``clipmb info``: what is in a checkpoint, without loading a framework."""
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -21,15 +20,18 @@ _CONFIGS = {config.model_type: config for config in (CLIPConfig, CLIPTextConfig,
 
 
 def run(
-    model: Annotated[str, typer.Argument(metavar="MODEL", help="Folder or hub id of a CLIP checkpoint.")],
-    subfolder: Annotated[str, typer.Option(help="Folder inside it.")] = "",
-    revision: Annotated[str | None, typer.Option(help="Branch, tag or commit on the hub.")] = None,
+    context: typer.Context,
+    model: Annotated[str, typer.Argument(metavar="MODEL", help="Folder or Hub id of a CLIP checkpoint.")],
+    subfolder: common.Subfolder = "",
+    revision: common.Revision = None,
     as_json: common.Json = False,
 ) -> None:
     """Show the config, parameters, files and sizes of a checkpoint."""
+    if Path(model).exists():
+        common.refuse(context, {"revision"}, "has no effect on local files.")
     found = describe(Source(model, subfolder=subfolder, revision=revision))
     if as_json:
-        typer.echo(json.dumps(found, indent=2))
+        common.print_json(found)
         return
     facts = [[key, str(value)] for key, value in found["config"].items()]
     common.table(f"{model}: {found['head']}, {found['format']}", ["config", "value"], facts)
@@ -40,19 +42,20 @@ def run(
 
 
 def describe(source: Source) -> dict[str, Any]:
-    """Returns what is known of a checkpoint from its files alone.
+    """Describes a checkpoint from its files alone.
 
     Raises:
-        CheckpointError: It has no readable config and weights, or is not a CLIP.
+        CheckpointError: There is no readable config, there are no readable weights, or the model is not a CLIP.
     """
     path = source.find(CONFIG_NAME)
     loaded = load_weights(source)
-    if path is None and loaded.config is None:
-        path = source.require(CONFIG_NAME)  # raises, with the list of what is there
-    fields = loaded.config.to_dict() if path is None and loaded.config is not None else read_json(path)
+    if path is None and loaded.config is not None:
+        fields = loaded.config.to_dict()
+    else:
+        fields = read_json(path or source.require(CONFIG_NAME))  # which raises, with the list of files
     kind = fields.get("model_type", "clip")
     if kind not in _CONFIGS:
-        raise CheckpointError(f"{source} holds a model of type {kind!r}; CLIP's types are {', '.join(_CONFIGS)}.")
+        raise CheckpointError(f"{source} has a model of type {kind!r}, expected one of {', '.join(_CONFIGS)}.")
     config = _CONFIGS[kind].from_dict(fields)
     tensors = loaded.tensors
     head = (
@@ -90,14 +93,14 @@ def _facts(config: Any) -> dict[str, Any]:
             f"{part}.{key}": value
             for part, tower in parts.items()
             for key, value in _facts(tower).items()
-            if key != "projection_dim"  # the whole has its own
+            if key != "projection_dim"  # a tower's own is not used in the full model
         }
         return {"projection_dim": config.projection_dim, **nested}
     return {key: getattr(config, key) for key in keys if hasattr(config, key)}
 
 
 def _files(source: Source, config: Path | None) -> dict[str, int]:
-    """Returns the bytes of the files beside the config, which on the hub are those in the cache."""
+    """Returns the sizes in bytes of the files beside the config; for a model on the Hub, of those in the cache."""
     if config is None:
         found = [path for name in source.names() if (path := source.find(name)) is not None]
     else:

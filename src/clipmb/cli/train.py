@@ -2,85 +2,108 @@
 
 from __future__ import annotations
 
-import json
+import dataclasses
 import logging
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
 from clipmb.cli import common
-from clipmb.common.training.recipe import DISTRIBUTED, LOSSES, PRECISIONS, Recipe
+from clipmb.common.training.recipe import DISTRIBUTED, LOSSES, PRECISIONS, TOWERS, Recipe
 
 
 def run(
-    data: Annotated[str, typer.Argument(help="Captions file, folder or WebDataset shards: pictures with captions.")],
-    out: Annotated[str, typer.Option("--out", "-o", help="Folder for the trained model.")],
+    context: typer.Context,
+    data: Annotated[
+        str,
+        typer.Argument(
+            metavar="DATA",
+            help="Images with captions: a table (.csv, .tsv, .jsonl, .parquet), a folder, or .tar shards.",
+        ),
+    ],
+    out: Annotated[str, typer.Option("--out", "-o", metavar="DIR", help="Folder for the trained model.")],
     model: Annotated[
-        str | None, typer.Option("--model", "-m", help="Folder or hub id to begin from; not needed to resume.")
+        str | None,
+        typer.Option(
+            "--model", "-m", metavar="MODEL", help="Folder or Hub id to start from; not needed with --resume."
+        ),
     ] = None,
     backend: common.Backend = None,
-    epochs: Annotated[int | None, typer.Option(help="Passes over the data; or give --steps.")] = None,
-    steps: Annotated[int | None, typer.Option(help="Optimizer steps.")] = None,
+    epochs: Annotated[int | None, typer.Option(metavar="N", help="Passes over the data; or use --steps.")] = None,
+    steps: Annotated[int | None, typer.Option(metavar="N", help="Optimizer steps; or use --epochs.")] = None,
     from_scratch: Annotated[
-        bool, typer.Option("--from-scratch", help="New weights; only config and tokenizer come from --model.")
+        bool,
+        typer.Option("--from-scratch", help="Take only config, tokenizer and image processor from --model."),
     ] = False,
-    resume: Annotated[bool, typer.Option("--resume", help="Continue the run in --out, with any backend.")] = False,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Begin anew although --out has a checkpoint.")] = False,
-    batch_size: Annotated[
-        int | None, typer.Option(help=f"Pairs in a step, over all devices.  [{Recipe.batch_size}]")
-    ] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Resume the run in --out, with any backend.")] = False,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Start over even if --out already contains a checkpoint.")
+    ] = False,
+    batch_size: Annotated[int, typer.Option(metavar="N", help="Pairs per step, over all devices.")] = Recipe.batch_size,
     chunk_size: Annotated[
-        int | None, typer.Option(help="Pairs encoded at once: the same result in less memory.  [whole batch]")
-    ] = None,
-    loss: Annotated[str | None, typer.Option(help=f"{' or '.join(LOSSES)}.  [{Recipe.loss}]")] = None,
+        int | None,
+        typer.Option(
+            metavar="N",
+            help="Pairs to encode at once: the same result in less memory.",
+            show_default="the whole batch",
+        ),
+    ] = Recipe.chunk_size,
+    loss: Annotated[str, common.choice(values=LOSSES, help="Contrastive loss")] = Recipe.loss,
     local_loss: Annotated[
-        bool | None, typer.Option("--local-loss", help="Each device computes the loss of its own rows only.")
-    ] = None,
-    learning_rate: Annotated[float | None, typer.Option("--lr", help=f"The highest.  [{Recipe.learning_rate}]")] = None,
-    warmup_steps: Annotated[int | None, typer.Option(help=f"Of linear warm-up.  [{Recipe.warmup_steps}]")] = None,
-    weight_decay: Annotated[float | None, typer.Option(help=f"AdamW's.  [{Recipe.weight_decay}]")] = None,
-    beta1: Annotated[float | None, typer.Option(help=f"AdamW's.  [{Recipe.betas[0]}]")] = None,
-    beta2: Annotated[float | None, typer.Option(help=f"AdamW's.  [{Recipe.betas[1]}]")] = None,
-    eps: Annotated[float | None, typer.Option(help=f"AdamW's.  [{Recipe.eps}]")] = None,
+        bool, typer.Option("--local-loss", help="Compute on each device only the loss of its own pairs.")
+    ] = Recipe.local_loss,
+    learning_rate: Annotated[
+        float, typer.Option("--lr", metavar="X", help="Peak learning rate.")
+    ] = Recipe.learning_rate,
+    warmup_steps: Annotated[int, typer.Option(metavar="N", help="Linear warm-up steps.")] = Recipe.warmup_steps,
+    weight_decay: Annotated[float, typer.Option(metavar="X", help="AdamW weight decay.")] = Recipe.weight_decay,
+    beta1: Annotated[float, typer.Option(metavar="X", help="AdamW beta1.")] = Recipe.betas[0],
+    beta2: Annotated[float, typer.Option(metavar="X", help="AdamW beta2.")] = Recipe.betas[1],
+    eps: Annotated[float, typer.Option(metavar="X", help="AdamW epsilon.")] = Recipe.eps,
     clip_norm: Annotated[
-        float | None, typer.Option(help=f"Largest norm of the gradient; 0 for no clipping.  [{Recipe.clip_norm}]")
-    ] = None,
+        float | None, typer.Option(metavar="X", help="Largest gradient norm; 0 disables clipping.")
+    ] = Recipe.clip_norm,
     precision: Annotated[
-        str | None, typer.Option(help=f"{', '.join(PRECISIONS)}: of the towers.  [{Recipe.precision}]")
-    ] = None,
+        str, common.choice(values=PRECISIONS, help="Floating-point type of the towers")
+    ] = Recipe.precision,
     gradient_checkpointing: Annotated[
-        bool | None, typer.Option("--gradient-checkpointing", help="Recompute blocks instead of keeping their results.")
-    ] = None,
-    freeze: Annotated[str | None, typer.Option(help="text or vision: the tower that stays as it is.")] = None,
+        bool, typer.Option("--gradient-checkpointing", help="Recompute activations instead of keeping them.")
+    ] = Recipe.gradient_checkpointing,
+    freeze: Annotated[str | None, common.choice(values=TOWERS, help="Tower to keep unchanged")] = None,
     distributed: Annotated[
-        str | None, typer.Option(help=f"{', '.join(DISTRIBUTED)}: over several devices.  [{Recipe.distributed}]")
+        str, common.choice(values=DISTRIBUTED, help="Parallelism over several devices")
+    ] = Recipe.distributed,
+    seed: Annotated[
+        int, typer.Option(metavar="N", help="Random seed for data order, augmentation and dropout.")
+    ] = Recipe.seed,
+    augment: Annotated[str | None, typer.Option(metavar="crop", help="Augment images by random resized crops.")] = None,
+    workers: Annotated[
+        int | None,
+        typer.Option(metavar="N", help="Threads that decode images.", show_default="processors, at most 8"),
     ] = None,
-    seed: Annotated[int | None, typer.Option(help=f"Of order, augmentation, dropout.  [{Recipe.seed}]")] = None,
-    augment: Annotated[str | None, typer.Option(help="crop: random resized crops.")] = None,
-    workers: Annotated[int | None, typer.Option(help="Threads that decode pictures.  [processors, at most 8]")] = None,
-    image_column: Annotated[str | None, typer.Option(help="Column of the pictures' paths.")] = None,
-    caption_column: Annotated[str | None, typer.Option(help="Column of the captions.")] = None,
-    separator: Annotated[str | None, typer.Option(help="Between the columns of a CSV.")] = None,
+    image_column: common.ImageColumn = None,
+    caption_column: common.CaptionColumn = None,
+    label_column: common.LabelColumn = None,
+    separator: common.Separator = None,
     evaluation_data: Annotated[
-        str | None, typer.Option("--eval", help="Held-out labelled or captioned pictures.")
+        str | None, typer.Option("--eval", metavar="DATA", help="Held-out images with labels or captions.")
     ] = None,
-    evaluate_every: Annotated[int | None, typer.Option("--eval-every", help="Steps.  [at the end only]")] = None,
-    template: Annotated[
-        list[str] | None, typer.Option("--template", "-t", help="Of zero-shot evaluation, as for classify.")
+    evaluate_every: Annotated[
+        int | None,
+        typer.Option("--eval-every", metavar="N", help="Evaluate every N steps.", show_default="at the end only"),
     ] = None,
-    save_every: Annotated[int, typer.Option(help="Steps.")] = 1000,
-    device: Annotated[str | None, typer.Option(help="As the framework names it.")] = None,
+    template: common.Template = None,
+    save_every: Annotated[int, typer.Option(metavar="N", help="Save every N steps.")] = 1000,
+    device: common.Device = None,
     as_json: common.Json = False,
 ) -> None:
-    """Train a CLIP on pictures with captions, or fine-tune one."""
+    """Train a CLIP model on image-text pairs."""
+    if evaluation_data is None:
+        common.refuse(context, {"evaluate_every", "template"}, "has no effect without --eval.")
     common.load_framework(backend)
     from clipmb.training import train
 
     logging.getLogger("clipmb").setLevel(logging.INFO)
-    betas = None
-    if beta1 is not None or beta2 is not None:
-        default = Recipe.betas
-        betas = (default[0] if beta1 is None else beta1, default[1] if beta2 is None else beta2)
     result = train(
         data,
         model,
@@ -93,42 +116,44 @@ def run(
         overwrite=overwrite,
         evaluation_data=evaluation_data,
         evaluate_every=evaluate_every,
-        templates=template[0] if template and len(template) == 1 else template,
+        templates=common.templates(template),
         save_every=save_every,
         augment=augment,
         workers=workers,
         device=device,
         progress=True,
-        columns={"image_column": image_column, "caption_column": caption_column, "separator": separator},
-        batch_size=batch_size,
-        chunk_size=chunk_size,
-        loss=loss,
-        local_loss=local_loss,
-        learning_rate=learning_rate,
-        warmup_steps=warmup_steps,
-        weight_decay=weight_decay,
-        betas=betas,
-        eps=eps,
-        clip_norm=clip_norm,
-        precision=precision,
-        gradient_checkpointing=gradient_checkpointing,
-        freeze=None if freeze is None else tuple(name.strip() for name in freeze.split(",")),
-        distributed=distributed,
-        seed=seed,
+        columns={
+            "image_column": image_column,
+            "caption_column": caption_column,
+            "label_column": label_column,
+            "separator": separator,
+        },
+        **_recipe(context),
     )
     if as_json:
-        typer.echo(json.dumps(result, indent=2))
+        common.print_json(result)
         return
     rows = [["steps", str(result["steps"])]]
-    if "loss" in result:  # a run that was over before takes no step
+    if "loss" in result:  # a run that had already ended takes no step
         rows.append(["loss of the last step", f"{result['loss']:.4f}"])
     rows.append(["items skipped", str(result["skipped"])])
     rows += [[name, f"{value:.4f}"] for name, value in _flat(result.get("evaluation", {}))]
-    common.table(f"Trained into {result['out']}", ["what", "value"], rows, right=(1,))
+    common.table(f"Trained model: {result['out']}", ["", "value"], rows, right=(1,))
 
 
-def _flat(values: dict, prefix: str = "") -> list[tuple[str, float]]:
-    """The fractions of a nested evaluation by their paths."""
+def _recipe(context: typer.Context) -> dict[str, Any]:
+    """Returns the fields of the recipe that were given; a resumed run keeps its own values of the others."""
+    given, values = common.given(context), context.params
+    recipe = {field.name: values[field.name] for field in dataclasses.fields(Recipe) if field.name in given - {"steps"}}
+    if "freeze" in recipe:
+        recipe["freeze"] = (recipe["freeze"],)
+    if given & {"beta1", "beta2"}:
+        recipe["betas"] = (values["beta1"], values["beta2"])
+    return recipe
+
+
+def _flat(values: dict[str, Any], prefix: str = "") -> list[tuple[str, float]]:
+    """Returns the fractions in a nested evaluation, by their paths."""
     found: list[tuple[str, float]] = []
     for name, value in values.items():
         if isinstance(value, dict):

@@ -7,6 +7,7 @@ import re
 
 import numpy as np
 import pytest
+import typer
 from cases import CONFIGS, VISION, write_checkpoint
 from conftest import BACKENDS
 from PIL import Image
@@ -14,7 +15,12 @@ from processes import clipmb
 from safetensors import safe_open
 
 from clipmb import CLIPConfig, CLIPPipeline
+from clipmb.backends import BACKENDS as KNOWN
+from clipmb.cli import app
+from clipmb.common.checkpoint.formats import FORMATS
+from clipmb.common.dtypes import DTYPES
 from clipmb.common.small_model import TEMPLATES, held_out_pictures, small_model
+from clipmb.common.training.recipe import LOSSES
 
 CONFIG = CLIPConfig(
     {"hidden_size": 32, "intermediate_size": 56, "num_hidden_layers": 2, "num_attention_heads": 4},
@@ -65,7 +71,7 @@ def test_classify_without_a_model_uses_the_small_one_and_says_so(tmp_path):
     pictures[truth.index("rocket")].save(tmp_path / "picture.png")
     done = clipmb("classify", tmp_path / "picture.png", "--labels", "rocket,panda,pizza", "--json", "-b", BACKENDS[0])
     assert done.returncode == 0
-    assert "emoji-like pictures only" in done.stderr
+    assert "emoji-style images only" in done.stderr
     assert "--model openai/clip-vit-base-patch32" in done.stderr
     found = json.loads(done.stdout)
     assert found["model"] == str(small_model())
@@ -117,8 +123,8 @@ def test_encode(folder, photos, tmp_path, backend):
 def test_demo(tmp_path):
     done = clipmb("demo", "--backend", BACKENDS[0], "--out", tmp_path / "new" / "demo.png")
     assert (done.returncode, done.stderr) == (0, "")
-    assert "emoji-like pictures only" in done.stdout.replace("\n", " ")
-    right = re.search(r"(\d+) of 16 right", done.stdout)
+    assert "emoji-style images only" in done.stdout.replace("\n", " ")
+    right = re.search(r"(\d+) of 16 correct", done.stdout)
     assert int(right[1]) >= 12
     for label in ("rocket", "Statue of Liberty", "fruit"):
         assert label in done.stdout
@@ -156,17 +162,25 @@ def test_info_of_a_tower(tmp_path):
         (["classify"], 2, "IMAGE"),
         (["classify", "PHOTO"], 2, "--labels"),
         (["classify", "PHOTO", "--labels", "a", "--batch-size", "0"], 2, "batch-size"),
-        (["encode", "--model", "FOLDER"], 1, "something to encode"),
+        (["encode", "--model", "FOLDER"], 1, "an image or a text"),
         (["encode", "PHOTO", "--out", "rows.csv", "--model", "FOLDER"], 1, ".safetensors"),
         (["encode", "PHOTO", "--text", "a", "--out", "rows.npy", "--model", "FOLDER"], 1, ".npz"),
         (["encode", "PHOTO", "--out", "/no/such/rows.npy", "--model", "FOLDER"], 1, "folder that exists"),
         (["encode", "--texts", "/no/such/file", "--model", "FOLDER"], 1, "/no/such/file"),
-        (["demo", "--backend", "onnx"], 1, "backend"),
+        (["demo", "--backend", "onnx"], 2, "pt, tf, flax"),
+        (["classify", "PHOTO", "--labels", "a", "--model", "FOLDER", "--dtype", "int8"], 2, "bfloat16"),
+        (["encode", "PHOTO", "--model", "FOLDER", "--long-text", "cut"], 2, "error, truncate, mean"),
+        (["encode", "PHOTO", "--model", "FOLDER", "--long-text", "mean"], 2, "--long-text has no effect"),
+        (["info", "FOLDER", "--revision", "main"], 2, "--revision has no effect"),
+        (["verify", "FOLDER", "--record", "--dtype", "float64"], 2, "--dtype has no effect"),
+        (["verify", "FOLDER", "--record", "--against", "FOLDER", "-b", "pt"], 2, "--backend, --against"),
+        (["train", "FOLDER", "--out", "FOLDER", "--eval-every", "5"], 2, "--eval-every has no effect"),
+        (["train", "FOLDER", "--out", "FOLDER", "--freeze", "all"], 2, "text, vision"),
         (["nonsense"], 2, "nonsense"),
         (["info"], 2, "MODEL"),
         (["classify", "nowhere.png", "--labels", "a,b", "--model", "FOLDER"], 1, "nowhere.png"),
         (["classify", "PHOTO", "--labels", " , ", "--model", "FOLDER"], 1, "labels"),
-        (["classify", "PHOTO", "--labels", "a", "--model", "FOLDER", "--backend", "onnx"], 1, "backend"),
+        (["classify", "PHOTO", "--labels", "a", "--model", "FOLDER", "--backend", "onnx"], 2, "pt, tf, flax"),
         (["classify", "PHOTO", "--labels", "a", "--model", "FOLDER", "--template", "x"], 1, "template"),
         (["classify", "PHOTO", "--labels", "a", "--model", "/no/such/folder"], 1, "does not exist"),
         (["info", "/no/such/folder"], 1, "does not exist"),
@@ -195,9 +209,60 @@ def test_a_model_that_is_not_cached_is_named_without_the_network(tmp_path):
 
 
 def test_help_and_version():
-    assert "classify" in clipmb("--help").stdout
-    assert "--labels" in clipmb("classify", "--help").stdout
     assert clipmb("--version").stdout.startswith("clipmb 0.")
+    assert "Usage: clipmb" in clipmb("--help").stdout
+
+
+COMMANDS = typer.main.get_command(app)
+
+
+def commands():
+    context = typer.Context(COMMANDS)
+    return {name: COMMANDS.get_command(context, name) for name in COMMANDS.list_commands(context)}
+
+
+def test_the_summary_of_every_command_fits_on_a_line():
+    shown = clipmb("--help", COLUMNS="80").stdout
+    for name, command in commands().items():
+        summary = command.help.partition("\n")[0]
+        assert re.search(rf"^  {name} +{re.escape(summary)}$", shown, re.MULTILINE)
+        assert summary in clipmb(name, "--help", COLUMNS="80").stdout
+
+
+def test_a_short_option_means_the_same_in_every_command():
+    meanings = {}
+    for command in commands().values():
+        for option in command.params:
+            for short in option.opts + option.secondary_opts:
+                if not short.startswith("--") and short.startswith("-"):
+                    meanings.setdefault(short, set()).add(option.opts[0])
+    assert meanings["-t"] == {"--template"}
+    assert all(len(long) == 1 for long in meanings.values()), meanings
+
+
+@pytest.mark.parametrize("name", sorted(commands()))
+def test_every_option_says_what_it_is_and_typer_shows_its_default(name):
+    for option in commands()[name].params:
+        assert option.help.endswith("."), option.name
+        assert "[" not in option.help, option.name
+        assert not re.match(r"(Of|As|If)\b", option.help), option.name
+    shown = clipmb(name, "--help", COLUMNS="120").stdout
+    assert max(map(len, shown.splitlines())) <= 120
+    for option in commands()[name].params:
+        for long in option.opts:
+            assert not long.startswith("--") or re.search(rf"{long}\b", shown), long
+
+
+def test_choices_are_those_of_the_tables():
+    shown = {name: re.sub(r"\s+", " ", clipmb(name, "--help", COLUMNS="400").stdout) for name in commands()}
+    assert f"Format to write: {', '.join(FORMATS)}." in shown["convert"]
+    assert f"Contrastive loss: {', '.join(LOSSES)}." in shown["train"]
+    for name in ("classify", "encode", "evaluate", "train"):
+        assert f"compute with: {', '.join(KNOWN)}." in shown[name]
+    for name in ("demo", "doctor", "verify"):
+        assert f"run (repeatable): {', '.join(KNOWN)}." in shown[name]
+    for name in ("classify", "encode", "evaluate", "verify"):
+        assert f"compute in: {', '.join(DTYPES)}." in shown[name]
 
 
 def test_tables_show_names_as_they_are(tmp_path):
