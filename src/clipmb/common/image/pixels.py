@@ -22,14 +22,14 @@ from clipmb.common.errors import bad_input, log_once, one_of
 from clipmb.common.features import to_numpy
 
 FIRST, LAST = "channels_first", "channels_last"
-_STRAIGHT = {"La": "LA"}  # Pillow has no direct conversion to RGB for these modes
+_STRAIGHT = {"La": "LA"}  # modes that Pillow cannot convert to RGB directly
 
 
 # ---- reading ---------------------------------------------------------------------------------------------------------
 
 
 def flatten(images: Any) -> list[Any]:
-    """Takes lists and batches apart into single images, in order."""
+    """Flattens lists and batches into single images, in order."""
     if isinstance(images, list | tuple):
         return [image for entry in images for image in flatten(entry)]
     if is_array(images) and len(images.shape) == 4:
@@ -43,7 +43,18 @@ def is_array(item: Any) -> bool:
 
 
 def open_image(name: str, source: str | os.PathLike[str] | bytes) -> Image.Image:
-    """Reads a file, the bytes of one, or a base64 string: upright by its EXIF orientation, in RGB."""
+    """Reads an image and turns it upright by its EXIF orientation.
+
+    Args:
+        name: What it is called in messages.
+        source: The path of a file, the bytes of one, or a base64 string.
+
+    Returns:
+        The image, in RGB.
+
+    Raises:
+        ValueError: It is remote, missing, broken, or a decompression bomb.
+    """
     file: Any = source
     if isinstance(source, bytes):
         file = io.BytesIO(source)
@@ -55,7 +66,7 @@ def open_image(name: str, source: str | os.PathLike[str] | bytes) -> Image.Image
             file = io.BytesIO(base64.b64decode("".join(text.split()), validate=True))
         except (binascii.Error, ValueError):
             raise bad_input(
-                f"{name} must be an existing file or base64", source, "Correct the path; folders have to be listed"
+                f"{name} must be an existing file or base64", source, "Correct the path; pass files, not folders"
             ) from None
     with _readable(name, source), Image.open(file) as image:
         _check_pixels(image.size)
@@ -64,7 +75,7 @@ def open_image(name: str, source: str | os.PathLike[str] | bytes) -> Image.Image
 
 
 def decode(name: str, image: Image.Image, rgb: bool) -> Image.Image:
-    """Decodes a Pillow image that was only opened so far, and converts it to RGB."""
+    """Decodes a Pillow image that was only opened; converts it to RGB when ``rgb`` is set."""
     with _readable(name, image):
         if pending(image):
             _check_pixels(image.size)
@@ -79,7 +90,7 @@ def decode(name: str, image: Image.Image, rgb: bool) -> Image.Image:
 
 @contextlib.contextmanager
 def _readable(name: str, source: Any) -> Iterator[None]:
-    """Turns whatever Pillow raises for a broken image into one kind of error."""
+    """Turns everything that Pillow raises for a broken image into ValueError."""
     try:
         yield
     except Exception as error:
@@ -88,25 +99,25 @@ def _readable(name: str, source: Any) -> Iterator[None]:
         raise bad_input(
             f"{name} must {'be of a reasonable size' if bomb else 'be a readable image'}",
             f"{shown} ({type(error).__name__}: {str(error)[:110]})",
-            "Raise PIL.Image.MAX_IMAGE_PIXELS if you trust it" if bomb else "Replace this image or leave it out",
+            "Raise PIL.Image.MAX_IMAGE_PIXELS if you trust it" if bomb else "Replace the image or leave it out",
             shown=True,
         ) from error
 
 
 def _check_pixels(size: tuple[int, int], tolerance: int = 1) -> None:
-    """Refuses what would take absurd amounts of memory. Pillow itself only warns up to twice its limit."""
+    """Refuses images that would take absurd amounts of memory. Pillow only warns up to twice its limit."""
     limit = Image.MAX_IMAGE_PIXELS
     if limit is not None and size[0] * size[1] > limit * tolerance:
         raise Image.DecompressionBombError(f"{size[0]} x {size[1]} pixels exceed the limit of {limit * tolerance}")
 
 
 def pending(image: Any) -> bool:
-    """Whether a Pillow image is opened but not decoded yet."""
+    """Whether a Pillow image is opened but not yet decoded."""
     return isinstance(image, Image.Image) and bool(getattr(image, "tile", None))
 
 
 def to_array(name: str, item: Any) -> np.ndarray:
-    """Turns an array or tensor of any framework into numpy, and checks that it can be an image."""
+    """Converts an array or tensor of any framework to numpy, and checks that it can be an image."""
     if not (is_array(item) or isinstance(item, Image.Image)):
         raise bad_input(
             f"{name} must be a Pillow image, an array, a path or base64",
@@ -122,7 +133,7 @@ def to_array(name: str, item: Any) -> np.ndarray:
         raise bad_input(
             f"{name} must have three non-empty axes of numbers: height, width and channels, or channels first",
             f"shape {array.shape}, dtype {array.dtype}",
-            "Give a grey image a channel axis and three equal channels, or pass a Pillow image, which is converted",
+            "Repeat a grey image along a channel axis, or pass a Pillow image, which is converted",
             shown=True,
         )
     return array
@@ -145,14 +156,14 @@ def infer(name: str, shape: tuple[int, ...], ambiguous: str) -> str:
 
 
 def layout_of_first(item: Any) -> str:
-    """The layout that ambiguous arrays of a call have: that of its first image, or channels first."""
+    """The layout of ambiguous arrays in a call: that of its first image, or channels first."""
     if not is_array(item):
         return LAST
     return LAST if len(item.shape) == 3 and item.shape[0] not in (1, 3) else FIRST
 
 
 def is_scaled(array: np.ndarray) -> bool:
-    """Whether the values look as if they were divided by 255 already."""
+    """Whether the values look as if they had been divided by 255 already."""
     return array.dtype != np.uint8 and bool(array.min() >= 0 and array.max() <= 1)
 
 
@@ -160,7 +171,7 @@ def is_scaled(array: np.ndarray) -> bool:
 
 
 def resize_pillow(name: str, image: Image.Image, target: tuple[int, int], resample: int) -> Image.Image:
-    """Resizes to (height, width)."""
+    """Resizes to (height, width) with one of Pillow's filters."""
     height, width = target
     with _readable(name, image):
         _check_pixels((width, height), tolerance=2)  # a sliver of one pixel by thousands grows by its square
@@ -168,7 +179,20 @@ def resize_pillow(name: str, image: Image.Image, target: tuple[int, int], resamp
 
 
 def resize(name: str, pixels: np.ndarray, target: tuple[int, int], resample: int) -> tuple[np.ndarray, bool]:
-    """Resizes as 8-bit values. Returns them, and whether they stand for floats in [0, 1]."""
+    """Resizes 8-bit values, or values that can be converted to 8 bits.
+
+    Args:
+        name: What the image is called in messages.
+        pixels: [channels, height, width], at most 4 channels.
+        target: (height, width) of the result.
+        resample: Pillow's filter.
+
+    Returns:
+        The resized values, [channels, height, width] uint8, and whether they represent floats in [0, 1].
+
+    Raises:
+        ValueError: There are too many channels or pixels, or the values have no 8-bit form.
+    """
     if len(pixels) > 4:
         raise bad_input(
             f"{name} must have at most 4 channels to be resized",
@@ -188,7 +212,7 @@ def resize(name: str, pixels: np.ndarray, target: tuple[int, int], resample: int
 
 
 def _to_8_bit(name: str, pixels: np.ndarray) -> tuple[np.ndarray, bool]:
-    """Casts to uint8 what is integral in [0, 255], and cuts 255 times what is in [0, 1] to it."""
+    """Casts integral values in [0, 255] to uint8; multiplies values in [0, 1] by 255 first, and truncates."""
     if pixels.dtype == np.uint8:
         return pixels, False
     low, high = pixels.min(), pixels.max()
@@ -210,7 +234,7 @@ def _to_8_bit(name: str, pixels: np.ndarray) -> tuple[np.ndarray, bool]:
 
 
 def _is_integral(pixels: np.ndarray, cut: np.ndarray) -> bool:
-    """Whether all values are within numpy.allclose of ``cut``, their integral parts; the cheap tests first."""
+    """Whether all values are as near to ``cut``, their integral parts, as numpy.allclose allows; cheap tests first."""
     if np.array_equal(pixels, cut):
         return True
     middle = np.s_[:, pixels.shape[1] // 2]
@@ -218,7 +242,7 @@ def _is_integral(pixels: np.ndarray, cut: np.ndarray) -> bool:
 
 
 def crop(pixels: np.ndarray, height: int, width: int) -> np.ndarray:
-    """Cuts or zero-pads around the centre; of an odd remainder, cutting leaves more after, padding more before."""
+    """Cuts or zero-pads around the centre. With an odd remainder, the larger part is cut after, and padded before."""
     tops, lefts = (pixels.shape[1] - height) // 2, (pixels.shape[2] - width) // 2  # negative: how much to pad
     cut = pixels[:, max(tops, 0) : max(tops, 0) + height, max(lefts, 0) : max(lefts, 0) + width]
     if cut.shape[1:] == (height, width):
@@ -246,7 +270,7 @@ def normalize(pixels: np.ndarray, mean: Any, std: Any) -> np.ndarray:
 
 
 def check_channels(name: str, channels: int, mean: Any, std: Any) -> None:
-    """Raises ValueError when there is not one mean and deviation for each channel."""
+    """Raises ValueError unless there is one mean and one deviation for each channel."""
     for field, values in (("image_mean", mean), ("image_std", std)):
         if isinstance(values, tuple) and len(values) != channels:
             raise bad_input(
@@ -258,7 +282,7 @@ def check_channels(name: str, channels: int, mean: Any, std: Any) -> None:
 
 
 def arithmetic(pixels: np.ndarray, factor: float | None, mean: Any, std: Any) -> np.ndarray:
-    """Rescales unless ``factor`` is None, and normalises unless ``mean`` is; always a new array."""
+    """Rescales unless ``factor`` is None, and normalises unless ``mean`` is None. Always returns a new array."""
     if factor is not None:
         pixels = rescale(pixels, factor)
     return pixels.copy() if mean is None else normalize(pixels, mean, std)
@@ -266,7 +290,18 @@ def arithmetic(pixels: np.ndarray, factor: float | None, mean: Any, std: Any) ->
 
 @functools.lru_cache(maxsize=64)
 def lookup_table(channels: int, quantised: bool, factor: float | None, mean: Any, std: Any) -> np.ndarray:
-    """What becomes of each 8-bit value in each channel: [channels, 256]."""
+    """Returns the rescaled and normalised value of each 8-bit value in each channel.
+
+    Args:
+        channels: Number of channels.
+        quantised: Divide by 255 first: the values represent floats in [0, 1].
+        factor: As in `arithmetic`.
+        mean: As in `arithmetic`.
+        std: As in `arithmetic`.
+
+    Returns:
+        [channels, 256], float32, or uint8 when there is nothing to compute; read-only.
+    """
     values = np.broadcast_to(np.arange(256, dtype=np.uint8), (channels, 1, 256))
     table = arithmetic(rescale(values, 1 / 255) if quantised else values, factor, mean, std)
     table = np.ascontiguousarray(table.reshape(channels, 256))
@@ -275,8 +310,8 @@ def lookup_table(channels: int, quantised: bool, factor: float | None, mean: Any
 
 
 def check_layout(field: str, layout: Any) -> str | None:
-    """Returns a layout's name; ValueError when it is none."""
-    layout = getattr(layout, "value", layout)  # the former library's enum
+    """Returns the name of a layout, or None; raises ValueError for anything else."""
+    layout = getattr(layout, "value", layout)  # transformers has an enum of them
     if layout not in (FIRST, LAST, None):
         raise one_of(field, layout, (FIRST, LAST, None))
     return layout
@@ -285,7 +320,7 @@ def check_layout(field: str, layout: Any) -> str | None:
 def in_layout(
     image: Any, data_format: str | None, input_data_format: str | None, work: Callable[[np.ndarray], np.ndarray]
 ) -> np.ndarray:
-    """Runs ``work`` on one array in [channels, height, width], and returns its result in ``data_format``."""
+    """Runs ``work`` on one array as [channels, height, width]; returns its result in ``data_format``."""
     array = to_array("The image", image)
     layout = check_layout("input_data_format", input_data_format) or infer("The image", array.shape, FIRST)
     done = work(array if layout == FIRST else array.transpose(2, 0, 1))

@@ -1,7 +1,7 @@
-"""CLIP's image preprocessing: resize, centre crop, rescale, normalise; bit for bit what the former library computes.
+"""CLIP's image preprocessing: resize, centre crop, rescale, normalise, with the bits of transformers 4.
 
 Rescaling and normalising an 8-bit image is a function of 256 values per channel. It is computed once into a table, with
-the reference's operations in the reference's order, and looked up for every pixel; what remains is Pillow's resize.
+the reference's operations in the reference's order, and looked up for each pixel; what remains is Pillow's resize.
 
 Source: the arithmetic follows ``CLIPImageProcessor`` of transformers 4.57.6, against which tests/reference holds it.
 """
@@ -15,7 +15,7 @@ from collections.abc import Collection, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, Literal, Self, cast, overload
 
 import numpy as np
 from PIL import Image
@@ -29,6 +29,7 @@ from clipmb.common.json_files import json_text, read_json
 from clipmb.common.saving import Transaction, write_atomically
 from clipmb.common.workers import default_workers
 
+# Red, green and blue, for values in [0, 1]. Source: github.com/openai/CLIP, clip/clip.py.
 OPENAI_CLIP_MEAN = [0.48145466, 0.4578275, 0.40821073]
 OPENAI_CLIP_STD = [0.26862954, 0.26130258, 0.27577711]
 FILE = "preprocessor_config.json"
@@ -57,16 +58,18 @@ class CLIPImageProcessor:
         do_rescale: Multiply by ``rescale_factor``.
         rescale_factor: Default 1/255, which brings 8-bit values into [0, 1].
         do_normalize: Subtract ``image_mean`` and divide by ``image_std``.
-        image_mean: One number, or one per channel. Default: CLIP's.
-        image_std: One number, or one per channel. Default: CLIP's.
+        image_mean: One number, or one per channel. Default: CLIP's, ``OPENAI_CLIP_MEAN``.
+        image_std: One number, or one per channel. Default: CLIP's, ``OPENAI_CLIP_STD``.
         do_convert_rgb: Convert Pillow images to RGB. Arrays are never converted.
         **kwargs: Kept as attributes and written back by `save_pretrained`, so that unknown entries of a file survive.
 
     Raises:
-        ValueError: A size has keys, a length or values that mean nothing.
+        ValueError: A size has unknown keys, a wrong length, or values that are not positive whole numbers.
+
+    Source: the arithmetic follows ``CLIPImageProcessor`` of transformers 4.57.6, to the bit.
     """
 
-    model_input_names: list[str] = ["pixel_values"]  # noqa: RUF012 - the former library's public attribute
+    model_input_names: list[str] = ["pixel_values"]  # noqa: RUF012 - a public attribute in transformers
     is_fast = False
 
     def __init__(
@@ -106,7 +109,7 @@ class CLIPImageProcessor:
         self.do_convert_rgb = do_convert_rgb
 
     def __call__(self, images: Any, **kwargs: Any) -> BatchFeature:
-        """Does what `preprocess` does."""
+        """Calls `preprocess`."""
         return self.preprocess(images, **kwargs)
 
     def preprocess(
@@ -128,21 +131,20 @@ class CLIPImageProcessor:
         input_data_format: str | None = None,
         num_workers: int | None = None,
     ) -> BatchFeature:
-        """Preprocesses one image or many; arguments left at None are those of the constructor.
+        """Preprocesses one image or many. Arguments left at None take the constructor's values.
 
-        Pixel values are expected in 0 to 255. Resizing works on 8 bits, as the former library's does: floating images
-        in [0, 1] are multiplied by 255 and cut to integers for it, and divided by 255 afterwards.
+        Pixel values are expected in 0 to 255. Resizing works on 8 bits, as in transformers 4: floating images in [0, 1]
+        are multiplied by 255 and truncated to integers before it, and divided by 255 after it.
 
-        Layout of arrays: it is inferred for each image, from an axis of 1 or 3 entries, the first axis before the last.
-        An image that fits both (3 x height x 3) has the layout of the call's first image, and channels first when that
-        one fits both as well. ``input_data_format`` overrides all of it. A Pillow image has no such question: its
-        layout is known, whatever its size.
+        The layout of an array is inferred from an axis of 1 or 3 entries, the first axis before the last. An array that
+        fits both layouts (3 x height x 3) takes that of the call's first image, or channels first when that one fits
+        both as well. ``input_data_format`` overrides the inference. The layout of a Pillow image is always known.
 
         Args:
             images: A Pillow image of any mode, an array (numpy, torch, TensorFlow, JAX) of three axes, a batch of four,
                 a path, the bytes of an image file, a base64 string or ``data:`` URL; or a list or tuple of those,
-                nested at will. Files are turned upright by their EXIF orientation and converted to RGB, as in the
-                former library; Pillow images are taken as they are.
+                nested to any depth. Files are turned upright by their EXIF orientation and converted to RGB, as in
+                transformers 4; Pillow images are not turned.
             do_resize: As in the constructor.
             size: As in the constructor.
             resample: As in the constructor.
@@ -157,16 +159,17 @@ class CLIPImageProcessor:
             return_tensors: "np", "pt", "tf" or "jax" for one array; None for a list of numpy arrays.
             data_format: Layout of the result, "channels_first" or "channels_last"; None keeps each image's own.
             input_data_format: Layout of the arrays given, "channels_first" or "channels_last"; None infers it.
-            num_workers: Threads that decode and resize. Default: one for each processor, at most 8 and at most one for
-                each image; a single image is done without any.
+            num_workers: Threads that decode and resize. Default: one for each processor, at most 8. There is never more
+                than one for each image; a single image needs none.
 
         Returns:
-            ``pixel_values``: [batch, channels, height, width], float32 when rescaling or normalising is on.
+            ``pixel_values``: [batch, channels, height, width], or [batch, height, width, channels] with
+            ``data_format="channels_last"``; float32 when rescaling or normalising is on.
 
         Raises:
             ValueError: An image is unreadable, empty, a decompression bomb, or has an unsupported shape (the message
                 names its index), or an option is invalid.
-            TypeError: Something that is not an image was given.
+            TypeError: An item is not an image.
         """
         return_tensors = check_tensor_type(return_tensors)
         layout_in, layout_out = (
@@ -210,12 +213,30 @@ class CLIPImageProcessor:
     def resize(
         self,
         image: np.ndarray,
-        size: dict[str, int],
+        size: dict[str, int] | int | tuple[int, int],
         resample: int = Image.Resampling.BICUBIC,
         data_format: str | None = None,
         input_data_format: str | None = None,
     ) -> np.ndarray:
-        """Resizes one array; see `preprocess` for the arguments. Returns uint8, or float32 for floats in [0, 1]."""
+        """Resizes one array with a filter of Pillow, on 8 bits.
+
+        Args:
+            image: Three axes, with 1 to 4 channels on the first or last: integral values in [0, 255], or floats in
+                [0, 1].
+            size: As in the constructor.
+            resample: Pillow's resampling filter, 0 to 5; 3 is bicubic.
+            data_format: Layout of the result, "channels_first" or "channels_last"; None keeps the layout.
+            input_data_format: Layout of ``image``; None infers it from an axis of 1 or 3 channels.
+
+        Returns:
+            uint8, or float32 multiples of 1/255 where ``image`` holds floats in [0, 1].
+
+        Raises:
+            ValueError: The shape or the values are not those of an image, or an option is invalid.
+            TypeError: ``image`` is not an array.
+
+        Source: ``image_transforms.resize`` of transformers 4.57.6.
+        """
 
         def work(pixels: np.ndarray) -> np.ndarray:
             target = _Target(_size_dict("size", size, square=False))
@@ -231,14 +252,45 @@ class CLIPImageProcessor:
         data_format: str | None = None,
         input_data_format: str | None = None,
     ) -> np.ndarray:
-        """Cuts one array, or pads it with zeros, to ``size`` around its centre."""
+        """Cuts one array, or pads it with zeros, to a size around its centre.
+
+        Args:
+            image: Three axes, with the channels on the first or last, of any dtype.
+            size: ``{"height": pixels, "width": pixels}``; an int is a square.
+            data_format: Layout of the result, "channels_first" or "channels_last"; None keeps the layout.
+            input_data_format: Layout of ``image``; None infers it from an axis of 1 or 3 channels.
+
+        Returns:
+            The part, of the dtype of ``image``. With an odd remainder, one more row or column is cut after the part
+            than before it, and one more is padded before it.
+
+        Raises:
+            ValueError: The shape is not that of an image, or an option is invalid.
+            TypeError: ``image`` is not an array.
+
+        Source: ``image_transforms.center_crop`` of transformers 4.57.6.
+        """
         height, width = _height_width("size", _size_dict("size", size, square=True))
         return px.in_layout(image, data_format, input_data_format, lambda pixels: px.crop(pixels, height, width))
 
     def rescale(
         self, image: np.ndarray, scale: float, data_format: str | None = None, input_data_format: str | None = None
     ) -> np.ndarray:
-        """Multiplies one array by ``scale``, in float64, and returns float32."""
+        """Multiplies one array by a number, in float64.
+
+        Args:
+            image: Three axes, with the channels on the first or last.
+            scale: The factor.
+            data_format: Layout of the result, "channels_first" or "channels_last"; None keeps the layout.
+            input_data_format: Layout of ``image``; None infers it from an axis of 1 or 3 channels.
+
+        Returns:
+            The product, rounded to float32.
+
+        Raises:
+            ValueError: The shape is not that of an image, or a layout is unknown.
+            TypeError: ``image`` is not an array.
+        """
         return px.in_layout(image, data_format, input_data_format, lambda pixels: px.rescale(pixels, scale))
 
     def normalize(
@@ -249,7 +301,23 @@ class CLIPImageProcessor:
         data_format: str | None = None,
         input_data_format: str | None = None,
     ) -> np.ndarray:
-        """Computes ``(image - mean) / std`` for one array, in its own floating type, or float32 for integers."""
+        """Computes ``(image - mean) / std`` for one array.
+
+        Args:
+            image: Three axes, with the channels on the first or last.
+            mean: One number, or one per channel.
+            std: One number, or one per channel.
+            data_format: Layout of the result, "channels_first" or "channels_last"; None keeps the layout.
+            input_data_format: Layout of ``image``; None infers it from an axis of 1 or 3 channels.
+
+        Returns:
+            The result in the floating type of ``image``, or in float32 for integers.
+
+        Raises:
+            ValueError: The shape is not that of an image, there is not one mean and deviation per channel, or a layout
+                is unknown.
+            TypeError: ``image`` is not an array.
+        """
         means, stds = _numbers("mean", mean), _numbers("std", std)
 
         def work(pixels: np.ndarray) -> np.ndarray:
@@ -259,7 +327,7 @@ class CLIPImageProcessor:
         return px.in_layout(image, data_format, input_data_format, work)
 
     def fetch_images(self, images: Any) -> Any:
-        """Replaces paths and base64 strings by RGB Pillow images, upright; lists keep their nesting."""
+        """Reads paths, bytes and base64 strings as upright RGB Pillow images; lists stay nested, other items stay."""
         if isinstance(images, list | tuple):
             return [self.fetch_images(image) for image in images]
         return px.open_image("The image", images) if isinstance(images, str | os.PathLike | bytes) else images
@@ -272,17 +340,41 @@ class CLIPImageProcessor:
             settings["processor_class"] = name
         return settings | {"image_processor_type": "CLIPImageProcessor"}
 
+    @overload
     @classmethod
-    def from_dict(cls, image_processor_dict: dict[str, Any], **kwargs: Any) -> Any:
-        """Builds one from `to_dict`'s result; keyword arguments override entries.
+    def from_dict(
+        cls, image_processor_dict: dict[str, Any], *, return_unused_kwargs: Literal[False] = False, **kwargs: Any
+    ) -> Self: ...
 
-        With ``return_unused_kwargs=True`` it returns a pair, with the keyword arguments that name no setting.
+    @overload
+    @classmethod
+    def from_dict(
+        cls, image_processor_dict: dict[str, Any], *, return_unused_kwargs: Literal[True], **kwargs: Any
+    ) -> tuple[Self, dict[str, Any]]: ...
+
+    @classmethod
+    def from_dict(
+        cls, image_processor_dict: dict[str, Any], *, return_unused_kwargs: bool = False, **kwargs: Any
+    ) -> Self | tuple[Self, dict[str, Any]]:
+        """Builds an image processor from the result of `to_dict`.
+
+        Args:
+            image_processor_dict: The settings.
+            return_unused_kwargs: Return the keyword arguments that are not settings too; otherwise they are logged.
+            **kwargs: Settings that override those in ``image_processor_dict``.
+
+        Raises:
+            ValueError: A setting is invalid.
         """
-        settings = dict(image_processor_dict)
-        return_unused = kwargs.pop("return_unused_kwargs", False)
+        return cls._from_settings(image_processor_dict, return_unused_kwargs, kwargs)
+
+    @classmethod
+    def _from_settings(
+        cls, settings: dict[str, Any], return_unused: bool, options: dict[str, Any]
+    ) -> Self | tuple[Self, dict[str, Any]]:
         known = {*vars(CLIPImageProcessor()), *settings, "use_square_size", "processor_class"}
-        unused = {name: kwargs.pop(name) for name in list(kwargs) if name not in known}
-        processor = cls(**(settings | kwargs))
+        unused = {name: value for name, value in options.items() if name not in known}
+        processor = cls(**{**settings, **{name: value for name, value in options.items() if name in known}})
         if return_unused:
             return processor, unused
         if unused:
@@ -299,42 +391,79 @@ class CLIPImageProcessor:
 
     @classmethod
     def from_json_file(cls, json_file: str | os.PathLike[str]) -> CLIPImageProcessor:
-        """Builds one from a file that `to_json_file` wrote."""
+        """Builds an image processor from a file that `to_json_file` wrote."""
         return cls(**read_json(Path(json_file)))
 
+    @overload
     @classmethod
-    def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike[str] | Source, **kwargs: Any) -> Any:
+    def from_pretrained(
+        cls,
+        pretrained_model_name_or_path: str | os.PathLike[str] | Source,
+        *,
+        return_unused_kwargs: Literal[False] = False,
+        **kwargs: Any,
+    ) -> Self: ...
+
+    @overload
+    @classmethod
+    def from_pretrained(
+        cls,
+        pretrained_model_name_or_path: str | os.PathLike[str] | Source,
+        *,
+        return_unused_kwargs: Literal[True],
+        **kwargs: Any,
+    ) -> tuple[Self, dict[str, Any]]: ...
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        pretrained_model_name_or_path: str | os.PathLike[str] | Source,
+        *,
+        return_unused_kwargs: bool = False,
+        **kwargs: Any,
+    ) -> Self | tuple[Self, dict[str, Any]]:
         """Loads the settings from a folder, a hub id or a JSON file.
 
         The ``image_processor`` entry of processor_config.json (transformers 5) comes before preprocessor_config.json
         (transformers 4), as in transformers 5.
 
         Args:
-            pretrained_model_name_or_path: Where they are.
-            **kwargs: The options of `Source`, settings that override those in the file, and ``return_unused_kwargs``.
-                Other names are ignored, with a log message.
+            pretrained_model_name_or_path: The folder, hub id or file.
+            return_unused_kwargs: Return the keyword arguments that are not settings too; otherwise they are logged.
+            **kwargs: The options of `Source`, and settings that override those in the file.
 
         Raises:
-            CheckpointError: There is no such file, or it holds no JSON object.
+            CheckpointError: The file is missing, or does not hold a JSON object.
+            ValueError: A setting is invalid.
         """
         kwargs = {name: value for name, value in kwargs.items() if name not in ("_from_auto", "_from_pipeline")}
         source = Source.of(pretrained_model_name_or_path, kwargs)
         name = kwargs.pop("image_processor_filename", FILE)
         if Path(source.name_or_path).is_file():
             settings = read_json(Path(source.name_or_path))
-            return cls.from_dict(settings.get("image_processor", settings), **kwargs)
+            settings = settings.get("image_processor", settings)
+            return cls._from_settings(settings, return_unused_kwargs, kwargs)
         nested = source.find(PROCESSOR_FILE)
         settings = None if nested is None else read_json(nested).get("image_processor")
         if not isinstance(settings, dict):
             settings = read_json(source.require(name))
-        return cls.from_dict(settings, **kwargs)
+        return cls._from_settings(settings, return_unused_kwargs, kwargs)
 
     def save_pretrained(
         self, save_directory: str | os.PathLike[str], push_to_hub: bool = False, **options: Any
     ) -> list[str]:
-        """Writes preprocessor_config.json into a folder, and returns its path in a list.
+        """Writes preprocessor_config.json into a folder, all or nothing.
 
-        Options are those of `clipmb.common.former.check_saving`.
+        Args:
+            save_directory: The folder; created when it is missing.
+            push_to_hub: Must be False; clipmb does not upload.
+            **options: The options of `clipmb.common.former.check_saving`.
+
+        Returns:
+            The path of the file, in a list.
+
+        Raises:
+            ValueError: An option asks for an upload, or ``save_directory`` is a file.
         """
         check_saving({"push_to_hub": push_to_hub, **options})
         with Transaction(save_directory) as save:
@@ -342,7 +471,7 @@ class CLIPImageProcessor:
         return [os.path.join(save_directory, FILE)]
 
     def _write(self, save: Transaction) -> None:
-        """Adds the file to a save; a processor_config.json that is there must not keep saying something else."""
+        """Adds the file to a save, and updates a processor_config.json that has an entry of its own."""
         save.write(FILE, self.to_json_string())
         beside = save.folder / PROCESSOR_FILE
         if beside.is_file() and "image_processor" in (whole := read_json(beside)):
@@ -354,7 +483,7 @@ class CLIPImageProcessor:
 
 
 class CLIPFeatureExtractor(CLIPImageProcessor):
-    """The former name of `CLIPImageProcessor`."""
+    """Deprecated name of `CLIPImageProcessor`."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         warnings.warn(
@@ -365,7 +494,7 @@ class CLIPFeatureExtractor(CLIPImageProcessor):
 
 @dataclass(frozen=True)
 class _Work:
-    """The checked options of one call, and the steps they ask for; a step that is off is None."""
+    """The checked options of one call and its steps; a step that is off is None."""
 
     size: _Target | None
     resample: int
@@ -382,7 +511,7 @@ class _Work:
             raise bad_input("image_std must not hold zeros", self.std, "Pass other values, or do_normalize=False")
 
     def allocate(self, count: int) -> np.ndarray | None:
-        """Takes the memory of the whole batch, when options alone say which shape an RGB image comes out with."""
+        """Allocates the memory of the batch when the options alone determine the shape of an RGB image."""
         fixed = self.crop or (self.size.fixed if self.size else None)
         plain = self.factor is None and self.mean is None
         return None if fixed is None else np.empty((count, 3, *fixed), np.uint8 if plain else np.float32)
@@ -391,8 +520,8 @@ class _Work:
         """Reads, resizes and crops one image.
 
         Returns:
-            The pixels, [channels, height, width]; the layout in which they came; and whether they are 8-bit values that
-            stand for floats in [0, 1].
+            The pixels, [channels, height, width]; the layout of the input; and whether they are 8-bit values that
+            represent floats in [0, 1].
         """
         name, quantised = f"Image {index}", False
         if isinstance(item, str | os.PathLike | bytes):
@@ -418,7 +547,7 @@ class _Work:
         return pixels, layout or px.LAST, quantised
 
     def values(self, index: int, pixels: np.ndarray, quantised: bool, out: np.ndarray | None) -> np.ndarray:
-        """Rescales and normalises [channels, height, width], into ``out`` when it fits there."""
+        """Rescales and normalises [channels, height, width]; writes into ``out`` where shape and dtype agree."""
         px.check_channels(f"Image {index}", len(pixels), self.mean, self.std)
         if pixels.dtype != np.uint8:
             return px.arithmetic(pixels, self.factor, self.mean, self.std)
@@ -431,7 +560,7 @@ class _Work:
 
 
 class _Target:
-    """The size of the resized copy of an image, from the image's own."""
+    """Computes the size of the resized image from the size of the original."""
 
     def __init__(self, size: dict[str, int]) -> None:
         self.fixed = (size["height"], size["width"]) if {"height", "width"} <= set(size) else None
@@ -455,7 +584,7 @@ def _or(value: Any, default: Any) -> Any:
 
 
 def _size_dict(field: str, size: Any, *, square: bool) -> dict[str, int]:
-    """Brings every accepted form of a size into a dict of integers."""
+    """Converts every accepted form of a size to a dict of integers."""
     given = size
     if isinstance(size, int | np.integer) and not isinstance(size, bool):
         size = {"height": size, "width": size} if square else {"shortest_edge": size}
@@ -492,12 +621,12 @@ def _factor(factor: Any) -> float:
 
 
 def _numbers(field: str, values: Any) -> tuple[float, ...] | float:
-    """Returns a number as it is, and a collection of numbers as a tuple, which can be a key of the tables' cache."""
+    """Returns a number as a float and a collection as a tuple, which can be a key of the cached tables."""
     try:
         return tuple(float(value) for value in values) if np.ndim(values) else float(values)
     except (TypeError, ValueError):
         raise bad_input(
-            f"{field} must be a number, or one for each channel, when do_normalize is on", values, f"Pass {field}="
+            f"{field} must be a number, or one for each channel, when do_normalize is on", values, f"Correct {field}"
         ) from None
 
 
