@@ -15,7 +15,8 @@ from clipmb.common.former import check_saving, drop_unneeded
 from clipmb.common.hub import Source
 from clipmb.common.json_files import json_text, read_json
 from clipmb.common.saving import Transaction
-from clipmb.common.text.engine import AddedToken, Engine
+from clipmb.common.text.added import AddedToken
+from clipmb.common.text.engine import Engine
 from clipmb.common.text.rows import NO_LIMIT
 from clipmb.common.text.vocabulary import (
     SUFFIX,

@@ -15,8 +15,9 @@ from clipmb.common.json_files import read_json
 SUFFIX = "</w>"
 MAX_MERGES = 49152 - 256 - 2  # as CLIP's first release and every one since
 _HEADER = "#version: 0.2"
-_SPLIT = r"'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"
-_SPLIT_5 = r"<\|startoftext\|>|<\|endoftext\|>|" + _SPLIT  # transformers 5 writes this; it gives the same words
+MARKERS = ("<|startoftext|>", "<|endoftext|>")
+WORD_PATTERN = r"'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"
+WORD_OR_MARKER_PATTERN = r"<\|startoftext\|>|<\|endoftext\|>|" + WORD_PATTERN
 _NORMALIZER = [
     {"type": "NFC"},
     {"type": "Replace", "pattern": {"Regex": "\\s+"}, "content": " "},
@@ -87,7 +88,7 @@ def official(merges: int = MAX_MERGES) -> Vocabulary:
     lines = _merge_lines(text)[:merges]
     alphabet = sorted(byte_symbols())  # by code point: first the printable bytes, then their stand-ins
     tokens = [*alphabet, *(symbol + SUFFIX for symbol in alphabet), *(line.replace(" ", "") for line in lines)]
-    tokens += ["<|startoftext|>", "<|endoftext|>"]
+    tokens += MARKERS
     return Vocabulary({token: i for i, token in enumerate(tokens)}, {line: i for i, line in enumerate(lines)})
 
 
@@ -126,8 +127,9 @@ def read_tokenizer_json(path: str | Path) -> TokenizerFile:
         problems.append("the normalizer is not NFC, whitespace to one space, lower case")
     pre_tokenizers = (content.get("pre_tokenizer") or {}).get("pretokenizers") or []
     kinds = [step.get("type") for step in pre_tokenizers]
+    # transformers 5 writes the pattern with the markers; as added tokens they are found before, so the words are equal.
     patterns = [step.get("pattern", {}).get("Regex") for step in pre_tokenizers[:1]]
-    if kinds != ["Split", "ByteLevel"] or patterns[0] not in (_SPLIT, _SPLIT_5):
+    if kinds != ["Split", "ByteLevel"] or patterns[0] not in (WORD_PATTERN, WORD_OR_MARKER_PATTERN):
         problems.append("the pre-tokenizer is not CLIP's word pattern followed by bytes")
     if problems:
         raise CheckpointError(
@@ -172,7 +174,7 @@ def tokenizer_json(
         "pre_tokenizer": {
             "type": "Sequence",
             "pretokenizers": [
-                {"type": "Split", "pattern": {"Regex": _SPLIT}, "behavior": "Removed", "invert": True},
+                {"type": "Split", "pattern": {"Regex": WORD_PATTERN}, "behavior": "Removed", "invert": True},
                 {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True},
             ],
         },
