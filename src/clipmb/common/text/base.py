@@ -1,30 +1,21 @@
-"""The vocabulary of a tokenizer: tokens, ids, special and added tokens, text from ids, and the files."""
+"""The vocabulary of a tokenizer: tokens, ids, special and added tokens."""
 
 from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Mapping, Sequence
-from pathlib import Path
 from typing import Any, ClassVar
 
 import numpy as np
 
-from clipmb.common.errors import CheckpointError, bad_input, one_of
+from clipmb.common.errors import bad_input, one_of
 from clipmb.common.features import to_numpy
-from clipmb.common.former import check_saving, drop_unneeded
-from clipmb.common.hub import Source
-from clipmb.common.json_files import json_text, read_json
-from clipmb.common.saving import Transaction
 from clipmb.common.text.added import AddedToken
 from clipmb.common.text.engine import Engine
-from clipmb.common.text.rows import NO_LIMIT
 from clipmb.common.text.vocabulary import (
-    SUFFIX,
     Vocabulary,
     official,
     read_tokenizer_json,
-    symbol_bytes,
-    tokenizer_json,
 )
 
 MODEL_MAX_LENGTH = 77
@@ -343,8 +334,6 @@ class Tokens:
         """Replaces the engine, so that threads that use the former one are not disturbed."""
         self._engine = self._new_engine()
 
-    # ------------------------------------------------------------------------------------------ ids to texts
-
     def convert_tokens_to_ids(self, tokens: Any) -> Any:
         """Returns the id of a token, or the ids of a list; the unknown token's for what the vocabulary lacks."""
         if tokens is None:
@@ -366,7 +355,7 @@ class Tokens:
         if isinstance(ids, int | np.integer):
             return tokens.get(int(ids))
         skipped = set(self.all_special_ids) if skip_special_tokens else ()
-        return [tokens.get(index) for index in _flat_ids(ids) if index not in skipped]
+        return [tokens.get(index) for index in flat_ids(ids) if index not in skipped]
 
     def _id_to_token(self) -> dict[int, str]:
         known = self.__dict__.get("_tokens_of_ids")
@@ -374,233 +363,6 @@ class Tokens:
             tokens = {**self._vocabulary.tokens, **{i: token.content for i, token in self._added.items()}}
             known = self.__dict__["_tokens_of_ids"] = (self._engine, tokens)
         return known[1]
-
-    def convert_tokens_to_string(self, tokens: Sequence[str]) -> str:
-        """Returns the text of tokens, words apart by spaces."""
-        symbol = symbol_bytes()
-        content = bytearray()
-        for token in tokens:
-            whole = not token.endswith(SUFFIX)
-            part = token if whole else token[: -len(SUFFIX)]
-            if all(char in symbol for char in part):
-                content.extend(symbol[char] for char in part)
-            else:
-                content.extend(part.encode("utf-8", errors="replace"))
-            if not whole:
-                content.extend(b" ")
-        return content.decode("utf-8", errors=self.errors).strip()
-
-    def decode(
-        self,
-        token_ids: Any,
-        skip_special_tokens: bool = False,
-        clean_up_tokenization_spaces: bool | None = None,
-        spaces_between_special_tokens: bool = True,
-        **kwargs: Any,
-    ) -> str:
-        """Returns the text of ids.
-
-        Args:
-            token_ids: An id, a list of ids, or an array of shape (seq,). Ids outside the vocabulary are left out.
-            skip_special_tokens: Leave special tokens out.
-            clean_up_tokenization_spaces: Remove spaces before punctuation; the tokenizer's own setting when None.
-            spaces_between_special_tokens: CLIPTokenizer: spaces around added tokens that are not special.
-            **kwargs: ``use_source_tokenizer``, without effect. Nothing else.
-        """
-        kwargs.pop("use_source_tokenizer", None)
-        if kwargs:
-            raise bad_input("decode has no such argument", next(iter(kwargs)), "Leave it out", TypeError)
-        ids = [int(token_ids)] if isinstance(token_ids, int | np.integer) else _flat_ids(token_ids)
-        known = self._id_to_token()
-        skipped: set[int] = set()
-        if skip_special_tokens:
-            skipped = {*self.all_special_ids, *(i for i, token in self._added.items() if token.special)}
-        apart = {i for i, token in self._added.items() if not token.special and not self.is_fast}
-        parts: list[str] = []
-        run: list[str] = []
-        for index in ids:
-            if index in skipped or index not in known:
-                continue
-            if index in apart:
-                parts.extend([self.convert_tokens_to_string(run)] if run else [])
-                parts.append(known[index])
-                run = []
-            else:
-                run.append(known[index])
-        if run:
-            parts.append(self.convert_tokens_to_string(run))
-        text = (" " if spaces_between_special_tokens else "").join(part for part in parts if part)
-        clean = (
-            self.clean_up_tokenization_spaces if clean_up_tokenization_spaces is None else clean_up_tokenization_spaces
-        )
-        return self.clean_up_tokenization(text) if clean else text
-
-    def batch_decode(self, sequences: Any, skip_special_tokens: bool = False, **options: Any) -> list[str]:
-        """Returns the texts of a list or (batch, seq) array of ids; options as `decode`."""
-        rows = sequences if isinstance(sequences, list | tuple) else to_numpy(sequences)
-        return [self.decode(row, skip_special_tokens, **options) for row in rows]
-
-    @staticmethod
-    def clean_up_tokenization(out_string: str) -> str:
-        """Removes the spaces that tokens leave before English punctuation and contractions."""
-        for spaced in (" .", " ?", " !", " ,"):
-            out_string = out_string.replace(spaced, spaced[1:])
-        out_string = out_string.replace(" ' ", "'")
-        for spaced in (" n't", " 'm", " 's", " 've", " 're"):
-            out_string = out_string.replace(spaced, spaced[1:])
-        return out_string
-
-    # ------------------------------------------------------------------------------------------ files
-
-    @classmethod
-    def from_pretrained(cls, pretrained_model_name_or_path: Any, *init_inputs: Any, **kwargs: Any) -> Any:
-        """Reads a tokenizer from a folder or from the hub.
-
-        Args:
-            pretrained_model_name_or_path: A folder or hub id with vocab.json and merges.txt, or tokenizer.json.
-                Where all are there, CLIPTokenizerFast reads tokenizer.json.
-            *init_inputs: First arguments of the class.
-            **kwargs: Options of `clipmb.common.hub.Source` (revision, subfolder, cache_dir, token, local_files_only,
-                force_download), and arguments of the class, which override what the files say.
-
-        Raises:
-            CheckpointError: The files cannot be had or read.
-        """
-        source = Source.of(pretrained_model_name_or_path, kwargs)
-        drop_unneeded(kwargs)
-        config = _optional_json(source, "tokenizer_config.json")
-        files = cls._files(source)
-        merged: dict[str, Any] = {}
-        if "tokenizer_file" in files:
-            merged.update(read_tokenizer_json(files["tokenizer_file"]).special)
-        merged.update(_optional_json(source, "special_tokens_map.json"))
-        merged.update(config)
-        length = merged.get("model_max_length")
-        if isinstance(length, int | float) and length > NO_LIMIT:
-            merged.pop("model_max_length")
-        if merged.get("text_cleaning") is None:
-            merged.pop("text_cleaning", None)
-        decoder = dict(merged.pop("added_tokens_decoder", None) or {})
-        known = {token["content"] if isinstance(token, dict) else str(token) for token in decoder.values()}
-        beyond = _optional_json(source, "added_tokens.json").items()
-        decoder.update({index: token for token, index in beyond if token not in known})
-        for name in (*cls.vocab_files_names, "name_or_path"):
-            merged.pop(name, None)  # paths on the machine that saved it
-        try:
-            return cls(
-                *init_inputs,
-                **{**files, **merged, "added_tokens_decoder": decoder, "name_or_path": str(source), **kwargs},
-            )
-        except (TypeError, ValueError) as error:
-            if kwargs or init_inputs:
-                raise
-            raise CheckpointError(f"The tokenizer files of {source} do not fit: {error}") from error
-
-    @classmethod
-    def _files(cls, source: Source) -> dict[str, Path]:
-        def pair() -> dict[str, Path]:
-            vocab, merges = source.find("vocab.json"), source.find("merges.txt")
-            return {"vocab_file": vocab, "merges_file": merges} if vocab and merges else {}
-
-        def whole() -> dict[str, Path]:
-            path = source.find("tokenizer.json")
-            return {"tokenizer_file": path} if path else {}
-
-        found = (whole() or pair()) if cls._prefers == "tokenizer.json" else (pair() or whole())
-        if not found:
-            source.require("tokenizer.json")  # raises, with the list of what is there
-        return found
-
-    def _config(self) -> dict[str, Any]:
-        config = {
-            **self.init_kwargs,
-            **self._special,
-            "added_tokens_decoder": {str(i): token.flags() for i, token in self.added_tokens_decoder.items()},
-            "clean_up_tokenization_spaces": self.clean_up_tokenization_spaces,
-            "errors": self.errors,
-            "model_max_length": self.model_max_length,
-            "tokenizer_class": "CLIPTokenizer",
-        }
-        if self._additional:
-            config["additional_special_tokens"] = self._additional
-        unusual = (
-            ("padding_side", self.padding_side, "right"),
-            ("truncation_side", self.truncation_side, "right"),
-            ("split_special_tokens", self.split_special_tokens, False),
-            ("text_cleaning", self.text_cleaning, self._default_cleaning),
-            ("model_input_names", self.model_input_names, ["input_ids", "attention_mask"]),
-        )
-        config.update({name: value for name, value, usual in unusual if value != usual})
-        return config
-
-    def _written(self, filename_prefix: str | None = None) -> dict[str, str]:
-        """Returns name and content of every file that holds this tokenizer."""
-        special: dict[str, Any] = {
-            name: self._added[self.convert_tokens_to_ids(token)].flags(special=False)
-            for name, token in self._special.items()
-            if self.convert_tokens_to_ids(token) in self._added
-        }
-        if self._additional:
-            special["additional_special_tokens"] = self._additional
-        added = [{"id": i, **token.flags()} for i, token in self.added_tokens_decoder.items()]
-        beyond = {token["content"]: token["id"] for token in added if token["content"] not in self._vocabulary.ids}
-        bos, eos = self.bos_token or "<|startoftext|>", self.eos_token or "<|endoftext|>"
-        ends = [(token, self.convert_tokens_to_ids(token)) for token in (bos, eos)]
-        files = {
-            "tokenizer_config.json": json_text(self._config(), ascii=False),
-            "special_tokens_map.json": json_text(special, ascii=False),
-            "vocab.json": self._vocabulary.vocab_json(),
-            "merges.txt": self._vocabulary.merges_txt(),
-            "tokenizer.json": tokenizer_json(self._vocabulary, added, ends[0], ends[1], self.unk_token),
-        }
-        if beyond:
-            files["added_tokens.json"] = json_text(beyond, ascii=False)
-        prefix = f"{filename_prefix}-" if filename_prefix else ""
-        return {prefix + name: content for name, content in files.items()}
-
-    def save_pretrained(
-        self, save_directory: str | os.PathLike[str], filename_prefix: str | None = None, **kwargs: Any
-    ) -> tuple[str, ...]:
-        """Writes the tokenizer so that clipmb and transformers 4 and 5 read it.
-
-        Args:
-            save_directory: A folder; made when missing. All files are replaced at once.
-            filename_prefix: Goes before each file's name, with a hyphen.
-            **kwargs: ``legacy_format``, without effect, and those of `clipmb.common.former.check_saving`.
-
-        Returns:
-            The paths written.
-        """
-        kwargs.pop("legacy_format", None)
-        check_saving(kwargs)
-        files = self._written(filename_prefix)
-        with Transaction(save_directory) as save:
-            for name, content in files.items():
-                save.write(name, content)
-            save.remove(f"{filename_prefix}-added_tokens.json" if filename_prefix else "added_tokens.json")
-        return tuple(os.path.join(save_directory, name) for name in files)
-
-    def save_vocabulary(
-        self, save_directory: str | os.PathLike[str], filename_prefix: str | None = None
-    ) -> tuple[str, str]:
-        """Writes vocab.json and merges.txt into a folder that exists.
-
-        Returns:
-            The two paths.
-
-        Raises:
-            ValueError: There is no such folder.
-        """
-        if not os.path.isdir(save_directory):
-            raise bad_input(
-                "The vocabulary is saved into a folder that exists", str(save_directory), "Make the folder first"
-            )
-        prefix = f"{filename_prefix}-" if filename_prefix else ""
-        names = (f"{prefix}vocab.json", f"{prefix}merges.txt")
-        with Transaction(save_directory) as save:
-            save.write(names[0], self._vocabulary.vocab_json())
-            save.write(names[1], self._vocabulary.merges_txt())
-        return os.path.join(save_directory, names[0]), os.path.join(save_directory, names[1])
 
 
 def positive(name: str, value: Any, default: int) -> int:
@@ -612,7 +374,7 @@ def positive(name: str, value: Any, default: int) -> int:
     return int(value)
 
 
-def _flat_ids(ids: Any) -> list[int]:
+def flat_ids(ids: Any) -> list[int]:
     """Returns the ids of a list, array or tensor of shape (seq,)."""
     array = ids if isinstance(ids, list | tuple) else to_numpy(ids).reshape(-1) if np.ndim(to_numpy(ids)) < 2 else None
     try:
@@ -623,8 +385,3 @@ def _flat_ids(ids: Any) -> list[int]:
         raise bad_input(
             "Ids must be a list or array of shape (seq,)", ids, "Use batch_decode for several rows", TypeError
         ) from None
-
-
-def _optional_json(source: Source, name: str) -> dict[str, Any]:
-    path = source.find(name)
-    return {} if path is None else read_json(path)

@@ -11,9 +11,10 @@ from typing import Any
 from clipmb.common.errors import bad_input, one_of
 from clipmb.common.features import check_tensor_type, to_numpy
 from clipmb.common.text.added import AddedToken
-from clipmb.common.text.base import SIDES, Tokens, positive
+from clipmb.common.text.base import SIDES, positive
 from clipmb.common.text.encoding import BatchEncoding, CharSpan, Encoding, TokenSpan
 from clipmb.common.text.engine import Aligned, Engine, TextTypeError, not_a_text
+from clipmb.common.text.files import SavedTokens
 from clipmb.common.text.rows import Options, Padding, Truncation, align, encode_words, encodings, surround
 
 __all__ = ["AddedToken", "BatchEncoding", "CLIPTokenizer", "CLIPTokenizerFast", "CharSpan", "Encoding", "TokenSpan"]
@@ -23,7 +24,7 @@ _PADDINGS = ("longest", "max_length", "do_not_pad")
 _OPTION_NAMES = tuple(Options.__dataclass_fields__)
 
 
-class _Tokenizer(Tokens):
+class _Tokenizer(SavedTokens):
     """What both tokenizers share; the arguments are `CLIPTokenizer`'s."""
 
     def _engine_for(self, options: Options) -> Engine:

@@ -1,0 +1,92 @@
+"""Text from ids and tokens."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from clipmb.common.errors import bad_input
+from clipmb.common.features import to_numpy
+from clipmb.common.text.base import Tokens, flat_ids
+from clipmb.common.text.vocabulary import SUFFIX, symbol_bytes
+
+
+class DecodingTokens(Tokens):
+    """A tokenizer's way back: from ids and tokens to text."""
+
+    def convert_tokens_to_string(self, tokens: Sequence[str]) -> str:
+        """Returns the text of tokens, words apart by spaces."""
+        symbol = symbol_bytes()
+        content = bytearray()
+        for token in tokens:
+            whole = not token.endswith(SUFFIX)
+            part = token if whole else token[: -len(SUFFIX)]
+            if all(char in symbol for char in part):
+                content.extend(symbol[char] for char in part)
+            else:
+                content.extend(part.encode("utf-8", errors="replace"))
+            if not whole:
+                content.extend(b" ")
+        return content.decode("utf-8", errors=self.errors).strip()
+
+    def decode(
+        self,
+        token_ids: Any,
+        skip_special_tokens: bool = False,
+        clean_up_tokenization_spaces: bool | None = None,
+        spaces_between_special_tokens: bool = True,
+        **kwargs: Any,
+    ) -> str:
+        """Returns the text of ids.
+
+        Args:
+            token_ids: An id, a list of ids, or an array of shape (seq,). Ids outside the vocabulary are left out.
+            skip_special_tokens: Leave special tokens out.
+            clean_up_tokenization_spaces: Remove spaces before punctuation; the tokenizer's own setting when None.
+            spaces_between_special_tokens: CLIPTokenizer: spaces around added tokens that are not special.
+            **kwargs: ``use_source_tokenizer``, without effect. Nothing else.
+        """
+        kwargs.pop("use_source_tokenizer", None)
+        if kwargs:
+            raise bad_input("decode has no such argument", next(iter(kwargs)), "Leave it out", TypeError)
+        ids = [int(token_ids)] if isinstance(token_ids, int | np.integer) else flat_ids(token_ids)
+        known = self._id_to_token()
+        skipped: set[int] = set()
+        if skip_special_tokens:
+            skipped = {*self.all_special_ids, *(i for i, token in self._added.items() if token.special)}
+        apart = {i for i, token in self._added.items() if not token.special and not self.is_fast}
+        parts: list[str] = []
+        run: list[str] = []
+        for index in ids:
+            if index in skipped or index not in known:
+                continue
+            if index in apart:
+                parts.extend([self.convert_tokens_to_string(run)] if run else [])
+                parts.append(known[index])
+                run = []
+            else:
+                run.append(known[index])
+        if run:
+            parts.append(self.convert_tokens_to_string(run))
+        text = (" " if spaces_between_special_tokens else "").join(part for part in parts if part)
+        clean = (
+            self.clean_up_tokenization_spaces if clean_up_tokenization_spaces is None else clean_up_tokenization_spaces
+        )
+        return self.clean_up_tokenization(text) if clean else text
+
+    def batch_decode(self, sequences: Any, skip_special_tokens: bool = False, **options: Any) -> list[str]:
+        """Returns the texts of a list or (batch, seq) array of ids; options as `decode`."""
+        rows = sequences if isinstance(sequences, list | tuple) else to_numpy(sequences)
+        return [self.decode(row, skip_special_tokens, **options) for row in rows]
+
+    @staticmethod
+    def clean_up_tokenization(out_string: str) -> str:
+        """Removes the spaces that tokens leave before English punctuation and contractions."""
+        for spaced in (" .", " ?", " !", " ,"):
+            out_string = out_string.replace(spaced, spaced[1:])
+        out_string = out_string.replace(" ' ", "'")
+        for spaced in (" n't", " 'm", " 's", " 've", " 're"):
+            out_string = out_string.replace(spaced, spaced[1:])
+        return out_string

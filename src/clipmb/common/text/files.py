@@ -1,0 +1,175 @@
+"""The files of a tokenizer: what is read from a folder or the hub, and what is written for others to read."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+from clipmb.common.errors import CheckpointError, bad_input
+from clipmb.common.former import check_saving, drop_unneeded
+from clipmb.common.hub import Source
+from clipmb.common.json_files import json_text, read_json
+from clipmb.common.saving import Transaction
+from clipmb.common.text.decoding import DecodingTokens
+from clipmb.common.text.rows import NO_LIMIT
+from clipmb.common.text.vocabulary import read_tokenizer_json, tokenizer_json
+
+
+class SavedTokens(DecodingTokens):
+    """A tokenizer's files: reading and writing them."""
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: Any, *init_inputs: Any, **kwargs: Any) -> Any:
+        """Reads a tokenizer from a folder or from the hub.
+
+        Args:
+            pretrained_model_name_or_path: A folder or hub id with vocab.json and merges.txt, or tokenizer.json.
+                Where all are there, CLIPTokenizerFast reads tokenizer.json.
+            *init_inputs: First arguments of the class.
+            **kwargs: Options of `clipmb.common.hub.Source` (revision, subfolder, cache_dir, token, local_files_only,
+                force_download), and arguments of the class, which override what the files say.
+
+        Raises:
+            CheckpointError: The files cannot be had or read.
+        """
+        source = Source.of(pretrained_model_name_or_path, kwargs)
+        drop_unneeded(kwargs)
+        config = _optional_json(source, "tokenizer_config.json")
+        files = cls._files(source)
+        merged: dict[str, Any] = {}
+        if "tokenizer_file" in files:
+            merged.update(read_tokenizer_json(files["tokenizer_file"]).special)
+        merged.update(_optional_json(source, "special_tokens_map.json"))
+        merged.update(config)
+        length = merged.get("model_max_length")
+        if isinstance(length, int | float) and length > NO_LIMIT:
+            merged.pop("model_max_length")
+        if merged.get("text_cleaning") is None:
+            merged.pop("text_cleaning", None)
+        decoder = dict(merged.pop("added_tokens_decoder", None) or {})
+        known = {token["content"] if isinstance(token, dict) else str(token) for token in decoder.values()}
+        beyond = _optional_json(source, "added_tokens.json").items()
+        decoder.update({index: token for token, index in beyond if token not in known})
+        for name in (*cls.vocab_files_names, "name_or_path"):
+            merged.pop(name, None)  # paths on the machine that saved it
+        try:
+            return cls(
+                *init_inputs,
+                **{**files, **merged, "added_tokens_decoder": decoder, "name_or_path": str(source), **kwargs},
+            )
+        except (TypeError, ValueError) as error:
+            if kwargs or init_inputs:
+                raise
+            raise CheckpointError(f"The tokenizer files of {source} do not fit: {error}") from error
+
+    @classmethod
+    def _files(cls, source: Source) -> dict[str, Path]:
+        def pair() -> dict[str, Path]:
+            vocab, merges = source.find("vocab.json"), source.find("merges.txt")
+            return {"vocab_file": vocab, "merges_file": merges} if vocab and merges else {}
+
+        def whole() -> dict[str, Path]:
+            path = source.find("tokenizer.json")
+            return {"tokenizer_file": path} if path else {}
+
+        found = (whole() or pair()) if cls._prefers == "tokenizer.json" else (pair() or whole())
+        if not found:
+            source.require("tokenizer.json")  # raises, with the list of what is there
+        return found
+
+    def _config(self) -> dict[str, Any]:
+        config = {
+            **self.init_kwargs,
+            **self._special,
+            "added_tokens_decoder": {str(i): token.flags() for i, token in self.added_tokens_decoder.items()},
+            "clean_up_tokenization_spaces": self.clean_up_tokenization_spaces,
+            "errors": self.errors,
+            "model_max_length": self.model_max_length,
+            "tokenizer_class": "CLIPTokenizer",
+        }
+        if self._additional:
+            config["additional_special_tokens"] = self._additional
+        unusual = (
+            ("padding_side", self.padding_side, "right"),
+            ("truncation_side", self.truncation_side, "right"),
+            ("split_special_tokens", self.split_special_tokens, False),
+            ("text_cleaning", self.text_cleaning, self._default_cleaning),
+            ("model_input_names", self.model_input_names, ["input_ids", "attention_mask"]),
+        )
+        config.update({name: value for name, value, usual in unusual if value != usual})
+        return config
+
+    def _written(self, filename_prefix: str | None = None) -> dict[str, str]:
+        """Returns name and content of every file that holds this tokenizer."""
+        special: dict[str, Any] = {
+            name: self._added[self.convert_tokens_to_ids(token)].flags(special=False)
+            for name, token in self._special.items()
+            if self.convert_tokens_to_ids(token) in self._added
+        }
+        if self._additional:
+            special["additional_special_tokens"] = self._additional
+        added = [{"id": i, **token.flags()} for i, token in self.added_tokens_decoder.items()]
+        beyond = {token["content"]: token["id"] for token in added if token["content"] not in self._vocabulary.ids}
+        bos, eos = self.bos_token or "<|startoftext|>", self.eos_token or "<|endoftext|>"
+        ends = [(token, self.convert_tokens_to_ids(token)) for token in (bos, eos)]
+        files = {
+            "tokenizer_config.json": json_text(self._config(), ascii=False),
+            "special_tokens_map.json": json_text(special, ascii=False),
+            "vocab.json": self._vocabulary.vocab_json(),
+            "merges.txt": self._vocabulary.merges_txt(),
+            "tokenizer.json": tokenizer_json(self._vocabulary, added, ends[0], ends[1], self.unk_token),
+        }
+        if beyond:
+            files["added_tokens.json"] = json_text(beyond, ascii=False)
+        prefix = f"{filename_prefix}-" if filename_prefix else ""
+        return {prefix + name: content for name, content in files.items()}
+
+    def save_pretrained(
+        self, save_directory: str | os.PathLike[str], filename_prefix: str | None = None, **kwargs: Any
+    ) -> tuple[str, ...]:
+        """Writes the tokenizer so that clipmb and transformers 4 and 5 read it.
+
+        Args:
+            save_directory: A folder; made when missing. All files are replaced at once.
+            filename_prefix: Goes before each file's name, with a hyphen.
+            **kwargs: ``legacy_format``, without effect, and those of `clipmb.common.former.check_saving`.
+
+        Returns:
+            The paths written.
+        """
+        kwargs.pop("legacy_format", None)
+        check_saving(kwargs)
+        files = self._written(filename_prefix)
+        with Transaction(save_directory) as save:
+            for name, content in files.items():
+                save.write(name, content)
+            save.remove(f"{filename_prefix}-added_tokens.json" if filename_prefix else "added_tokens.json")
+        return tuple(os.path.join(save_directory, name) for name in files)
+
+    def save_vocabulary(
+        self, save_directory: str | os.PathLike[str], filename_prefix: str | None = None
+    ) -> tuple[str, str]:
+        """Writes vocab.json and merges.txt into a folder that exists.
+
+        Returns:
+            The two paths.
+
+        Raises:
+            ValueError: There is no such folder.
+        """
+        if not os.path.isdir(save_directory):
+            raise bad_input(
+                "The vocabulary is saved into a folder that exists", str(save_directory), "Make the folder first"
+            )
+        prefix = f"{filename_prefix}-" if filename_prefix else ""
+        names = (f"{prefix}vocab.json", f"{prefix}merges.txt")
+        with Transaction(save_directory) as save:
+            save.write(names[0], self._vocabulary.vocab_json())
+            save.write(names[1], self._vocabulary.merges_txt())
+        return os.path.join(save_directory, names[0]), os.path.join(save_directory, names[1])
+
+
+def _optional_json(source: Source, name: str) -> dict[str, Any]:
+    path = source.find(name)
+    return {} if path is None else read_json(path)
