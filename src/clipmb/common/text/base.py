@@ -8,10 +8,11 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from clipmb.common.errors import bad_input, one_of
+from clipmb.common.errors import bad_input, one_of, whole_number
 from clipmb.common.features import to_numpy
 from clipmb.common.text.added import AddedToken
 from clipmb.common.text.engine import Engine
+from clipmb.common.text.options import SIDES
 from clipmb.common.text.vocabulary import (
     Vocabulary,
     official,
@@ -19,7 +20,6 @@ from clipmb.common.text.vocabulary import (
 )
 
 MODEL_MAX_LENGTH = 77
-SIDES = ("right", "left")
 _SPECIAL = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 
 
@@ -85,7 +85,7 @@ class Tokens:
         eos_token: Any = "<|endoftext|>",
         pad_token: Any = "<|endoftext|>",
         text_cleaning: str | None = None,
-        model_max_length: int | float | None = None,
+        model_max_length: int | None = None,
         padding_side: str = "right",
         truncation_side: str = "right",
         clean_up_tokenization_spaces: bool = False,
@@ -105,7 +105,9 @@ class Tokens:
         self.truncation_side = truncation_side
         self.clean_up_tokenization_spaces = bool(clean_up_tokenization_spaces)
         self.split_special_tokens = bool(split_special_tokens)
-        self.model_max_length = positive("model_max_length", model_max_length, MODEL_MAX_LENGTH)
+        self.model_max_length = (
+            MODEL_MAX_LENGTH if model_max_length is None else whole_number("model_max_length", model_max_length)
+        )
         self.model_input_names = list(kwargs.pop("model_input_names", ("input_ids", "attention_mask")))
         self.name_or_path = str(kwargs.pop("name_or_path", ""))
         self.init_kwargs: dict[str, Any] = kwargs
@@ -363,15 +365,6 @@ class Tokens:
             tokens = {**self._vocabulary.tokens, **{i: token.content for i, token in self._added.items()}}
             known = self.__dict__["_tokens_of_ids"] = (self._engine, tokens)
         return known[1]
-
-
-def positive(name: str, value: Any, default: int) -> int:
-    """Returns ``value`` as an integer of 1 or more; ``default`` for None."""
-    if value is None:
-        return default
-    if isinstance(value, bool) or not isinstance(value, int | float | np.integer) or value < 1 or value != int(value):
-        raise bad_input(f"{name} must be an integer of 1 or more", value, "Pass a number of tokens")
-    return int(value)
 
 
 def flat_ids(ids: Any) -> list[int]:

@@ -12,7 +12,7 @@ from clipmb.common.hub import Source
 from clipmb.common.json_files import json_text, read_json
 from clipmb.common.saving import Transaction
 from clipmb.common.text.decoding import DecodingTokens
-from clipmb.common.text.rows import NO_LIMIT
+from clipmb.common.text.options import NO_LIMIT
 from clipmb.common.text.vocabulary import read_tokenizer_json, tokenizer_json
 
 

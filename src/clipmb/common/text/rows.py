@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from itertools import chain
 from typing import Any, NamedTuple
 
@@ -12,30 +11,7 @@ import numpy as np
 from clipmb.common.errors import bad_input
 from clipmb.common.text.encoding import Encoding
 from clipmb.common.text.engine import Aligned, Engine
-
-NO_LIMIT = 10**20  # no length; the former library writes 1e30 where nothing was said
-
-
-@dataclass(frozen=True)
-class Options:
-    """The settings of one call, checked and with every default filled in; see `clipmb.CLIPTokenizer`'s ``__call__``."""
-
-    add_special_tokens: bool = True
-    padding: str = "do_not_pad"
-    truncation: str = "do_not_truncate"
-    max_length: int = NO_LIMIT
-    stride: int = 0
-    is_split_into_words: bool = False
-    pad_to_multiple_of: int | None = None
-    padding_side: str = "right"
-    return_tensors: str | None = None
-    return_token_type_ids: bool = False
-    return_attention_mask: bool = True
-    return_overflowing_tokens: bool = False
-    return_special_tokens_mask: bool = False
-    return_offsets_mapping: bool = False
-    return_length: bool = False
-    split_special_tokens: bool = False
+from clipmb.common.text.options import NO_LIMIT, Options
 
 
 class Row(NamedTuple):

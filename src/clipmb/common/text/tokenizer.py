@@ -2,26 +2,21 @@
 
 from __future__ import annotations
 
-import difflib
 import os
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
-from clipmb.common.errors import bad_input, one_of
-from clipmb.common.features import check_tensor_type, to_numpy
+from clipmb.common.errors import bad_input
+from clipmb.common.features import to_numpy
 from clipmb.common.text.added import AddedToken
-from clipmb.common.text.base import SIDES, positive
 from clipmb.common.text.encoding import BatchEncoding, CharSpan, Encoding, TokenSpan
 from clipmb.common.text.engine import Aligned, Engine, TextTypeError, not_a_text
 from clipmb.common.text.files import SavedTokens
-from clipmb.common.text.rows import Options, Padding, Truncation, align, encode_words, encodings, surround
+from clipmb.common.text.options import Options, read_options
+from clipmb.common.text.rows import Padding, Truncation, align, encode_words, encodings, surround
 
 __all__ = ["AddedToken", "BatchEncoding", "CLIPTokenizer", "CLIPTokenizerFast", "CharSpan", "Encoding", "TokenSpan"]
-
-_TRUNCATIONS = ("longest_first", "only_first", "only_second", "do_not_truncate")
-_PADDINGS = ("longest", "max_length", "do_not_pad")
-_OPTION_NAMES = tuple(Options.__dataclass_fields__)
 
 
 class _Tokenizer(SavedTokens):
@@ -168,49 +163,15 @@ class _Tokenizer(SavedTokens):
         return result if checked.return_tensors is not None else self._single(result, checked)
 
     def _options(self, **given: Any) -> Options:
-        """Checks the arguments of a call and fills in the defaults."""
-        given.pop("verbose", None)
-        if given.pop("pad_to_max_length", False):  # the former library's old name
-            given["padding"] = "max_length"
-        for name in given:
-            if name not in _OPTION_NAMES:
-                close = difflib.get_close_matches(name, _OPTION_NAMES, 1)
-                fix = f"Did you mean {close[0]!r}" if close else f"Use one of {', '.join(_OPTION_NAMES)}"
-                raise bad_input("The tokenizer has no such argument", name, fix, TypeError)
-        padding, truncation, max_length = (
-            given.pop("padding", False),
-            given.pop("truncation", None),
-            given.get("max_length"),
+        """Checks the arguments of a call and fills in this tokenizer's defaults."""
+        return read_options(
+            given,
+            max_length=self.model_max_length,
+            padding_side=self.padding_side,
+            split_special_tokens=self.split_special_tokens,
+            model_input_names=self.model_input_names,
+            can_pad=self.pad_token_id is not None,
         )
-        padding, truncation = getattr(padding, "value", padding), getattr(truncation, "value", truncation)
-        if truncation is None and max_length is not None and padding in (False, "do_not_pad"):
-            truncation = "longest_first"
-        padding = _choice("padding", padding, _PADDINGS, off="do_not_pad")
-        truncation = _choice("truncation", truncation, _TRUNCATIONS, off="do_not_truncate")
-        side = given.pop("padding_side", None) or self.padding_side
-        if side not in SIDES:
-            raise one_of("padding_side", side, SIDES)
-        if padding != "do_not_pad" and self.pad_token_id is None:
-            raise bad_input("Padding needs a pad token", None, "Set tokenizer.pad_token, or pass padding=False")
-        given["max_length"] = positive("max_length", max_length, self.model_max_length)
-        multiple = given.get("pad_to_multiple_of")
-        if multiple is not None:
-            multiple = given["pad_to_multiple_of"] = positive("pad_to_multiple_of", multiple, 1)
-            if padding != "do_not_pad" and truncation != "do_not_truncate" and given["max_length"] % multiple:
-                raise bad_input(
-                    "With padding and truncation, max_length must be a multiple of pad_to_multiple_of",
-                    f"max_length={given['max_length']}, pad_to_multiple_of={multiple}",
-                    "Change one of them",
-                    shown=True,
-                )
-        if type(given.get("stride", 0)) is not int or given.get("stride", 0) < 0:
-            raise bad_input("stride must be an integer of 0 or more", given["stride"], "Pass a number of tokens")
-        given["return_tensors"] = check_tensor_type(given.get("return_tensors"))
-        for name in ("token_type_ids", "attention_mask"):
-            if given.get(f"return_{name}") is None:
-                given[f"return_{name}"] = name in self.model_input_names
-        given.setdefault("split_special_tokens", self.split_special_tokens)
-        return Options(padding=padding, truncation=truncation, padding_side=side, **given)
 
     def _encode_texts(self, text: Any, text_pair: Any, options: Options) -> BatchEncoding:
         """Tokenizes one text or a batch."""
@@ -529,17 +490,6 @@ class CLIPTokenizerFast(_Tokenizer):
             vocab_file, merges_file, tokenizer_file, unk_token=unk_token, bos_token=bos_token, eos_token=eos_token,
             pad_token=pad_token, **kwargs,
         )  # fmt: skip
-
-
-def _choice(field: str, value: Any, choices: tuple[str, ...], off: str) -> str:
-    """Returns a padding or truncation by its name; True means the first of them."""
-    if value is None or value is False:
-        return off
-    if value is True:
-        return choices[0]
-    if value not in choices:
-        raise one_of(field, value, (True, False, *choices))
-    return value
 
 
 def _wrong_text(text: Any, split: bool) -> Exception:
