@@ -8,9 +8,10 @@ import keras
 import tensorflow as tf
 from tensorflow import Tensor
 
+from clipmb.common.parameters import Spec, specs
 from clipmb.common.pretrained import PretrainedMixin
 from clipmb.tf.layers import build_parts
-from clipmb.tf.tensors import bind
+from clipmb.tf.tensors import bind, distribution, initializer
 
 
 class KerasModel(PretrainedMixin, keras.Model):
@@ -28,6 +29,28 @@ class KerasModel(PretrainedMixin, keras.Model):
     def build(self, input_shape: Any = None) -> None:
         """Creates the weights of every part."""
         build_parts(self)
+
+    def _owner(self, spec: Spec) -> keras.layers.Layer:
+        owner: Any = self
+        for part in spec.path("tf")[:-1]:
+            owner = owner[int(part)] if part.isdigit() else getattr(owner, part)
+        return owner
+
+    def parameter(self, spec: Spec) -> keras.Variable:
+        """Returns the variable of a parameter."""
+        return getattr(self._owner(spec), spec.path("tf")[-1])
+
+    def post_init(self) -> None:
+        """Creates every weight, from its array within `clipmb.tf.tensors.given`, else from its distribution."""
+        table = [
+            (self._owner(spec), f"{spec.path('tf')[-1]}_initializer", spec) for spec in specs(self.config, self.head)
+        ]
+        for owner, name, spec in table:
+            setattr(owner, name, initializer(spec))
+        self.build()
+        for owner, name, spec in table:
+            setattr(owner, name, distribution(spec))  # which lets go of the array
+        self._tracker.unlock()  # subclasses may add layers
 
     def get_config(self) -> dict[str, Any]:
         """Returns what `from_config` rebuilds the model from, for ``.keras`` files."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections.abc import Callable
 from typing import Any
@@ -16,24 +17,30 @@ from clipmb.tf.tensors import plain_errors, sizes
 
 
 def statistics_dtype(dtype: tf.DType) -> tf.DType:
-    """The dtype for sums over many numbers and for special functions: at least float32."""
+    """Returns the dtype of softmax and of sums over many numbers: float32 for 16 bits, else the dtype itself."""
     return tf.float32 if dtype.size < 4 else dtype
 
 
 def quick_gelu(x: Tensor) -> Tensor:
-    """X * sigmoid(1.702 x), where 1.702 is not rounded to 16 bits."""
+    """Sigmoid approximation of GELU, ``x * sigmoid(1.702 * x)``; (…) to the same.
+
+    In 16 bits the factor is not rounded.
+    """
     wide = tf.cast(x, statistics_dtype(x.dtype))
     return tf.cast(wide * tf.sigmoid(1.702 * wide), x.dtype)
 
 
 def gelu(x: Tensor) -> Tensor:
-    """The exact one. ``tf.nn.gelu`` rounds its constants to float32, also in float64."""
+    """GELU, ``x`` times the normal distribution function; (…) to the same.
+
+    ``tf.nn.gelu`` rounds its constants to float32, also in float64.
+    """
     wide = tf.cast(x, statistics_dtype(x.dtype))
     return tf.cast(0.5 * wide * (1 + tf.math.erf(wide * 0.5**0.5)), x.dtype)
 
 
 def gelu_tanh(x: Tensor) -> Tensor:
-    """Its approximation by the hyperbolic tangent."""
+    """Approximation of GELU by the hyperbolic tangent; (…) to the same."""
     wide = tf.cast(x, statistics_dtype(x.dtype))
     inner = (2 / math.pi) ** 0.5 * (wide + 0.044715 * wide * wide * wide)
     return tf.cast(0.5 * wide * (1 + tf.tanh(inner)), x.dtype)
@@ -66,8 +73,8 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
 class Module(keras.layers.Layer):
     """A layer that builds its parts with itself, so that all weights exist before the first call."""
 
-    def __init__(self, **kwargs: Any) -> None:
-        super().__init__(**kwargs)
+    def __init__(self) -> None:
+        super().__init__()
         self._allow_non_tensor_positional_args = True  # as Keras' preprocessing layers do
 
     def build(self, input_shape: Any = None) -> None:
@@ -76,17 +83,37 @@ class Module(keras.layers.Layer):
 
 
 def build_parts(layer: keras.layers.Layer) -> None:
-    """Builds the layers that a layer or a model is made of, in the order of their construction."""
-    for part in layer._flatten_layers(include_self=False, recursive=False):
-        if not part.built:
-            part.build()
+    """Names the parts of a layer or a model by their attributes, gives them its dtype policy, and builds them."""
+    for attribute, value in list(vars(layer).items()):
+        several = isinstance(value, list)
+        for place, part in enumerate(value if several else [value]):
+            if isinstance(part, keras.layers.Layer) and not attribute.startswith("_") and not part.built:
+                part.name = f"{attribute}.{place}" if several else attribute
+                part.dtype_policy = layer.dtype_policy
+                part.build(None)
+
+
+def build_at(layer: keras.layers.Layer, path: str) -> None:
+    """Builds a layer whose weights get the names that they have at a path inside a model."""
+    with contextlib.ExitStack() as scopes:
+        for name in path.split("/")[:-1]:
+            scopes.enter_context(keras.name_scope(name))
+        layer.build(None)
+
+
+def replace_part(owner: keras.layers.Layer, name: str, part: keras.layers.Layer) -> None:
+    """Puts a layer in the place of another one, although Keras locks the parts of a layer that is built."""
+    owner._tracker.unlock()
+    owner._tracker.untrack(getattr(owner, name))
+    setattr(owner, name, part)
+    owner._tracker.lock()
 
 
 class Linear(keras.layers.Dense):
     """A dense layer that knows its input width."""
 
-    def __init__(self, inputs: int, units: int, **kwargs: Any) -> None:
-        super().__init__(units, **kwargs)
+    def __init__(self, inputs: int, units: int, bias: bool = True) -> None:
+        super().__init__(units, use_bias=bias)
         self.inputs = inputs
 
     def build(self, input_shape: Any = None) -> None:
@@ -107,8 +134,8 @@ class Linear(keras.layers.Dense):
 class Convolution(keras.layers.Layer):
     """The convolution that embeds patches, which do not overlap: one product of matrices."""
 
-    def __init__(self, channels: int, filters: int, size: int, **kwargs: Any) -> None:
-        super().__init__(**kwargs)
+    def __init__(self, channels: int, filters: int, size: int) -> None:
+        super().__init__()
         self.shape = (size, size, channels, filters)
 
     def build(self, input_shape: Any = None) -> None:
@@ -129,8 +156,8 @@ class Convolution(keras.layers.Layer):
 class LayerNorm(keras.layers.LayerNormalization):
     """Layer norm over the last axis; statistics in at least float32, as squares of differences from the mean."""
 
-    def __init__(self, width: int, eps: float, **kwargs: Any) -> None:
-        super().__init__(epsilon=eps, **kwargs)
+    def __init__(self, width: int, eps: float) -> None:
+        super().__init__(epsilon=eps)
         self.width = width
 
     def build(self, input_shape: Any = None) -> None:
@@ -147,11 +174,19 @@ class LayerNorm(keras.layers.LayerNormalization):
 
 
 def look_up(table: keras.layers.Embedding, ids: Tensor, field: str) -> Tensor:
-    """Looks up ids (batch, seq) in a table: (batch, seq, width). Ids outside raise, and are NaN where XLA cannot raise.
+    """Looks ids up in a table of embeddings.
+
+    Args:
+        table: (size, width).
+        ids: (batch, seq) integers; those outside the table raise, and under XLA, which cannot raise, become NaN.
+        field: What they are called in errors.
+
+    Returns:
+        (batch, seq, width).
 
     Raises:
-        TypeError: The ids are not integers.
-        ValueError: Eager ids are outside the table; in a graph an InvalidArgumentError is raised at the call.
+        TypeError: They are not integers.
+        ValueError: Some lie outside; in a graph an InvalidArgumentError is raised at the call.
     """
     with plain_errors():
         check_range(ids, table.input_dim, field)

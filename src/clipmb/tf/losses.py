@@ -12,50 +12,85 @@ from clipmb.tf.tensors import plain_errors, sizes
 
 
 def normalize(embeds: Tensor) -> Tensor:
-    """Scales rows to unit length; a row of zeros becomes NaN, as formerly."""
+    """Scales rows to unit length: (n, proj) to the same. A row of zeros becomes NaN, as in transformers."""
     wide = tf.cast(embeds, statistics_dtype(embeds.dtype))
     return tf.cast(wide / tf.sqrt(tf.reduce_sum(tf.square(wide), axis=-1, keepdims=True)), embeds.dtype)
 
 
 def cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
-    """Mean cross-entropy of (n, classes) against (n,) class indices, leaving out labels of -100; (), at least float32.
+    """Returns the mean cross-entropy over the labels that are not -100.
 
     Source: torch.nn.functional.cross_entropy.
+
+    Args:
+        logits: (n, classes).
+        labels: (n,) class indices, or -100 for rows that do not count.
+
+    Returns:
+        () in at least float32, NaN where no row counts, and under XLA where a label is neither a class nor -100.
+
+    Raises:
+        ValueError: A label is neither a class nor -100; in a graph an InvalidArgumentError is raised at the call.
     """
-    logits = tf.cast(logits, statistics_dtype(logits.dtype))
     kept = labels != -100
-    losses = tf.nn.sparse_softmax_cross_entropy_with_logits(tf.where(kept, labels, 0), logits)
-    kept = tf.cast(kept, logits.dtype)
+    labels = tf.where(kept, labels, 0)
+    with plain_errors():
+        check_range(labels, sizes(logits)[1], "labels")
+    losses = _cross_entropies(logits, labels)
+    kept = tf.cast(kept, losses.dtype)
     return tf.reduce_sum(losses * kept) / tf.reduce_sum(kept)
 
 
-def contrastive_loss(logits_per_text: Tensor) -> Tensor:
-    """Mean of the cross-entropies of text against images and image against texts; (n, n) to (), at least float32.
+def _cross_entropies(logits: Tensor, labels: Tensor) -> Tensor:
+    """(n, classes) and (n,) class indices to (n,), in at least float32."""
+    return tf.nn.sparse_softmax_cross_entropy_with_logits(labels, tf.cast(logits, statistics_dtype(logits.dtype)))
 
-    Source: CLIP, arXiv 2103.00020, figure 3.
+
+def contrastive_loss(logits_per_text: Tensor) -> Tensor:
+    """Returns the loss of `clip_loss`, given the scaled cosines.
+
+    Args:
+        logits_per_text: (n, n); row i and column i are a pair.
+
+    Returns:
+        () in at least float32.
+
+    Raises:
+        ValueError: There are not as many texts as images.
     """
     texts, images = sizes(logits_per_text)
     if isinstance(texts, int) and isinstance(images, int) and texts != images:
         with plain_errors():
             raise checks.not_square(texts, images)
-    return (
-        cross_entropy(logits_per_text, tf.range(texts)) + cross_entropy(tf.transpose(logits_per_text), tf.range(images))
-    ) / 2
+    return _symmetric(logits_per_text, tf.transpose(logits_per_text), None, slice(None))
 
 
 def classification_loss(logits: Tensor, labels: Tensor, config: CLIPConfig) -> Tensor:
-    """The loss of `clipmb.common.checks.loss_kind`, at least float32; cross-entropies leave out labels of -100."""
-    logits = tf.cast(logits, statistics_dtype(logits.dtype))
+    """Returns the loss of an image classifier.
+
+    Source: transformers 4.57.6; `clipmb.common.checks.loss_kind` says which loss it is.
+
+    Args:
+        logits: (batch, num_labels).
+        labels: (batch,) class indices, or -100 for pictures that do not count; or numbers of the shape of ``logits``,
+            in which axes of length 1 may be left out.
+        config: The classifier's config.
+
+    Returns:
+        () in at least float32.
+
+    Raises:
+        TypeError: Class indices are not integers.
+        ValueError: The shape of the labels does not fit, or a label is not a class.
+    """
     with plain_errors():
         kind = checks.loss_kind(labels, logits, config)
-    if kind == "regression":
-        return tf.reduce_mean(tf.math.squared_difference(tf.squeeze(logits), tf.cast(tf.squeeze(labels), logits.dtype)))
     if kind == "single_label_classification":
-        labels = tf.reshape(tf.cast(labels, tf.int64), (-1,))
-        with plain_errors():
-            check_range(tf.where(labels != -100, labels, 0), config.num_labels, "labels")
-        return cross_entropy(logits, labels)
-    labels = tf.reshape(tf.cast(labels, logits.dtype), tf.shape(logits))
+        return cross_entropy(logits, tf.reshape(tf.cast(labels, tf.int64), (-1,)))
+    logits = tf.cast(logits, statistics_dtype(logits.dtype))
+    labels = tf.reshape(tf.cast(labels, logits.dtype), sizes(logits))
+    if kind == "regression":
+        return tf.reduce_mean(tf.math.squared_difference(logits, labels))
     return tf.reduce_mean(tf.nn.sigmoid_cross_entropy_with_logits(labels, logits))
 
 
@@ -67,7 +102,7 @@ def clip_loss(
     valid: Tensor | None = None,
     rows: slice | None = None,
 ) -> Tensor:
-    """The mean of the cross-entropies of texts against images and of images against texts.
+    """Returns the mean of the cross-entropies of texts against images and of images against texts.
 
     Source: CLIP, arXiv 2103.00020, figure 3.
 
@@ -82,15 +117,25 @@ def clip_loss(
         ().
     """
     rows = slice(None) if rows is None else rows
-    targets = tf.range(tf.shape(text_embeds)[0])[rows]
+    scale = tf.exp(logit_scale)
+    logits_per_text = tf.matmul(scale * text_embeds[rows], image_embeds, transpose_b=True)  # (rows, n)
+    logits_per_image = tf.matmul(scale * image_embeds[rows], text_embeds, transpose_b=True)  # (rows, n)
+    return _symmetric(logits_per_text, logits_per_image, valid, rows)
+
+
+def _symmetric(logits_per_text: Tensor, logits_per_image: Tensor, valid: Tensor | None, rows: slice) -> Tensor:
+    """The formula of `clip_loss` on scaled cosines: (rows, n) twice, (n,) and the rows to ()."""
+    size = sizes(logits_per_text)[1]
+    targets = tf.range(size)[rows]
     terms = []
-    for ours, others in ((text_embeds, image_embeds), (image_embeds, text_embeds)):
-        logits = tf.matmul(tf.exp(logit_scale) * ours[rows], others, transpose_b=True)  # (rows, n)
+    for logits in (logits_per_text, logits_per_image):
         if valid is not None:
             logits = tf.where(valid, logits, tf.constant(logits.dtype.min / 2, logits.dtype))
-        losses = tf.nn.sparse_softmax_cross_entropy_with_logits(targets, logits)  # (rows,)
-        terms.append(tf.reduce_sum(losses if valid is None else tf.where(valid[rows], losses, 0)))
-    return (terms[0] + terms[1]) / (2 * _count(text_embeds, valid))
+        losses = _cross_entropies(logits, targets)  # (rows,)
+        if valid is not None:
+            losses = tf.where(valid[rows], losses, 0)
+        terms.append(tf.reduce_sum(losses))
+    return (terms[0] + terms[1]) / (2 * _count(valid, size, terms[0].dtype))
 
 
 def siglip_loss(
@@ -102,29 +147,32 @@ def siglip_loss(
     valid: Tensor | None = None,
     rows: slice | None = None,
 ) -> Tensor:
-    """The sigmoid loss: every text with every image is a binary decision, summed over both and divided by n.
+    """Returns the sigmoid loss: every text with every image is a binary decision, summed over both and divided by n.
 
     Source: SigLIP, arXiv 2303.15343, algorithm 1.
 
     Args:
-        text_embeds: As in `clip_loss`, like the other arguments.
-        image_embeds: As there.
-        logit_scale: As there.
+        text_embeds: (n, proj), of unit length.
+        image_embeds: (n, proj), of unit length; row i belongs to text i.
+        logit_scale: (), the logarithm of the factor on the cosines.
         logit_bias: (), added to the scaled cosines.
-        valid: As there.
-        rows: As there.
+        valid: As in `clip_loss`.
+        rows: As in `clip_loss`.
 
     Returns:
         ().
     """
     rows = slice(None) if rows is None else rows
-    logits = tf.matmul(tf.exp(logit_scale) * text_embeds[rows], image_embeds, transpose_b=True) + logit_bias
-    signs = 2 * tf.eye(tf.shape(text_embeds)[0], dtype=logits.dtype)[rows] - 1  # (rows, n), like logits
+    size = sizes(text_embeds)[0]
+    scale = tf.exp(logit_scale)
+    logits = tf.matmul(scale * text_embeds[rows], image_embeds, transpose_b=True) + logit_bias  # (rows, n)
+    places = tf.range(size)
+    signs = tf.where(places[rows][:, None] == places, tf.ones((), logits.dtype), -1)  # (rows, n)
     losses = -tf.math.log_sigmoid(signs * logits)
     if valid is not None:
         losses = tf.where(valid[rows][:, None] & valid, losses, 0)
-    return tf.reduce_sum(losses) / _count(text_embeds, valid)
+    return tf.reduce_sum(losses) / _count(valid, size, losses.dtype)
 
 
-def _count(embeds: Tensor, valid: Tensor | None) -> Tensor:
-    return tf.cast(tf.shape(embeds)[0] if valid is None else tf.math.count_nonzero(valid), embeds.dtype)
+def _count(valid: Tensor | None, size: int | Tensor, dtype: tf.DType) -> Tensor:
+    return tf.cast(size if valid is None else tf.math.count_nonzero(valid), dtype)

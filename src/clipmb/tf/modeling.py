@@ -7,17 +7,17 @@ of every behaviour; this file differs from theirs where TensorFlow does.
 Ids outside the vocabulary raise: eagerly a ValueError, in a ``tf.function`` an InvalidArgumentError. XLA
 (``jit_compile=True``) cannot raise; there the states of such ids are NaN. The checked modes are `check_ids` on the
 inputs, and ``compile(jit_compile=False)``, since Keras' default for ``fit`` is XLA.
+
+``training`` is handed on by Keras: a layer called inside another one's ``call`` has it from there.
 """
 
 from __future__ import annotations
 
-import contextlib
 import math
 from typing import Any, ClassVar
 
 import keras
 import numpy as np
-import optree
 import tensorflow as tf
 from tensorflow import Tensor
 
@@ -42,37 +42,34 @@ from clipmb.tf.layers import (
     LayerNorm,
     Linear,
     Module,
+    build_at,
     check_range,
     interpolate_positions,
     look_up,
     recomputed,
+    replace_part,
     statistics_dtype,
 )
 from clipmb.tf.losses import classification_loss, contrastive_loss, normalize
-from clipmb.tf.tensors import distribution, given, initializer, plain_errors, sizes, to_tensor, unpacking
+from clipmb.tf.tensors import distribution, given, next_seed, plain_errors, register_output, sizes, to_tensor, unpacking
 
 for _type in ModelOutput.types:
-    optree.register_pytree_node(
-        _type,
-        lambda output: (tuple(output.values()), tuple(output), tuple(output)),
-        lambda keys, values, _type=_type: _type(zip(keys, values, strict=True)),
-        namespace="keras",
-    )
+    register_output(_type)
 
 
 class TFCLIPAttention(Module):
     """Multi-head self-attention."""
 
-    def __init__(self, config: CLIPTextConfig | CLIPVisionConfig, **kwargs: Any) -> None:
-        super().__init__(**kwargs)
-        width, dtype = config.hidden_size, self.dtype_policy
+    def __init__(self, config: CLIPTextConfig | CLIPVisionConfig) -> None:
+        super().__init__()
+        width = config.hidden_size
         self.num_heads = config.num_attention_heads
         self.head_dim = config.head_dim
         self.dropout = config.attention_dropout
-        self.k_proj = Linear(width, width, name="k_proj", dtype=dtype)
-        self.v_proj = Linear(width, width, name="v_proj", dtype=dtype)
-        self.q_proj = Linear(width, width, name="q_proj", dtype=dtype)
-        self.out_proj = Linear(width, width, name="out_proj", dtype=dtype)
+        self.k_proj = Linear(width, width)
+        self.v_proj = Linear(width, width)
+        self.q_proj = Linear(width, width)
+        self.out_proj = Linear(width, width)
 
     def call(
         self, hidden_states: Tensor, bias: Tensor | None, fused: bool, seed: Tensor | None
@@ -106,12 +103,11 @@ class TFCLIPAttention(Module):
 class TFCLIPMLP(Module):
     """The two-layer perceptron of a block."""
 
-    def __init__(self, config: CLIPTextConfig | CLIPVisionConfig, **kwargs: Any) -> None:
-        super().__init__(**kwargs)
-        dtype = self.dtype_policy
+    def __init__(self, config: CLIPTextConfig | CLIPVisionConfig) -> None:
+        super().__init__()
         self.activation = ACTIVATIONS[config.hidden_act]
-        self.fc1 = Linear(config.hidden_size, config.intermediate_size, name="fc1", dtype=dtype)
-        self.fc2 = Linear(config.intermediate_size, config.hidden_size, name="fc2", dtype=dtype)
+        self.fc1 = Linear(config.hidden_size, config.intermediate_size)
+        self.fc2 = Linear(config.intermediate_size, config.hidden_size)
 
     def call(self, hidden_states: Tensor) -> Tensor:
         """(batch, seq, width) to the same."""
@@ -121,13 +117,12 @@ class TFCLIPMLP(Module):
 class TFCLIPEncoderLayer(Module):
     """One block: attention and perceptron, each behind a layer norm and beside a residual."""
 
-    def __init__(self, config: CLIPTextConfig | CLIPVisionConfig, **kwargs: Any) -> None:
-        super().__init__(**kwargs)
-        dtype = self.dtype_policy
-        self.self_attn = TFCLIPAttention(config, name="self_attn", dtype=dtype)
-        self.layer_norm1 = LayerNorm(config.hidden_size, eps=config.layer_norm_eps, name="layer_norm1", dtype=dtype)
-        self.mlp = TFCLIPMLP(config, name="mlp", dtype=dtype)
-        self.layer_norm2 = LayerNorm(config.hidden_size, eps=config.layer_norm_eps, name="layer_norm2", dtype=dtype)
+    def __init__(self, config: CLIPTextConfig | CLIPVisionConfig) -> None:
+        super().__init__()
+        self.self_attn = TFCLIPAttention(config)
+        self.layer_norm1 = LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.mlp = TFCLIPMLP(config)
+        self.layer_norm2 = LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
 
     def call(
         self, hidden_states: Tensor, bias: Tensor | None, fused: bool, seed: Tensor | None
@@ -142,13 +137,10 @@ class TFCLIPEncoderLayer(Module):
 class TFCLIPEncoder(Module):
     """The blocks of a tower."""
 
-    def __init__(self, config: CLIPTextConfig | CLIPVisionConfig, **kwargs: Any) -> None:
-        super().__init__(**kwargs)
+    def __init__(self, config: CLIPTextConfig | CLIPVisionConfig) -> None:
+        super().__init__()
         self.config = config
-        self.layers = [
-            TFCLIPEncoderLayer(config, name=f"layers.{i}", dtype=self.dtype_policy)
-            for i in range(config.num_hidden_layers)
-        ]
+        self.layers = [TFCLIPEncoderLayer(config) for _ in range(config.num_hidden_layers)]
         self.checkpointing = False
         self.seed_generator = keras.random.SeedGenerator()
 
@@ -173,9 +165,7 @@ class TFCLIPEncoder(Module):
         bias = attention_bias(attention_mask, hidden_states) if causal else None
         states, attentions = [hidden_states], []
         for layer in self.layers:
-            seed = None
-            if dropout:
-                seed = tf.cast(self.seed_generator.next(), tf.int32)  # drawn here, so that recomputing drops the same
+            seed = next_seed(self.seed_generator) if dropout else None  # drawn here: recomputing has to drop the same
             if self.checkpointing and training:
                 hidden_states, weights = recomputed(layer, hidden_states, bias, fused, seed)
             else:
@@ -205,14 +195,12 @@ def attention_bias(attention_mask: Tensor | None, hidden_states: Tensor) -> Tens
 class TFCLIPTextEmbeddings(Module):
     """Token plus position embeddings."""
 
-    def __init__(self, config: CLIPTextConfig, **kwargs: Any) -> None:
-        super().__init__(**kwargs)
+    def __init__(self, config: CLIPTextConfig) -> None:
+        super().__init__()
         self.config = config
-        width, dtype = config.hidden_size, self.dtype_policy
-        self.token_embedding = keras.layers.Embedding(config.vocab_size, width, name="token_embedding", dtype=dtype)
-        self.position_embedding = keras.layers.Embedding(
-            config.max_position_embeddings, width, name="position_embedding", dtype=dtype
-        )
+        width = config.hidden_size
+        self.token_embedding = keras.layers.Embedding(config.vocab_size, width)
+        self.position_embedding = keras.layers.Embedding(config.max_position_embeddings, width)
 
     def call(self, input_ids: Tensor, position_ids: Tensor | None = None) -> Tensor:
         """(batch, seq) to (batch, seq, width)."""
@@ -225,14 +213,12 @@ class TFCLIPTextEmbeddings(Module):
 class TFCLIPVisionEmbeddings(Module):
     """Class token and patch embeddings plus position embeddings."""
 
-    def __init__(self, config: CLIPVisionConfig, **kwargs: Any) -> None:
-        super().__init__(**kwargs)
+    def __init__(self, config: CLIPVisionConfig) -> None:
+        super().__init__()
         self.config = config
-        width, size, dtype = config.hidden_size, config.patch_size, self.dtype_policy
-        self.patch_embedding = Convolution(config.num_channels, width, size, name="patch_embedding", dtype=dtype)
-        self.position_embedding = keras.layers.Embedding(
-            config.num_patches + 1, width, name="position_embedding", dtype=dtype
-        )
+        width, size = config.hidden_size, config.patch_size
+        self.patch_embedding = Convolution(config.num_channels, width, size)
+        self.position_embedding = keras.layers.Embedding(config.num_patches + 1, width)
 
     def build(self, input_shape: Any = None) -> None:
         """Creates class_embedding (width,) and the weights of every part."""
@@ -258,13 +244,12 @@ class TFCLIPVisionEmbeddings(Module):
 class TFCLIPTextTransformer(Module):
     """The text tower."""
 
-    def __init__(self, config: CLIPTextConfig, **kwargs: Any) -> None:
-        super().__init__(**kwargs)
+    def __init__(self, config: CLIPTextConfig) -> None:
+        super().__init__()
         self.config = config
-        width, eps, dtype = config.hidden_size, config.layer_norm_eps, self.dtype_policy
-        self.embeddings = TFCLIPTextEmbeddings(config, name="embeddings", dtype=dtype)
-        self.encoder = TFCLIPEncoder(config, name="encoder", dtype=dtype)
-        self.final_layer_norm = LayerNorm(width, eps=eps, name="final_layer_norm", dtype=dtype)
+        self.embeddings = TFCLIPTextEmbeddings(config)
+        self.encoder = TFCLIPEncoder(config)
+        self.final_layer_norm = LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
 
     def call(
         self,
@@ -281,9 +266,7 @@ class TFCLIPTextTransformer(Module):
         if attention_mask is not None:  # a mask of unknown shape must not be broadcast
             attention_mask = tf.reshape(attention_mask, sizes(input_ids))
         hidden_states = self.embeddings(input_ids, position_ids)
-        encoded = self.encoder(
-            hidden_states, attention_mask, True, output_attentions, output_hidden_states, training=training
-        )
+        encoded = self.encoder(hidden_states, attention_mask, True, output_attentions, output_hidden_states)
         last_hidden_state = self.final_layer_norm(encoded.last_hidden_state)
         return BaseModelOutputWithPooling(
             last_hidden_state=last_hidden_state,
@@ -306,14 +289,13 @@ def pool(last_hidden_state: Tensor, input_ids: Tensor, eos_token_id: int) -> Ten
 class TFCLIPVisionTransformer(Module):
     """The vision tower."""
 
-    def __init__(self, config: CLIPVisionConfig, **kwargs: Any) -> None:
-        super().__init__(**kwargs)
+    def __init__(self, config: CLIPVisionConfig) -> None:
+        super().__init__()
         self.config = config
-        width, eps, dtype = config.hidden_size, config.layer_norm_eps, self.dtype_policy
-        self.embeddings = TFCLIPVisionEmbeddings(config, name="embeddings", dtype=dtype)
-        self.pre_layrnorm = LayerNorm(width, eps=eps, name="pre_layrnorm", dtype=dtype)
-        self.encoder = TFCLIPEncoder(config, name="encoder", dtype=dtype)
-        self.post_layernorm = LayerNorm(width, eps=eps, name="post_layernorm", dtype=dtype)
+        self.embeddings = TFCLIPVisionEmbeddings(config)
+        self.pre_layrnorm = LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.encoder = TFCLIPEncoder(config)
+        self.post_layernorm = LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
 
     def call(
         self,
@@ -327,7 +309,7 @@ class TFCLIPVisionTransformer(Module):
         with plain_errors():
             checks.check_pixels(pixel_values, self.config, interpolate_pos_encoding)
         hidden_states = self.pre_layrnorm(self.embeddings(pixel_values, interpolate_pos_encoding))
-        encoded = self.encoder(hidden_states, None, False, output_attentions, output_hidden_states, training=training)
+        encoded = self.encoder(hidden_states, None, False, output_attentions, output_hidden_states)
         return BaseModelOutputWithPooling(
             last_hidden_state=encoded.last_hidden_state,
             pooler_output=self.post_layernorm(encoded.last_hidden_state[:, 0]),
@@ -395,28 +377,6 @@ class TFCLIPPreTrainedModel(ExportMixin, KerasModel):
             for spec in specs(self.config, self.head)
         }
 
-    def _owner(self, spec: Spec) -> keras.layers.Layer:
-        owner = self
-        for part in spec.path("tf")[:-1]:
-            owner = owner[int(part)] if part.isdigit() else getattr(owner, part)
-        return owner
-
-    def parameter(self, spec: Spec) -> keras.Variable:
-        """Returns the variable of a parameter."""
-        return getattr(self._owner(spec), spec.path("tf")[-1])
-
-    def post_init(self) -> None:
-        """Creates every weight, from its array within `clipmb.tf.tensors.given`, else from its distribution."""
-        table = [
-            (self._owner(spec), f"{spec.path('tf')[-1]}_initializer", spec) for spec in specs(self.config, self.head)
-        ]
-        for owner, name, spec in table:
-            setattr(owner, name, initializer(spec))
-        self.build()
-        for owner, name, spec in table:
-            setattr(owner, name, distribution(spec))  # which lets go of the array
-        self._tracker.unlock()  # subclasses may add layers
-
     def init_weights(self) -> None:
         """Draws every parameter from its initial normal distribution."""
         for spec in specs(self.config, self.head):
@@ -452,12 +412,10 @@ class TFCLIPPreTrainedModel(ExportMixin, KerasModel):
 
     def set_input_embeddings(self, value: keras.layers.Layer) -> None:
         """Replaces the layer that `get_input_embeddings` returns."""
-        owner = self.text_model.embeddings if hasattr(self, "text_model") else self.vision_model.embeddings
-        name = "token_embedding" if hasattr(self, "text_model") else "patch_embedding"
-        owner._tracker.unlock()
-        owner._tracker.untrack(getattr(owner, name))
-        setattr(owner, name, value)
-        owner._tracker.lock()
+        if hasattr(self, "text_model"):
+            replace_part(self.text_model.embeddings, "token_embedding", value)
+        else:
+            replace_part(self.vision_model.embeddings, "patch_embedding", value)
 
     def resize_token_embeddings(
         self, new_num_tokens: int | None = None, pad_to_multiple_of: int | None = None
@@ -489,19 +447,12 @@ class TFCLIPPreTrainedModel(ExportMixin, KerasModel):
                 raise bad_input("The number of tokens must be positive", value, "Pass a positive number")
         size += -size % (pad_to_multiple_of or 1)
         if size != old.input_dim:
-            config = self.text_model.config
-            config.vocab_size = size
-            new = keras.layers.Embedding(
-                size, old.output_dim, name=old.name, dtype=old.dtype_policy, trainable=old.trainable
-            )
-            new.embeddings_initializer = old.embeddings_initializer
-            with contextlib.ExitStack() as scopes:
-                for part in old.path.split("/")[:-1]:
-                    scopes.enter_context(keras.name_scope(part))
-                new.build()
+            new = type(old).from_config({**old.get_config(), "input_dim": size})
+            build_at(new, old.path)
             kept = min(size, old.input_dim)
             new.set_weights([np.concatenate([old.get_weights()[0][:kept], new.get_weights()[0][kept:]])])
             self.set_input_embeddings(new)
+            self.text_model.config.vocab_size = size
         return self.text_model.embeddings.token_embedding
 
     def gradient_checkpointing_enable(self, gradient_checkpointing_kwargs: dict[str, Any] | None = None) -> None:
@@ -541,12 +492,11 @@ class TFCLIPModel(TFCLIPPreTrainedModel):
 
     def __init__(self, config: CLIPConfig, dtype: Any = None, **kwargs: Any) -> None:
         super().__init__(config, dtype, **kwargs)
-        text, vision, dtype = config.text_config, config.vision_config, self.dtype_policy
-        proj = config.projection_dim
-        self.text_model = TFCLIPTextTransformer(text, name="text_model", dtype=dtype)
-        self.vision_model = TFCLIPVisionTransformer(vision, name="vision_model", dtype=dtype)
-        self.visual_projection = Linear(vision.hidden_size, proj, use_bias=False, name="visual_projection", dtype=dtype)
-        self.text_projection = Linear(text.hidden_size, proj, use_bias=False, name="text_projection", dtype=dtype)
+        text, vision = config.text_config, config.vision_config
+        self.text_model = TFCLIPTextTransformer(text)
+        self.vision_model = TFCLIPVisionTransformer(vision)
+        self.visual_projection = Linear(vision.hidden_size, config.projection_dim, bias=False)
+        self.text_projection = Linear(text.hidden_size, config.projection_dim, bias=False)
         self.post_init()
 
     def build(self, input_shape: Any = None) -> None:
@@ -620,11 +570,9 @@ class TFCLIPModel(TFCLIPPreTrainedModel):
         Raises:
             ValueError: A shape or a value does not fit.
         """
-        text_output = self.text_model(
-            input_ids, attention_mask, position_ids, output_attentions, output_hidden_states, training=training
-        )
+        text_output = self.text_model(input_ids, attention_mask, position_ids, output_attentions, output_hidden_states)
         vision_output = self.vision_model(
-            pixel_values, output_attentions, output_hidden_states, interpolate_pos_encoding, training=training
+            pixel_values, output_attentions, output_hidden_states, interpolate_pos_encoding
         )
         text_embeds = normalize(self.text_projection(text_output.pooler_output))  # (texts, proj)
         image_embeds = normalize(self.visual_projection(vision_output.pooler_output))  # (images, proj)
@@ -655,7 +603,7 @@ class TFCLIPTextModel(TFCLIPPreTrainedModel):
 
     def __init__(self, config: CLIPTextConfig, dtype: Any = None, **kwargs: Any) -> None:
         super().__init__(config, dtype, **kwargs)
-        self.text_model = TFCLIPTextTransformer(config, name="text_model", dtype=self.dtype_policy)
+        self.text_model = TFCLIPTextTransformer(config)
         self.post_init()
 
     def call(
@@ -669,9 +617,7 @@ class TFCLIPTextModel(TFCLIPPreTrainedModel):
         training: bool = False,
     ) -> BaseModelOutputWithPooling | tuple:
         """Encodes texts; arguments as in `TFCLIPModel.call`."""
-        output = self.text_model(
-            input_ids, attention_mask, position_ids, output_attentions, output_hidden_states, training=training
-        )
+        output = self.text_model(input_ids, attention_mask, position_ids, output_attentions, output_hidden_states)
         return self._returned(output, return_dict)
 
 
@@ -684,9 +630,8 @@ class TFCLIPTextModelWithProjection(TFCLIPPreTrainedModel):
 
     def __init__(self, config: CLIPTextConfig, dtype: Any = None, **kwargs: Any) -> None:
         super().__init__(config, dtype, **kwargs)
-        width, proj, dtype = config.hidden_size, config.projection_dim, self.dtype_policy
-        self.text_model = TFCLIPTextTransformer(config, name="text_model", dtype=dtype)
-        self.text_projection = Linear(width, proj, use_bias=False, name="text_projection", dtype=dtype)
+        self.text_model = TFCLIPTextTransformer(config)
+        self.text_projection = Linear(config.hidden_size, config.projection_dim, bias=False)
         self.post_init()
 
     def call(
@@ -700,9 +645,7 @@ class TFCLIPTextModelWithProjection(TFCLIPPreTrainedModel):
         training: bool = False,
     ) -> CLIPTextModelOutput | tuple:
         """Encodes and projects texts; arguments as in `TFCLIPModel.call`."""
-        output = self.text_model(
-            input_ids, attention_mask, position_ids, output_attentions, output_hidden_states, training=training
-        )
+        output = self.text_model(input_ids, attention_mask, position_ids, output_attentions, output_hidden_states)
         projected = CLIPTextModelOutput(
             text_embeds=self.text_projection(output.pooler_output),
             last_hidden_state=output.last_hidden_state,
@@ -722,7 +665,7 @@ class TFCLIPVisionModel(TFCLIPPreTrainedModel):
 
     def __init__(self, config: CLIPVisionConfig, dtype: Any = None, **kwargs: Any) -> None:
         super().__init__(config, dtype, **kwargs)
-        self.vision_model = TFCLIPVisionTransformer(config, name="vision_model", dtype=self.dtype_policy)
+        self.vision_model = TFCLIPVisionTransformer(config)
         self.post_init()
 
     def call(
@@ -735,9 +678,7 @@ class TFCLIPVisionModel(TFCLIPPreTrainedModel):
         training: bool = False,
     ) -> BaseModelOutputWithPooling | tuple:
         """Encodes pictures; arguments as in `TFCLIPModel.call`."""
-        output = self.vision_model(
-            pixel_values, output_attentions, output_hidden_states, interpolate_pos_encoding, training=training
-        )
+        output = self.vision_model(pixel_values, output_attentions, output_hidden_states, interpolate_pos_encoding)
         return self._returned(output, return_dict)
 
 
@@ -751,9 +692,8 @@ class TFCLIPVisionModelWithProjection(TFCLIPPreTrainedModel):
 
     def __init__(self, config: CLIPVisionConfig, dtype: Any = None, **kwargs: Any) -> None:
         super().__init__(config, dtype, **kwargs)
-        width, proj, dtype = config.hidden_size, config.projection_dim, self.dtype_policy
-        self.vision_model = TFCLIPVisionTransformer(config, name="vision_model", dtype=dtype)
-        self.visual_projection = Linear(width, proj, use_bias=False, name="visual_projection", dtype=dtype)
+        self.vision_model = TFCLIPVisionTransformer(config)
+        self.visual_projection = Linear(config.hidden_size, config.projection_dim, bias=False)
         self.post_init()
 
     def call(
@@ -766,9 +706,7 @@ class TFCLIPVisionModelWithProjection(TFCLIPPreTrainedModel):
         training: bool = False,
     ) -> CLIPVisionModelOutput | tuple:
         """Encodes and projects pictures; arguments as in `TFCLIPModel.call`."""
-        output = self.vision_model(
-            pixel_values, output_attentions, output_hidden_states, interpolate_pos_encoding, training=training
-        )
+        output = self.vision_model(pixel_values, output_attentions, output_hidden_states, interpolate_pos_encoding)
         projected = CLIPVisionModelOutput(
             image_embeds=self.visual_projection(output.pooler_output),
             last_hidden_state=output.last_hidden_state,
@@ -789,10 +727,9 @@ class TFCLIPForImageClassification(TFCLIPPreTrainedModel):
         super().__init__(config, dtype, **kwargs)
         if config.num_labels < 1:
             raise bad_input("num_labels must be at least 1", config.num_labels, "Pass num_labels= or id2label=")
-        dtype = self.dtype_policy
         self.num_labels = config.num_labels
-        self.vision_model = TFCLIPVisionTransformer(config.vision_config, name="vision_model", dtype=dtype)
-        self.classifier = Linear(config.vision_config.hidden_size, config.num_labels, name="classifier", dtype=dtype)
+        self.vision_model = TFCLIPVisionTransformer(config.vision_config)
+        self.classifier = Linear(config.vision_config.hidden_size, config.num_labels)
         self.post_init()
 
     def call(
@@ -816,9 +753,7 @@ class TFCLIPForImageClassification(TFCLIPPreTrainedModel):
             return_dict: As in `TFCLIPModel.call`.
             training: As in `TFCLIPModel.call`.
         """
-        output = self.vision_model(
-            pixel_values, output_attentions, output_hidden_states, interpolate_pos_encoding, training=training
-        )
+        output = self.vision_model(pixel_values, output_attentions, output_hidden_states, interpolate_pos_encoding)
         logits = self.classifier(tf.reduce_mean(output.last_hidden_state[:, 1:], axis=1))  # (batch, num_labels)
         classified = ImageClassifierOutput(
             loss=None if labels is None else classification_loss(logits, labels, self.config),

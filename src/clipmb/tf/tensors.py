@@ -11,13 +11,16 @@ from typing import Any, cast
 
 import keras
 import numpy as np
+import optree
 import tensorflow as tf
 
 from clipmb.common.checkpoint import OwnArrays
 from clipmb.common.errors import bad_input
+from clipmb.common.outputs import ModelOutput
 from clipmb.common.parameters import KINDS, Spec
 
 _ARRAYS: ContextVar[Mapping[str, np.ndarray] | None] = ContextVar("arrays", default=None)
+_SEEDS: ContextVar[Callable[[], tf.Tensor] | None] = ContextVar("seeds", default=None)
 
 FLAGS = (
     "return_loss", "output_attentions", "output_hidden_states", "interpolate_pos_encoding", "return_dict", "training",
@@ -60,6 +63,22 @@ def from_numpy(array: np.ndarray, dtype: str, axes: tuple[int, ...] = ()) -> tf.
     """Copies an array into a tensor of a dtype, transposed."""
     tensor = tf.cast(tf.convert_to_tensor(array), dtype)
     return tf.transpose(tensor, axes) if axes else tensor
+
+
+@contextmanager
+def seeds(draw: Callable[[], tf.Tensor]) -> Iterator[None]:
+    """Dropout within takes its seeds, (2,) int32, from this function instead of from the generators of the towers."""
+    token = _SEEDS.set(draw)
+    try:
+        yield
+    finally:
+        _SEEDS.reset(token)
+
+
+def next_seed(generator: keras.random.SeedGenerator) -> tf.Tensor:
+    """Draws a seed of dropout, (2,) int32: from a generator, or within `seeds` from its function."""
+    draw = _SEEDS.get()
+    return tf.cast(generator.next(), tf.int32) if draw is None else draw()
 
 
 @contextmanager
@@ -111,6 +130,18 @@ def to_tensor(value: Any) -> Any:
 def sizes(tensor: Any) -> tuple[Any, ...]:
     """Returns the shape of a tensor: numbers where they are known before the call, else scalar tensors."""
     return cast("tuple[Any, ...]", keras.ops.shape(tensor))
+
+
+def register_output(kind: type[ModelOutput]) -> None:
+    """Lets Keras look inside outputs of a type for tensors."""
+
+    def flatten(output: Any) -> tuple[Any, Any, Any]:
+        return tuple(output.values()), tuple(output), tuple(output)
+
+    def unflatten(keys: Any, values: Any) -> Any:
+        return kind(zip(keys, values, strict=True))
+
+    optree.register_pytree_node(kind, flatten, unflatten, namespace="keras")
 
 
 def unpacking(method: Callable) -> Callable:

@@ -35,6 +35,7 @@ from clipmb.tf.engine import Engine
 from clipmb.tf.losses import clip_loss, normalize, siglip_loss
 from clipmb.tf.modeling import TFCLIPModel
 from clipmb.tf.optimizer import AdamW
+from clipmb.tf.tensors import seeds
 
 POLICIES = {"float32": "float32", "bfloat16": "mixed_bfloat16", "float64": "float64"}  # of Keras, by precision
 _SCALARS = ("logit_scale", LOGIT_BIAS.name)  # the parameters of the loss, which no tower has
@@ -342,23 +343,11 @@ class Trainer:
         self, chunk: int | Tensor, input_ids: Tensor, pixel_values: Tensor, seed: Tensor
     ) -> tuple[Tensor, Tensor]:
         """Returns the features of a chunk; the same ones, with the same dropout, each time in a step."""
-        with self._dropout(chunk, seed):
+        fold = tf.random.experimental.stateless_fold_in
+        key, draws = fold(seed, chunk), itertools.count()
+        with seeds(lambda: fold(key, next(draws))):  # the generators of the towers are variables: devices share none
             text = self.model.get_text_features(input_ids, training=True)
             return text, self.model.get_image_features(pixel_values, training=True)
-
-    @contextlib.contextmanager
-    def _dropout(self, chunk: int | Tensor, seed: Tensor) -> Iterator[None]:
-        """Lets the towers draw seeds made of that of this step and device, and the chunk within."""
-        fold = tf.random.experimental.stateless_fold_in
-        generators = [tower.encoder.seed_generator for tower in (self.model.text_model, self.model.vision_model)]
-        key, draws = fold(seed, chunk), itertools.count()
-        for generator in generators:  # instead of from their variables, which devices do not share
-            generator.next = lambda: fold(key, next(draws))
-        try:
-            yield
-        finally:
-            for generator in generators:
-                del generator.next
 
     def _loss(
         self, text: Tensor, image: Tensor, valid: Tensor | None

@@ -172,7 +172,8 @@ def test_policies_of_keras():
 
 def test_statistics_of_low_precision_are_taken_in_float32():
     """Sums of 4,096 ones in bfloat16 stop at 256, and squares of float16 overflow above 255."""
-    norm = LayerNorm(4096, eps=1e-5, dtype="float16")
+    norm = LayerNorm(4096, eps=1e-5)
+    norm.dtype_policy = "float16"
     norm.gamma_initializer, norm.beta_initializer = "ones", "zeros"
     norm.build()
     x = np.where(np.arange(4096) % 2, 1000.0, -1000.0)[None]
