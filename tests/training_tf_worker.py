@@ -64,7 +64,8 @@ def main() -> None:
         devices = [tf.config.LogicalDeviceConfiguration()] * 2
         tf.config.set_logical_device_configuration(tf.config.list_physical_devices("CPU")[0], devices)
         found["memory"] = np.array([growth(trainer_of("plain", chunk_size=chunk), 768) for chunk in (16, None)])
-    rank, count = start_processes(recipe(distributed="data"))
+    processes = start_processes(recipe(distributed="data"))
+    rank, count = processes.rank, processes.count
     for variant in variants:
         trainer = trainer_of(variant, distributed="data")
         if trainer.strategy.num_replicas_in_sync != 2:
