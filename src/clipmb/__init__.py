@@ -1,23 +1,215 @@
-"""CLIP on PyTorch, TensorFlow and Flax. Names are imported on first use; no framework before it is needed."""
+"""CLIP on PyTorch, TensorFlow and Flax.
+
+Names are imported on first use, so that ``import clipmb`` is quick and imports no framework. ``from clipmb import *``
+gives every public name except the models, which import their framework: name those.
+"""
 
 from __future__ import annotations
 
 import importlib
-from typing import Any
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from clipmb import (
+        backends as backends,
+    )
+    from clipmb import (
+        common as common,
+    )
+    from clipmb import (
+        doctor as doctor,
+    )
+    from clipmb import (
+        evaluation as evaluation,
+    )
+    from clipmb import (
+        flax as flax,
+    )
+    from clipmb import (
+        pipeline as pipeline,
+    )
+    from clipmb import (
+        pt as pt,
+    )
+    from clipmb import (
+        testing as testing,
+    )
+    from clipmb import (
+        tf as tf,
+    )
+    from clipmb import (
+        training as training,
+    )
+    from clipmb import (
+        verification as verification,
+    )
+    from clipmb.common.config import CLIPConfig, CLIPTextConfig, CLIPVisionConfig
+    from clipmb.common.convert import Conversion, convert
+    from clipmb.common.data.batches import Batch, Batches
+    from clipmb.common.data.pairs import Pairs
+    from clipmb.common.errors import CheckpointError, ClipmbError, MissingBackendError
+    from clipmb.common.features import BatchFeature
+    from clipmb.common.image.processor import (
+        OPENAI_CLIP_MEAN,
+        OPENAI_CLIP_STD,
+        CLIPFeatureExtractor,
+        CLIPImageProcessor,
+    )
+    from clipmb.common.outputs import (
+        BaseModelOutput,
+        BaseModelOutputWithPooling,
+        CLIPOutput,
+        CLIPTextModelOutput,
+        CLIPVisionModelOutput,
+        ImageClassifierOutput,
+        ModelOutput,
+    )
+    from clipmb.common.processor import CLIPProcessor
+    from clipmb.common.small_model import held_out_pictures, small_labels, small_model
+    from clipmb.common.text.tokenizer import BatchEncoding, CLIPTokenizer, CLIPTokenizerFast
+    from clipmb.common.training.recipe import Recipe
+    from clipmb.common.zero_shot import TEMPLATES, class_embeddings
+    from clipmb.evaluation import evaluate
+    from clipmb.flax import (
+        FlaxCLIPForImageClassification as FlaxCLIPForImageClassification,
+    )
+    from clipmb.flax import (
+        FlaxCLIPModel as FlaxCLIPModel,
+    )
+    from clipmb.flax import (
+        FlaxCLIPPreTrainedModel as FlaxCLIPPreTrainedModel,
+    )
+    from clipmb.flax import (
+        FlaxCLIPTextModel as FlaxCLIPTextModel,
+    )
+    from clipmb.flax import (
+        FlaxCLIPTextModelWithProjection as FlaxCLIPTextModelWithProjection,
+    )
+    from clipmb.flax import (
+        FlaxCLIPTextPreTrainedModel as FlaxCLIPTextPreTrainedModel,
+    )
+    from clipmb.flax import (
+        FlaxCLIPVisionModel as FlaxCLIPVisionModel,
+    )
+    from clipmb.flax import (
+        FlaxCLIPVisionModelWithProjection as FlaxCLIPVisionModelWithProjection,
+    )
+    from clipmb.flax import (
+        FlaxCLIPVisionPreTrainedModel as FlaxCLIPVisionPreTrainedModel,
+    )
+    from clipmb.pipeline import CLIPPipeline
+    from clipmb.pt import (
+        CLIPForImageClassification as CLIPForImageClassification,
+    )
+    from clipmb.pt import (
+        CLIPModel as CLIPModel,
+    )
+    from clipmb.pt import (
+        CLIPPreTrainedModel as CLIPPreTrainedModel,
+    )
+    from clipmb.pt import (
+        CLIPTextModel as CLIPTextModel,
+    )
+    from clipmb.pt import (
+        CLIPTextModelWithProjection as CLIPTextModelWithProjection,
+    )
+    from clipmb.pt import (
+        CLIPVisionModel as CLIPVisionModel,
+    )
+    from clipmb.pt import (
+        CLIPVisionModelWithProjection as CLIPVisionModelWithProjection,
+    )
+    from clipmb.tf import (
+        TFCLIPForImageClassification as TFCLIPForImageClassification,
+    )
+    from clipmb.tf import (
+        TFCLIPModel as TFCLIPModel,
+    )
+    from clipmb.tf import (
+        TFCLIPPreTrainedModel as TFCLIPPreTrainedModel,
+    )
+    from clipmb.tf import (
+        TFCLIPTextModel as TFCLIPTextModel,
+    )
+    from clipmb.tf import (
+        TFCLIPTextModelWithProjection as TFCLIPTextModelWithProjection,
+    )
+    from clipmb.tf import (
+        TFCLIPVisionModel as TFCLIPVisionModel,
+    )
+    from clipmb.tf import (
+        TFCLIPVisionModelWithProjection as TFCLIPVisionModelWithProjection,
+    )
+    from clipmb.training import train
 
 __version__ = "0.1.0"
 
+__all__ = [
+    "OPENAI_CLIP_MEAN",
+    "OPENAI_CLIP_STD",
+    "TEMPLATES",
+    "BaseModelOutput",
+    "BaseModelOutputWithPooling",
+    "Batch",
+    "BatchEncoding",
+    "BatchFeature",
+    "Batches",
+    "CLIPConfig",
+    "CLIPFeatureExtractor",
+    "CLIPImageProcessor",
+    "CLIPOutput",
+    "CLIPPipeline",
+    "CLIPProcessor",
+    "CLIPTextConfig",
+    "CLIPTextModelOutput",
+    "CLIPTokenizer",
+    "CLIPTokenizerFast",
+    "CLIPVisionConfig",
+    "CLIPVisionModelOutput",
+    "CheckpointError",
+    "ClipmbError",
+    "Conversion",
+    "ImageClassifierOutput",
+    "MissingBackendError",
+    "ModelOutput",
+    "Pairs",
+    "Recipe",
+    "__version__",
+    "class_embeddings",
+    "convert",
+    "evaluate",
+    "held_out_pictures",
+    "small_labels",
+    "small_model",
+    "train",
+]  # fmt: skip
+
 _PUBLIC = {
+    "clipmb.common.config": ("CLIPConfig", "CLIPTextConfig", "CLIPVisionConfig"),
+    "clipmb.common.convert": ("Conversion", "convert"),
+    "clipmb.common.data.batches": ("Batch", "Batches"),
+    "clipmb.common.data.pairs": ("Pairs",),
     "clipmb.common.errors": ("CheckpointError", "ClipmbError", "MissingBackendError"),
     "clipmb.common.features": ("BatchFeature",),
-    "clipmb.common.config": ("CLIPConfig", "CLIPTextConfig", "CLIPVisionConfig"),
-    "clipmb.common.text.tokenizer": ("BatchEncoding", "CLIPTokenizer", "CLIPTokenizerFast"),
-    "clipmb.common.image.processor": ("CLIPFeatureExtractor", "CLIPImageProcessor"),
+    "clipmb.common.image.processor": (
+        "OPENAI_CLIP_MEAN", "OPENAI_CLIP_STD", "CLIPFeatureExtractor", "CLIPImageProcessor",
+    ),
+    "clipmb.common.outputs": (
+        "BaseModelOutput", "BaseModelOutputWithPooling", "CLIPOutput", "CLIPTextModelOutput", "CLIPVisionModelOutput",
+        "ImageClassifierOutput", "ModelOutput",
+    ),
     "clipmb.common.processor": ("CLIPProcessor",),
-    "clipmb.common.convert": ("convert",),
-    "clipmb.pipeline": ("CLIPPipeline",),
+    "clipmb.common.small_model": ("held_out_pictures", "small_labels", "small_model"),
+    "clipmb.common.text.tokenizer": ("BatchEncoding", "CLIPTokenizer", "CLIPTokenizerFast"),
+    "clipmb.common.training.recipe": ("Recipe",),
+    "clipmb.common.zero_shot": ("TEMPLATES", "class_embeddings"),
     "clipmb.evaluation": ("evaluate",),
-    "clipmb.training": ("train",),
+    "clipmb.flax": (
+        "FlaxCLIPForImageClassification", "FlaxCLIPModel", "FlaxCLIPPreTrainedModel", "FlaxCLIPTextModel",
+        "FlaxCLIPTextModelWithProjection", "FlaxCLIPTextPreTrainedModel", "FlaxCLIPVisionModel",
+        "FlaxCLIPVisionModelWithProjection", "FlaxCLIPVisionPreTrainedModel",
+    ),
+    "clipmb.pipeline": ("CLIPPipeline",),
     "clipmb.pt": (
         "CLIPForImageClassification", "CLIPModel", "CLIPPreTrainedModel", "CLIPTextModel",
         "CLIPTextModelWithProjection", "CLIPVisionModel", "CLIPVisionModelWithProjection",
@@ -26,31 +218,25 @@ _PUBLIC = {
         "TFCLIPForImageClassification", "TFCLIPModel", "TFCLIPPreTrainedModel", "TFCLIPTextModel",
         "TFCLIPTextModelWithProjection", "TFCLIPVisionModel", "TFCLIPVisionModelWithProjection",
     ),
-    "clipmb.flax": (
-        "FlaxCLIPForImageClassification", "FlaxCLIPModel", "FlaxCLIPPreTrainedModel", "FlaxCLIPTextModel",
-        "FlaxCLIPTextModelWithProjection", "FlaxCLIPTextPreTrainedModel", "FlaxCLIPVisionModel",
-        "FlaxCLIPVisionModelWithProjection", "FlaxCLIPVisionPreTrainedModel",
-    ),
+    "clipmb.training": ("train",),
 }  # fmt: skip
 _MODULE_OF = {name: module for module, names in _PUBLIC.items() for name in names}
-
 _SUBMODULES = (
-    "backends", "common", "doctor", "evaluation", "flax", "pipeline", "pt", "testing", "tf", "training", "verification",
+    "backends", "common", "doctor", "evaluation", "flax", "pipeline", "pt", "testing", "tf", "training",
+    "verification",
 )  # fmt: skip
 
-# Without the models, so that `from clipmb import *` imports no framework.
-__all__ = ["__version__", *sorted(name for name, module in _MODULE_OF.items() if ".common." in module)]
+if not TYPE_CHECKING:  # a type checker would take any name for one that exists
 
-
-def __getattr__(name: str) -> Any:
-    if name in _SUBMODULES:
-        return importlib.import_module(f"clipmb.{name}")
-    if name not in _MODULE_OF:
-        raise AttributeError(f"module 'clipmb' has no attribute {name!r}")
-    value = getattr(importlib.import_module(_MODULE_OF[name]), name)
-    globals()[name] = value
-    return value
+    def __getattr__(name: str) -> object:
+        if name in _SUBMODULES:
+            return importlib.import_module(f"clipmb.{name}")
+        if name not in _MODULE_OF:
+            raise AttributeError(f"module 'clipmb' has no attribute {name!r}")
+        value = getattr(importlib.import_module(_MODULE_OF[name]), name)
+        globals()[name] = value
+        return value
 
 
 def __dir__() -> list[str]:
-    return [*__all__, *_MODULE_OF, *_SUBMODULES]
+    return ["__version__", *_MODULE_OF, *_SUBMODULES]

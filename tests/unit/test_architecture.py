@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import ast
+import functools
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -18,73 +20,58 @@ SOURCE = Path(clipmb.__file__).parent
 FRAMEWORKS = {"torch", "tensorflow", "keras", "jax", "jaxlib", "flax", "transformers", "tf_keras"}
 OWN = {"pt": {"torch"}, "tf": {"tensorflow", "keras"}, "flax": {"jax", "flax"}}
 
-# Who may import whom inside the package; a file may always import its own folder.
-LAYERS = [
-    {"__init__", "errors", "small_model", "dtypes", "workers", "progress"},
-    {"features", "outputs", "saving", "zero_shot", "json_files", "former"},
-    {"hub"},
-    {"config", "image", "text"},
-    {"checks", "parameters", "processor"},
-    {"checkpoint", "data"},
-    {"pretrained", "training"},
-    {"convert"},
-]
+CONTRIBUTING = (Path(__file__).parents[2] / "CONTRIBUTING.md").read_text(encoding="utf-8")
+# Part of the package to what it may import, and file or folder of `common` to its floor, as CONTRIBUTING prints them.
+ALLOWED = {
+    part: set(re.findall(r"`(\w+)`", row[2])) | {part}
+    for row in re.finditer(r"^\| (`.*) \| (.*) \|$", CONTRIBUTING, re.M)
+    for part in re.findall(r"`(\w+)`", row[1])
+}
+FLOOR = {name: int(row[1]) for row in re.finditer(r"^(\d+)  (\w.*)$", CONTRIBUTING, re.M) for name in row[2].split()}
 
 
 def imports(path: Path) -> set[str]:
-    """Every module that a file imports, at its top or inside a function."""
+    """Every module that a file imports, at its top or inside a function; for `__init__`, when it runs."""
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    if path == SOURCE / "__init__.py":
+        tree.body = [node for node in tree.body if not (isinstance(node, ast.If) and "TYPE" in ast.unparse(node.test))]
     found = set()
-    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+    for node in ast.walk(tree):
         if isinstance(node, ast.Import):
             found |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
-            found.add(node.module or "")
+            found |= {f"{node.module}.{alias.name}" for alias in node.names}
     return found
 
 
-@pytest.mark.parametrize("path", sorted(SOURCE.rglob("*.py")), ids=lambda path: str(path.relative_to(SOURCE)))
-def test_imports_go_one_way(path):
-    part = path.relative_to(SOURCE).parts[0].removesuffix(".py")
-    found = imports(path)
-    frameworks = {name.split(".")[0] for name in found} & FRAMEWORKS
-    assert frameworks <= OWN.get(part, set())
+@functools.cache
+def parts(folder: Path) -> dict[str, set[str]]:
+    """File or folder inside of a folder of the package to all that its files import."""
+    found: dict[str, set[str]] = {}
+    for path in folder.rglob("*.py"):
+        name = path.relative_to(folder).parts[0].removesuffix(".py")
+        found.setdefault(name, set()).update(imports(path))
+    return found
+
+
+def test_the_lists_of_contributing_name_every_part():
+    assert ALLOWED.keys() == parts(SOURCE).keys()
+    assert FLOOR.keys() == parts(SOURCE / "common").keys()
+
+
+@pytest.mark.parametrize("part", sorted(ALLOWED))
+def test_imports_go_one_way(part):
+    found = parts(SOURCE)[part]
+    assert {name.split(".")[0] for name in found} & FRAMEWORKS <= OWN.get(part, set())
     inside = {name.split(".")[1] for name in found if name.startswith("clipmb.")}
-    allowed = {
-        "common": {"common"},
-        "pt": {"common", "pt"},
-        "tf": {"common", "tf"},
-        "flax": {"common", "flax"},
-        "backends": {"common"},
-        "pipeline": {"common", "backends"},
-        "verification": {"common", "backends"},
-        "doctor": {"common", "backends", "verification"},
-        "testing": {"verification"},
-        "evaluation": {"common", "backends", "pipeline"},
-        "training": {"common", "backends", "pipeline", "evaluation"},
-        "cli": {"common", "backends", "pipeline", "verification", "doctor", "evaluation", "training", "cli"},
-        "__init__": set(),
-        "__main__": {"cli"},
-    }
-    assert inside <= allowed[part]
+    assert inside - {"__version__"} <= ALLOWED[part]
 
 
-def test_the_common_layers_have_no_cycle():
-    """Sorting the files of `common` by their imports succeeds, and they come in the order of the design."""
-    graph = {}
-    for path in (SOURCE / "common").rglob("*.py"):
-        name = path.relative_to(SOURCE / "common").parts[0].removesuffix(".py")
-        graph.setdefault(name, set()).update(
-            module.split(".")[2] for module in imports(path) if module.startswith("clipmb.common.")
-        )
-    from graphlib import TopologicalSorter
-
-    order = list(TopologicalSorter({name: needs - {name} for name, needs in graph.items()}).static_order())
-    assert order
-    rank = {name: level for level, names in enumerate(LAYERS) for name in names}
-    assert rank.keys() == graph.keys()
-    for name, needs in graph.items():
-        for need in needs:
-            assert rank[need] <= rank[name], f"{name} imports {need}"
+@pytest.mark.parametrize("name", sorted(FLOOR))
+def test_the_floors_of_common_import_downwards(name):
+    found = parts(SOURCE / "common")[name]
+    needs = {module.split(".")[2] for module in found if module.startswith("clipmb.common.")} - {name}
+    assert not {need for need in needs if FLOOR[need] >= FLOOR[name]}
 
 
 def python(script: str, *arguments: object) -> subprocess.CompletedProcess:
@@ -170,12 +157,23 @@ for what in (lambda: getattr(clipmb, name), lambda: clipmb.backends.engine({back
 
 def test_public_names():
     assert clipmb.__version__
-    listed = set(dir(clipmb))
-    assert {"CLIPModel", "TFCLIPModel", "FlaxCLIPModel", "CLIPTokenizer", "CLIPPipeline"} <= listed
     for name in clipmb.__all__:
         assert getattr(clipmb, name) is not None
     with pytest.raises(AttributeError, match="CLIPModle"):
         _ = clipmb.CLIPModle
+
+
+def test_type_checkers_and_the_interpreter_see_the_same_public_names():
+    body = ast.parse((SOURCE / "__init__.py").read_text(encoding="utf-8")).body
+    typed = next(node for node in body if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING").body
+    seen = {alias.name: node.module for node in typed for alias in node.names}
+    submodules = {name for name, module in seen.items() if module == "clipmb"}
+    assert submodules == set(clipmb._SUBMODULES)
+    assert submodules == {name for name in parts(SOURCE) if name != "cli" and not name.startswith("__")}
+    assert {name: module for name, module in seen.items() if module != "clipmb"} == clipmb._MODULE_OF
+    without_models = {name for name, module in clipmb._MODULE_OF.items() if module.split(".")[1] not in OWN}
+    assert set(clipmb.__all__) == {"__version__", *without_models}
+    assert set(dir(clipmb)) == {"__version__", *seen}
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import inspect
 from collections import OrderedDict
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, Generic, TypeVar
 
 from clipmb.common.errors import bad_input
 
+Array = TypeVar("Array")  # torch.Tensor, tf.Tensor or jax.Array
 
-class ModelOutput(OrderedDict):
+
+class ModelOutput(OrderedDict[str, Any], Generic[Array]):
     """Fields by name, by attribute, and by position among those that are not None.
 
     ``output.logits``, ``output["logits"]`` and ``output[0]`` are the same; a field that was not computed is None as an
-    attribute and absent from the dict and the tuple.
+    attribute and absent from the dict and the tuple. A subclass declares its fields as annotations.
 
     Attributes:
         fields: Every field of the type, in the order of positions.
@@ -23,6 +26,7 @@ class ModelOutput(OrderedDict):
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
+        cls.fields = (*cls.fields, *inspect.get_annotations(cls))
         ModelOutput.types.append(cls)
 
     def __init__(self, *args: Any, **values: Any) -> None:
@@ -39,10 +43,13 @@ class ModelOutput(OrderedDict):
             if values.get(name) is not None:
                 super().__setitem__(name, values[name])
 
-    def __getattr__(self, name: str) -> Any:
-        if name in type(self).fields:
-            return self.get(name)
-        raise AttributeError(f"{type(self).__name__!r} has no field {name!r}; it has {', '.join(type(self).fields)}")
+    if not TYPE_CHECKING:  # a type checker would take any name for a field
+
+        def __getattr__(self, name: str) -> Any:
+            if name in type(self).fields:
+                return self.get(name)
+            known = ", ".join(type(self).fields)
+            raise AttributeError(f"{type(self).__name__!r} has no field {name!r}; it has {known}")
 
     def __setattr__(self, name: str, value: Any) -> None:
         if name in type(self).fields:
@@ -61,55 +68,70 @@ class ModelOutput(OrderedDict):
         return type(self), (dict(self),)
 
 
-class BaseModelOutput(ModelOutput):
-    """Of an encoder.
+class BaseModelOutput(ModelOutput[Array]):
+    """Output of an encoder.
 
     Attributes:
         last_hidden_state: (batch, seq, width), after the last block.
         hidden_states: The input of the first block and the output of each: (batch, seq, width) each.
-        attentions: Of each block: (batch, heads, seq, seq), after the softmax and dropout.
+        attentions: One per block: (batch, heads, seq, seq), after the softmax and dropout.
     """
 
-    fields = ("last_hidden_state", "hidden_states", "attentions")
+    last_hidden_state: Array
+    hidden_states: tuple[Array, ...] | None
+    attentions: tuple[Array, ...] | None
 
 
-class BaseModelOutputWithPooling(ModelOutput):
-    """Of one tower.
+class BaseModelOutputWithPooling(ModelOutput[Array]):
+    """Output of one tower.
 
     Attributes:
         last_hidden_state: (batch, seq, width); text: after the final layer norm; vision: before the post layer norm.
         pooler_output: (batch, width); text: at the end token; vision: of the class token, after the post layer norm.
         hidden_states: The embeddings and the output of each block: (batch, seq, width) each.
-        attentions: Of each block: (batch, heads, seq, seq), after the softmax and dropout.
+        attentions: One per block: (batch, heads, seq, seq), after the softmax and dropout.
     """
 
-    fields = ("last_hidden_state", "pooler_output", "hidden_states", "attentions")
+    last_hidden_state: Array
+    pooler_output: Array
+    hidden_states: tuple[Array, ...] | None
+    attentions: tuple[Array, ...] | None
 
 
-class CLIPTextModelOutput(ModelOutput):
-    """Of the text tower with its projection.
+class CLIPTextModelOutput(ModelOutput[Array]):
+    """Output of the text tower with its projection.
 
     Attributes:
         text_embeds: (batch, proj), not normalised.
-        last_hidden_state: As in `BaseModelOutputWithPooling`, like the other fields.
+        last_hidden_state: As in `BaseModelOutputWithPooling`.
+        hidden_states: As in `BaseModelOutputWithPooling`.
+        attentions: As in `BaseModelOutputWithPooling`.
     """
 
-    fields = ("text_embeds", "last_hidden_state", "hidden_states", "attentions")
+    text_embeds: Array
+    last_hidden_state: Array
+    hidden_states: tuple[Array, ...] | None
+    attentions: tuple[Array, ...] | None
 
 
-class CLIPVisionModelOutput(ModelOutput):
-    """Of the vision tower with its projection.
+class CLIPVisionModelOutput(ModelOutput[Array]):
+    """Output of the vision tower with its projection.
 
     Attributes:
         image_embeds: (batch, proj), not normalised.
-        last_hidden_state: As in `BaseModelOutputWithPooling`, like the other fields.
+        last_hidden_state: As in `BaseModelOutputWithPooling`.
+        hidden_states: As in `BaseModelOutputWithPooling`.
+        attentions: As in `BaseModelOutputWithPooling`.
     """
 
-    fields = ("image_embeds", "last_hidden_state", "hidden_states", "attentions")
+    image_embeds: Array
+    last_hidden_state: Array
+    hidden_states: tuple[Array, ...] | None
+    attentions: tuple[Array, ...] | None
 
 
-class CLIPOutput(ModelOutput):
-    """Of the whole model.
+class CLIPOutput(ModelOutput[Array]):
+    """Output of the full model.
 
     Attributes:
         loss: (), the contrastive loss, when it was asked for.
@@ -121,14 +143,17 @@ class CLIPOutput(ModelOutput):
         vision_model_output: `BaseModelOutputWithPooling` of the vision tower.
     """
 
-    fields = (
-        "loss", "logits_per_image", "logits_per_text", "text_embeds", "image_embeds", "text_model_output",
-        "vision_model_output",
-    )  # fmt: skip
+    loss: Array | None
+    logits_per_image: Array
+    logits_per_text: Array
+    text_embeds: Array
+    image_embeds: Array
+    text_model_output: BaseModelOutputWithPooling[Array]
+    vision_model_output: BaseModelOutputWithPooling[Array]
 
 
-class ImageClassifierOutput(ModelOutput):
-    """Of image classification.
+class ImageClassifierOutput(ModelOutput[Array]):
+    """Output of image classification.
 
     Attributes:
         loss: (), when labels were given.
@@ -137,14 +162,17 @@ class ImageClassifierOutput(ModelOutput):
         attentions: As in `BaseModelOutputWithPooling`.
     """
 
-    fields = ("loss", "logits", "hidden_states", "attentions")
+    loss: Array | None
+    logits: Array
+    hidden_states: tuple[Array, ...] | None
+    attentions: tuple[Array, ...] | None
 
 
-def stages(output: CLIPOutput, text_features: Any, image_features: Any) -> dict[str, Any]:
-    """Lists what a whole model computed on the way, in the order of computation, for comparison stage by stage.
+def stages(output: CLIPOutput[Array], text_features: Array, image_features: Array) -> dict[str, Array]:
+    """Lists what a full model computed on the way, in the order of computation, for comparison stage by stage.
 
     Args:
-        output: Of the whole model, with hidden states.
+        output: That of a `CLIPModel` called with ``output_hidden_states=True``.
         text_features: (texts, proj), not normalised.
         image_features: (images, proj), not normalised.
 
@@ -152,12 +180,11 @@ def stages(output: CLIPOutput, text_features: Any, image_features: Any) -> dict[
         Stage name to array: ``text.embeddings``, ``text.block.0``, …, ``text.pooled``, ``text.projected``, the same for
         ``vision``, and ``logits``.
     """
-    found: dict[str, Any] = {}
+    found: dict[str, Array] = {}
     towers = (("text", output.text_model_output, text_features), ("vision", output.vision_model_output, image_features))
     for tower, states, features in towers:
-        embeddings, *blocks = states.hidden_states
-        found[f"{tower}.embeddings"] = embeddings
-        found.update({f"{tower}.block.{i}": block for i, block in enumerate(blocks)})
+        for i, hidden_state in enumerate(states.hidden_states or ()):
+            found[f"{tower}.block.{i - 1}" if i else f"{tower}.embeddings"] = hidden_state
         found[f"{tower}.last_hidden_state"] = states.last_hidden_state
         found[f"{tower}.pooled"] = states.pooler_output
         found[f"{tower}.projected"] = features
