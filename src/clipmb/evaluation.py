@@ -101,11 +101,11 @@ def evaluate(
     used = [i for i in range(len(pairs)) if owned[i] is not None or captions[i]]
     embeds, kept = _encode_pictures(pipeline, pairs, used, broken, batch_size, progress)
     found: dict[str, Any] = {}
-    if labelled := [row for row, i in enumerate(kept) if owned[i] is not None]:
+    if labelled := {row: label for row, i in enumerate(kept) if (label := owned[i]) is not None}:
         names = _finite(class_embeddings(encode_text, list(classes.values()), templates), "class")
         number = {label: place for place, label in enumerate(classes)}
-        right = np.array([(query, number[owned[kept[row]]]) for query, row in enumerate(labelled)])
-        ranks = _ranks(embeds[labelled], names, right)
+        right = np.array([(query, number[label]) for query, label in enumerate(labelled.values())])
+        ranks = _ranks(embeds[list(labelled)], names, right)
         found["zero_shot"] = {f"top{k}": _share(ranks <= k) for k in TOP}
         found["zero_shot"] |= {"classes": len(classes), "images": len(labelled)}
     if captioned := [row for row, i in enumerate(kept) if captions[i]]:

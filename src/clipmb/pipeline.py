@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 
@@ -41,7 +41,7 @@ class CLIPPipeline:
         device: Any = None,
         compile: bool = False,
         **options: Any,
-    ) -> CLIPPipeline:
+    ) -> Self:
         """Loads a model.
 
         Args:
@@ -204,7 +204,7 @@ class CLIPPipeline:
             images: As in `encode_image`.
             labels: The class names.
             templates: Text with {} in the place of the label, or several, or a name of
-                `clipmb.common.zero_shot.TEMPLATES`; "a photo of a {}." when None.
+                `clipmb.TEMPLATES`; "a photo of a {}." when None.
             batch_size: Pictures per step.
             progress: Show a progress bar, when there is a terminal.
 

@@ -121,9 +121,10 @@ def train(
     engine_class = backends.engine(backend)
     framework = importlib.import_module(f"clipmb.{engine_class.backend}.training")
     processes: Processes = framework.start_processes(chosen)
-    if state is None and model is None:
+    begin = model if state is None else folder
+    if begin is None:
         raise bad_input("A new run needs a model to begin from", None, "Pass model=, a folder or a hub id")
-    source = Source.of(folder if state is not None else model, {})
+    source = Source.of(begin, {})
     loading: dict[str, Any] = {"dtype": "float64" if chosen.precision == "float64" else "float32"}
     loading["device"] = framework.local_device() if device is None else device
     config = CLIPConfig.from_pretrained(source)

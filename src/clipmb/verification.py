@@ -146,7 +146,7 @@ def compare(
         raise bad_input("compare has no such options", sorted(options), "Remove them", TypeError)
     contenders = [(source, backend) for backend in chosen]
     if against is not None:
-        contenders.insert(0, (Source.of(against, {}), chosen[0]))
+        contenders.insert(0, (Source.of(against, {}), contenders[0][1]))
 
     report = Report("", kind)
     standard: dict[str, Any] | None = None

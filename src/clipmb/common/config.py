@@ -1,4 +1,4 @@
-"""The configuration of the two towers and of the whole model, read from and written to ``config.json``."""
+"""The configuration of the two towers and of the full model, read from and written to ``config.json``."""
 
 from __future__ import annotations
 
@@ -7,10 +7,10 @@ import json
 import math
 import os
 from pathlib import Path
-from typing import Any, ClassVar, TypeVar
+from typing import Any, ClassVar, Literal, Self, TypeVar, overload
 
 from clipmb.common.dtypes import dtype_name
-from clipmb.common.errors import bad_input, one_of
+from clipmb.common.errors import bad_input, one_of, whole_number
 from clipmb.common.former import check_saving
 from clipmb.common.hub import Source
 from clipmb.common.json_files import read_json
@@ -18,7 +18,7 @@ from clipmb.common.saving import Transaction
 
 CONFIG_NAME = "config.json"
 
-# Every activation that the former PyTorch models knew and that has no parameters of its own.
+# Every activation of the PyTorch models of transformers 4 that has no parameters of its own.
 ACTIVATIONS = (
     "gelu", "gelu_10", "gelu_accurate", "gelu_fast", "gelu_new", "gelu_python", "gelu_python_tanh",
     "gelu_pytorch_tanh", "laplace", "leaky_relu", "linear", "mish", "quick_gelu", "relu", "relu2", "relu6",
@@ -75,7 +75,7 @@ class BaseConfig:
 
     def _set_labels(self, id2label: Any, label2id: Any, num_labels: Any) -> None:
         if num_labels is not None:
-            _require_count("num_labels", num_labels, minimum=0)
+            num_labels = whole_number("num_labels", num_labels, 0)
         if id2label is not None and num_labels is not None and len(id2label) != num_labels:
             raise bad_input(
                 "num_labels must be the number of entries of id2label",
@@ -104,7 +104,7 @@ class BaseConfig:
 
     @property
     def torch_dtype(self) -> str | None:
-        """The former name of ``dtype``."""
+        """``dtype``, by its name in transformers 4."""
         return self.dtype
 
     @torch_dtype.setter
@@ -128,7 +128,7 @@ class BaseConfig:
 
     @property
     def use_return_dict(self) -> bool:
-        """The former name of ``return_dict``."""
+        """``return_dict``, by its name in transformers 4."""
         return self.return_dict
 
     @property
@@ -181,14 +181,24 @@ class BaseConfig:
         with Transaction(save_directory) as save:
             save.write(CONFIG_NAME, self.to_json_string())
 
+    @overload
     @classmethod
     def from_dict(
-        cls: type[ConfigT], fields: dict[str, Any], *, return_unused_kwargs: bool = False, **changes: Any
-    ) -> Any:
+        cls, fields: dict[str, Any], *, return_unused_kwargs: Literal[False] = False, **changes: Any
+    ) -> Self: ...
+    @overload
+    @classmethod
+    def from_dict(
+        cls, fields: dict[str, Any], *, return_unused_kwargs: Literal[True], **changes: Any
+    ) -> tuple[Self, dict[str, Any]]: ...
+    @classmethod
+    def from_dict(
+        cls, fields: dict[str, Any], *, return_unused_kwargs: bool = False, **changes: Any
+    ) -> Self | tuple[Self, dict[str, Any]]:
         """Builds a config from the content of a ``config.json``; ``changes`` override single fields.
 
         Args:
-            fields: The content. The text and vision configs also accept that of a whole CLIP and take their part.
+            fields: The content. The text and vision configs also accept that of a full CLIP and take their part.
             return_unused_kwargs: Return ``(config, unused)``, where the changes that name no field are left unused.
             **changes: Fields to override; dictionaries given for a nested config change only the keys they name.
 
@@ -233,7 +243,7 @@ class BaseConfig:
         return fields
 
     @classmethod
-    def from_json_file(cls: type[ConfigT], path: str | os.PathLike[str]) -> ConfigT:
+    def from_json_file(cls, path: str | os.PathLike[str]) -> Self:
         """Reads one JSON file.
 
         Raises:
@@ -253,14 +263,32 @@ class BaseConfig:
         source = Source.of(name_or_path, options)
         return read_json(source.require(CONFIG_NAME)), options
 
+    @overload
     @classmethod
     def from_pretrained(
-        cls: type[ConfigT],
+        cls,
+        pretrained_model_name_or_path: str | os.PathLike[str] | Source,
+        *,
+        return_unused_kwargs: Literal[False] = False,
+        **options: Any,
+    ) -> Self: ...
+    @overload
+    @classmethod
+    def from_pretrained(
+        cls,
+        pretrained_model_name_or_path: str | os.PathLike[str] | Source,
+        *,
+        return_unused_kwargs: Literal[True],
+        **options: Any,
+    ) -> tuple[Self, dict[str, Any]]: ...
+    @classmethod
+    def from_pretrained(
+        cls,
         pretrained_model_name_or_path: str | os.PathLike[str] | Source,
         *,
         return_unused_kwargs: bool = False,
         **options: Any,
-    ) -> Any:
+    ) -> Self | tuple[Self, dict[str, Any]]:
         """Reads a config from a folder, a hub id or a JSON file.
 
         Args:
@@ -275,7 +303,9 @@ class BaseConfig:
         """
         fields, changes = cls.get_config_dict(pretrained_model_name_or_path, **options)
         fields["_name_or_path"] = str(pretrained_model_name_or_path)
-        return cls.from_dict(fields, return_unused_kwargs=return_unused_kwargs, **changes)
+        if return_unused_kwargs:
+            return cls.from_dict(fields, return_unused_kwargs=True, **changes)
+        return cls.from_dict(fields, **changes)
 
     def update(self, changes: dict[str, Any]) -> None:
         """Sets several fields, with the same checks as at construction."""
@@ -328,8 +358,8 @@ class _TowerConfig(BaseConfig):
 
     def _check(self, *counts: str) -> None:
         for field in ("hidden_size", "intermediate_size", "projection_dim", "num_attention_heads", *counts):
-            _require_count(field, getattr(self, field))
-        _require_count("num_hidden_layers", self.num_hidden_layers, minimum=0)
+            setattr(self, field, whole_number(field, getattr(self, field)))
+        self.num_hidden_layers = whole_number("num_hidden_layers", self.num_hidden_layers, 0)
         if self.hidden_size % self.num_attention_heads:
             raise bad_input(
                 "hidden_size must be divisible by num_attention_heads",
@@ -364,7 +394,7 @@ class CLIPTextConfig(_TowerConfig):
         hidden_act: One of `ACTIVATIONS`.
         layer_norm_eps: Epsilon of every layer normalisation.
         attention_dropout: Probability of dropping an attention weight in training, in [0, 1).
-        initializer_range: Standard deviation scale of the initialisation (unused by text embeddings, as formerly).
+        initializer_range: Standard deviation scale of the initialisation; text embeddings do not use it.
         initializer_factor: Factor on every standard deviation of the initialisation.
         pad_token_id: Id of padding.
         bos_token_id: Id of the start token.
@@ -410,9 +440,8 @@ class CLIPTextConfig(_TowerConfig):
         self.initializer_factor = initializer_factor
         self.pad_token_id = pad_token_id
         self.bos_token_id = bos_token_id
-        self.eos_token_id = eos_token_id
+        self.eos_token_id = whole_number("eos_token_id", eos_token_id, 0)
         self._check("vocab_size", "max_position_embeddings")
-        _require_count("eos_token_id", eos_token_id, minimum=0)
 
 
 class CLIPVisionConfig(_TowerConfig):
@@ -485,7 +514,7 @@ class CLIPVisionConfig(_TowerConfig):
 
 
 class CLIPConfig(BaseConfig):
-    """Configuration of a whole CLIP: two towers and the space they share.
+    """Configuration of the full model: two towers and the space they share.
 
     Args:
         text_config: A `CLIPTextConfig` or a dictionary of its fields.
@@ -493,7 +522,7 @@ class CLIPConfig(BaseConfig):
         projection_dim: Width of the shared space.
         logit_scale_init_value: Initial logarithm of the factor on the cosine similarities.
         **kwargs: See `BaseConfig`. The legacy ``text_config_dict`` and ``vision_config_dict``, when not None, replace
-            *every* field of their part: keys that they lack are reset to the defaults, as in the former library.
+            *every* field of their part: keys that they lack are reset to the defaults, as in transformers 4.
     """
 
     model_type = "clip"
@@ -508,19 +537,18 @@ class CLIPConfig(BaseConfig):
     ) -> None:
         text_config = _with_legacy(CLIPTextConfig, text_config, kwargs.pop("text_config_dict", None))
         vision_config = _with_legacy(CLIPVisionConfig, vision_config, kwargs.pop("vision_config_dict", None))
-        kwargs.pop("initializer_factor", None)  # of the whole it is always 1, as formerly
+        kwargs.pop("initializer_factor", None)  # always 1 for the full model, as in transformers 4
         self.text_config: CLIPTextConfig = text_config
         self.vision_config: CLIPVisionConfig = vision_config
         super().__init__(**kwargs)
-        self.projection_dim = projection_dim
+        self.projection_dim = whole_number("projection_dim", projection_dim)
         self.logit_scale_init_value = logit_scale_init_value
         self.initializer_factor = 1.0
-        _require_count("projection_dim", projection_dim)
         _require_number("logit_scale_init_value", logit_scale_init_value, above=-math.inf)
 
     @BaseConfig.attn_implementation.setter
     def attn_implementation(self, value: str | dict[str, str] | None) -> None:
-        """Sets the whole, or both towers by {"text_config": …, "vision_config": …}."""
+        """Sets one choice for the full model, or one per tower: {"text_config": …, "vision_config": …}."""
         if isinstance(value, dict):
             for key in value:
                 if key not in ("text_config", "vision_config", ""):
@@ -538,15 +566,21 @@ class CLIPConfig(BaseConfig):
                 self._attn_implementation = choice
 
     def attn_choices(self) -> dict[str, str | None]:
-        """As in `BaseConfig`, by tower."""
+        """Returns the choices by tower; see `BaseConfig.attn_choices`."""
         parts = {"": self, "text_config": self.text_config, "vision_config": self.vision_config}
         return {key: part._attn_implementation for key, part in parts.items()}
 
     @classmethod
     def from_text_vision_configs(
         cls, text_config: CLIPTextConfig, vision_config: CLIPVisionConfig, **kwargs: Any
-    ) -> CLIPConfig:
-        """Builds the whole from its two parts."""
+    ) -> Self:
+        """Builds the config of the full model from those of its towers.
+
+        Args:
+            text_config: That of the text tower; copied.
+            vision_config: That of the vision tower; copied.
+            **kwargs: Other arguments of `CLIPConfig`.
+        """
         return cls(text_config=text_config.to_dict(), vision_config=vision_config.to_dict(), **kwargs)
 
     @classmethod
@@ -569,12 +603,6 @@ def _with_legacy(cls: type[ConfigT], given: ConfigT | dict | None, legacy: dict 
     if legacy is not None:
         fields.update(cls(**legacy).to_dict())
     return cls(**fields)
-
-
-def _require_count(field: str, value: Any, minimum: int = 1) -> None:
-    if isinstance(value, bool) or not isinstance(value, int) or value < minimum:
-        what = "a positive integer" if minimum else "an integer of at least 0"
-        raise bad_input(f"{field} must be {what}", value, f"Correct {field}")
 
 
 def _require_number(field: str, value: Any, *, above: float | None = None, below: float = math.inf) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib
 from collections import UserDict
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 
@@ -12,7 +12,7 @@ from clipmb.common.errors import MissingBackendError, bad_input, one_of
 
 TENSOR_TYPES = ("np", "pt", "tf", "jax")
 _MAKERS = {"pt": ("torch", "from_numpy"), "tf": ("tensorflow", "convert_to_tensor"), "jax": ("jax.numpy", "asarray")}
-_INTEGERS = {"np": np.int64, "pt": np.int64, "tf": np.int32, "jax": np.int32}  # as the former library
+_INTEGERS = {"np": np.int64, "pt": np.int64, "tf": np.int32, "jax": np.int32}  # as transformers 4
 
 
 def check_tensor_type(return_tensors: Any) -> str | None:
@@ -21,7 +21,7 @@ def check_tensor_type(return_tensors: Any) -> str | None:
     Raises:
         ValueError: It is something else.
     """
-    name = getattr(return_tensors, "value", return_tensors)  # the former library's enum has string values
+    name = getattr(return_tensors, "value", return_tensors)  # the enum of transformers 4 has string values
     if name is not None and name not in TENSOR_TYPES:
         raise one_of("return_tensors", return_tensors, (*TENSOR_TYPES, None))
     return name
@@ -81,7 +81,7 @@ class BatchFeature(UserDict):
             f"{type(self).__name__} is indexed by a field name", key, f"Use one of {list(self.data)}", KeyError
         )
 
-    def convert_to_tensors(self, tensor_type: str | None = None) -> BatchFeature:
+    def convert_to_tensors(self, tensor_type: str | None = None) -> Self:
         """Converts every entry in place.
 
         Raises:
@@ -105,7 +105,7 @@ class BatchFeature(UserDict):
             self.data[name] = to_tensor(to_numpy(value), tensor_type)
         return self
 
-    def to(self, *args: Any, **kwargs: Any) -> BatchFeature:
+    def to(self, *args: Any, **kwargs: Any) -> Self:
         """Moves torch tensors to a device, and the floating ones to a dtype, as ``torch.Tensor.to`` does."""
         wants_dtype = "dtype" in kwargs or any("dtype" in type(arg).__name__ for arg in args)
         device_only = [arg for arg in args if "dtype" not in type(arg).__name__]

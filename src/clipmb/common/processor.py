@@ -6,7 +6,7 @@ import inspect
 import json
 import os
 import warnings
-from typing import Any, NoReturn
+from typing import Any, NoReturn, Self
 
 from PIL import Image
 
@@ -45,7 +45,7 @@ class CLIPProcessor:
         image_processor: Any object with its methods; CLIP's defaults when None.
         tokenizer: Any object with the methods of CLIP's tokenizers; `CLIPTokenizerFast` on the package's own merges
             when None.
-        **kwargs: ``feature_extractor``, the former name of ``image_processor``. Nothing else.
+        **kwargs: ``feature_extractor``, the deprecated name of ``image_processor``. Nothing else.
 
     Raises:
         TypeError: The two are swapped or of other kinds, or a keyword argument is unknown.
@@ -81,22 +81,21 @@ class CLIPProcessor:
 
     @property
     def feature_extractor(self) -> Any:
-        """The former name of ``image_processor``."""
+        """The deprecated name of ``image_processor``."""
         warnings.warn("feature_extractor is deprecated. Use image_processor.", FutureWarning, stacklevel=2)
         return self.image_processor
 
     @property
     def feature_extractor_class(self) -> str:
-        """The former name of ``image_processor_class``."""
+        """The deprecated name of ``image_processor_class``."""
         warnings.warn("feature_extractor_class is deprecated. Use image_processor_class.", FutureWarning, stacklevel=2)
         return self.image_processor_class
 
     def __call__(self, text: Any = None, images: Any = None, **kwargs: Any) -> BatchFeature:
         """Tokenizes texts and preprocesses images.
 
-        The former library changed the order of its positional arguments from (text, images) to (images, text) in 4.57;
-        both work here, because what is not text is recognised as images. Strings are taken for images, that is for
-        paths, only as ``images``.
+        transformers changed the order of the positional arguments from (text, images) to (images, text) in 4.57. Both
+        work here, because what is not text is recognised as images. Strings are paths of images only as ``images``.
 
         Args:
             text: As for `CLIPTokenizerFast`: a text or a list of texts.
@@ -140,9 +139,7 @@ class CLIPProcessor:
         return self.tokenizer.decode(*args, **kwargs)
 
     @classmethod
-    def from_pretrained(
-        cls, pretrained_model_name_or_path: str | os.PathLike[str] | Source, **kwargs: Any
-    ) -> CLIPProcessor:
+    def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike[str] | Source, **kwargs: Any) -> Self:
         """Loads both parts from a folder or a hub id, saved by clipmb or by transformers 4 or 5.
 
         Args:
@@ -175,7 +172,7 @@ class CLIPProcessor:
         Args:
             save_directory: A folder; made when missing.
             push_to_hub: Refused when true; saving never uploads.
-            legacy_serialization: Without effect; the former library's choice between the two layouts.
+            legacy_serialization: Without effect; in transformers 4 it chose between the two layouts.
             **options: As in `clipmb.common.former.check_saving`.
 
         Returns:
@@ -252,7 +249,7 @@ def _is_image_like(value: Any) -> bool:
 def _sort(given: dict[str, Any]) -> dict[str, dict[str, Any]]:
     """Sorts the keyword arguments of a call into those of the tokenizer and of the image processor."""
     flat = {name: value for name, value in given.items() if name not in _ARGUMENTS}
-    for absent in ("videos", "audio"):  # the former library's signature has them
+    for absent in ("videos", "audio"):  # the signature of transformers 4 has them
         if flat.get(absent, 0) is None:
             del flat[absent]
     unknown = sorted(set(flat).difference(*_ARGUMENTS.values()))

@@ -390,7 +390,7 @@ class CLIPImageProcessor:
         write_atomically(Path(json_file_path), self.to_json_string().encode())
 
     @classmethod
-    def from_json_file(cls, json_file: str | os.PathLike[str]) -> CLIPImageProcessor:
+    def from_json_file(cls, json_file: str | os.PathLike[str]) -> Self:
         """Builds an image processor from a file that `to_json_file` wrote."""
         return cls(**read_json(Path(json_file)))
 

@@ -1,0 +1,54 @@
+# pyright: reportUnnecessaryTypeIgnoreComment=true
+"""User code as a type checker sees it: pyright fails here when a public type is lost. Nothing runs this file."""
+
+from pathlib import Path
+from typing import Any, assert_type
+
+import numpy as np
+
+import clipmb
+from clipmb import (
+    BatchFeature,
+    CLIPConfig,
+    CLIPImageProcessor,
+    CLIPPipeline,
+    CLIPProcessor,
+    CLIPTokenizerFast,
+    Conversion,
+    NoSuchName,  # noqa: F401  # pyright: ignore[reportAttributeAccessIssue]
+    Pairs,
+    Recipe,
+    convert,
+    evaluate,
+    small_model,
+    train,
+)
+
+clipmb.NoSuchName  # noqa: B018  # pyright: ignore[reportAttributeAccessIssue, reportUnusedExpression]
+
+# Loading returns the class, and a pair where it was asked for.
+assert_type(small_model(), Path)
+assert_type(CLIPConfig.from_pretrained("folder"), CLIPConfig)
+assert_type(CLIPConfig.from_pretrained("folder", return_unused_kwargs=True), tuple[CLIPConfig, dict[str, Any]])
+assert_type(CLIPConfig.from_dict({}), CLIPConfig)
+assert_type(CLIPConfig.from_json_file("config.json"), CLIPConfig)
+assert_type(CLIPImageProcessor.from_pretrained("folder"), CLIPImageProcessor)
+assert_type(CLIPProcessor.from_pretrained("folder"), CLIPProcessor)
+assert_type(CLIPPipeline.from_pretrained("folder", backend="pt"), CLIPPipeline)
+
+# The processor's parts and results.
+assert_type(CLIPProcessor()(["a cat"], return_tensors="np"), BatchFeature)
+CLIPProcessor(CLIPImageProcessor(), CLIPTokenizerFast())
+
+# The pipeline speaks numpy.
+clip = CLIPPipeline.from_pretrained(small_model())
+assert_type(clip.encode_image(["a.png"]), np.ndarray)
+assert_type(clip.encode_text(["a cat"]), np.ndarray)
+assert_type(clip.similarity(["a.png"], ["a cat"]), np.ndarray)
+assert_type(clip.classify(["a.png"], ["cat", "dog"]), np.ndarray)
+assert_type(clip.config, CLIPConfig)
+
+# Conversion, evaluation, training.
+assert_type(convert("folder", "other", to="safetensors"), Conversion)
+assert_type(evaluate("folder", "captions.csv"), dict[str, Any])
+assert_type(train(Pairs.open("captions.csv"), "folder", "out", steps=100, recipe=Recipe()), dict[str, Any])
