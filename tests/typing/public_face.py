@@ -24,7 +24,7 @@ from clipmb import (
     train,
 )
 
-clipmb.NoSuchName  # noqa: B018  # pyright: ignore[reportAttributeAccessIssue, reportUnusedExpression]
+clipmb.NoSuchName  # noqa: B018  # pyright: ignore[reportAttributeAccessIssue]
 
 # Loading returns the class, and a pair where it was asked for.
 assert_type(small_model(), Path)
@@ -51,4 +51,4 @@ assert_type(clip.config, CLIPConfig)
 # Conversion, evaluation, training.
 assert_type(convert("folder", "other", to="safetensors"), Conversion)
 assert_type(evaluate("folder", "captions.csv"), dict[str, Any])
-assert_type(train(Pairs.open("captions.csv"), "folder", "out", steps=100, recipe=Recipe()), dict[str, Any])
+assert_type(train(Pairs.open("captions.csv"), "folder", "out", recipe=Recipe(steps=100)), dict[str, Any])
