@@ -17,6 +17,21 @@ from clipmb.common.saving import Transaction
 
 DTYPES = {"float32": np.float32, "float16": np.float16, "float64": np.float64, "bfloat16": ml_dtypes.bfloat16}
 
+# A model that every format holds: OpenAI's files imply heads of 64, an inner width of four times the width, and pooling
+# at the largest id.
+EVERYWHERE = CLIPConfig(
+    {
+        "vocab_size": 99, "hidden_size": 64, "intermediate_size": 256, "projection_dim": 24, "num_hidden_layers": 2,
+        "num_attention_heads": 1, "max_position_embeddings": 13, "eos_token_id": 98, "bos_token_id": 97,
+    },
+    {
+        "hidden_size": 128, "intermediate_size": 512, "projection_dim": 24, "num_hidden_layers": 1,
+        "num_attention_heads": 2, "image_size": 20, "patch_size": 4,
+    },
+    projection_dim=24,
+    num_labels=7,
+)  # fmt: skip
+
 
 def arrays_of(config: BaseConfig, head: str, dtype: str = "float32", seed: int = 0) -> dict[str, np.ndarray]:
     """Random values for every parameter."""
@@ -27,7 +42,7 @@ def arrays_of(config: BaseConfig, head: str, dtype: str = "float32", seed: int =
 def write_as(name: str, folder: Path, arrays, config: BaseConfig, head: str, size: int | str = "5GB") -> list[str]:
     """Writes a checkpoint in a format, without its config."""
     with Transaction(folder) as save:
-        return formats.module_of(name).write(save, arrays, config, head, max_shard_size=size)
+        return formats.format_of(name).write(save, arrays, config, head, max_shard_size=size)
 
 
 def read_as(name: str, path: Path, config: BaseConfig, head: str) -> dict[str, np.ndarray]:

@@ -9,6 +9,7 @@ import typer
 
 from clipmb.cli import common
 from clipmb.common.checkpoint.fitting import canonical_names
+from clipmb.common.checkpoint.tensors import lazy
 from clipmb.common.config import CONFIG_NAME, CLIPConfig, CLIPTextConfig, CLIPVisionConfig
 from clipmb.common.errors import CheckpointError
 from clipmb.common.hub import Source
@@ -57,7 +58,7 @@ def describe(source: Source) -> dict[str, Any]:
     if kind not in _CONFIGS:
         raise CheckpointError(f"{source} has a model of type {kind!r}, expected one of {', '.join(_CONFIGS)}.")
     config = _CONFIGS[kind].from_dict(fields)
-    tensors = loaded.tensors
+    tensors = lazy(loaded.tensors)
     head = (
         config.architectures
         or [{"clip": "CLIPModel"}.get(kind, "CLIPTextModel" if "text" in kind else "CLIPVisionModel")]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 from collections.abc import Iterator
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,13 +16,26 @@ _ATTEMPTS = 4  # of a download whose connection breaks
 _OR_OFFLINE = " (or local_files_only or HF_HUB_OFFLINE is set). Connect once, or pass a local folder."
 
 
+@dataclass
+class _Found:
+    """What a source learned about its repository, so that it asks once.
+
+    Attributes:
+        names: Its files; None until they were listed.
+        offline: The hub could not be reached; do not try again for each further file.
+    """
+
+    names: list[str] | None = None
+    offline: bool = False
+
+
 @dataclass(frozen=True)
 class Source:
     """Where a checkpoint, config, tokenizer or processor comes from.
 
     Attributes:
-        name_or_path: A local folder, a local file of weights such as ``ViT-B-32.pt``, or a hub id such as
-            ``openai/clip-vit-base-patch32``. A file is a source that holds nothing but itself.
+        name_or_path: A local folder, a local file of weights (``ViT-B-32.pt``), or a hub id
+            (``openai/clip-vit-base-patch32``). A file is a source that holds nothing but itself.
         subfolder: A folder inside it.
         revision: Branch, tag or commit on the hub.
         cache_dir: Where downloads are kept; huggingface_hub's default when None.
@@ -38,21 +51,30 @@ class Source:
     token: str | bool | None = None
     local_files_only: bool = False
     force_download: bool = False
+    _found: _Found = field(default_factory=_Found, init=False, repr=False, compare=False)
 
     @classmethod
     def of(cls, name_or_path: str | os.PathLike[str] | Source, options: dict[str, Any]) -> Source:
-        """Builds a source, taking its options out of the keyword arguments of a ``from_pretrained``."""
-        given = {field.name: options.pop(field.name) for field in fields(cls)[1:] if field.name in options}
-        for forgotten in ("resume_download", "proxies", "use_auth_token"):  # accepted by the former library
+        """Builds a source from the arguments of a ``from_pretrained``.
+
+        Args:
+            name_or_path: A folder, a file of weights, a hub id, or a source, which the options then change.
+            options: Keyword arguments. The source's own, and transformers 4's ``resume_download``, ``proxies`` and
+                ``use_auth_token``, are taken out of it; the others stay.
+
+        Raises:
+            TypeError: ``name_or_path`` is something else.
+        """
+        own = [option.name for option in fields(cls)[1:] if option.init]
+        given = {name: options.pop(name) for name in own if name in options}
+        for forgotten in ("resume_download", "proxies", "use_auth_token"):
             value = options.pop(forgotten, None)
             if forgotten == "use_auth_token" and value is not None:
                 given.setdefault("token", value)
         if isinstance(name_or_path, Source):
             return replace(name_or_path, **given)
         if not isinstance(name_or_path, str | os.PathLike):
-            raise bad_input(
-                "A checkpoint is named by a folder or a hub id", name_or_path, "Pass a string or a path", TypeError
-            )
+            raise bad_input("Expected a folder path or a Hub id", name_or_path, "Pass a string or a path", TypeError)
         given["subfolder"] = os.fspath(given.get("subfolder") or "")
         return cls(os.fspath(name_or_path), **given)
 
@@ -76,8 +98,11 @@ class Source:
     def find(self, name: str) -> Path | None:
         """Returns the local path of one file, downloading it when needed; None when the source has no such file.
 
+        Args:
+            name: The file's name, or its path below the source's folder.
+
         Raises:
-            CheckpointError: The source itself cannot be had: no such folder, no such repository, no network.
+            CheckpointError: The source itself cannot be reached: no such folder, no such repository, no network.
         """
         folder = self.folder
         if folder is not None:
@@ -86,7 +111,7 @@ class Source:
             path = folder / name
             return path if path.is_file() and (self.file is None or name == self.file.name) else None
         self._require_hub_id()
-        if "/" not in name and name not in self.__dict__.get("_names", (name,)):
+        if "/" not in name and self._found.names is not None and name not in self._found.names:
             return None
         path = self._download(name)
         if path is None:  # one listing instead of one request for each further file that may not be there
@@ -100,7 +125,7 @@ class Source:
         On the hub this is one request, made once; without the network it is what the cache holds.
 
         Raises:
-            CheckpointError: The source itself cannot be had.
+            CheckpointError: The source itself cannot be reached.
         """
         if self.file is not None:
             return [self.file.name]
@@ -111,9 +136,9 @@ class Source:
             finish(folder)
             return sorted(path.name for path in folder.iterdir() if path.is_file())
         self._require_hub_id()
-        if "_names" not in self.__dict__:
-            self.__dict__["_names"] = self._listed()
-        return self.__dict__["_names"]
+        if self._found.names is None:
+            self._found.names = self._listed()
+        return self._found.names
 
     def commit(self) -> str | None:
         """Returns the commit on the hub that the cached files are of; None for a local folder."""
@@ -121,7 +146,7 @@ class Source:
         return None if snapshot is None else snapshot.name
 
     def require(self, *names: str) -> Path:
-        """Returns the first of these files that exists.
+        """Returns the local path of the first of these files that exists.
 
         Raises:
             CheckpointError: None of them does.
@@ -132,14 +157,14 @@ class Source:
         raise CheckpointError(f"{self} has none of the files {', '.join(names)}.{self.listing()}")
 
     def listing(self) -> str:
-        """Says what the source holds, as a sentence for error messages."""
+        """Returns what the source holds, as a sentence for error messages."""
         folder = self.folder
         if folder is None:
-            names = ", ".join(self.__dict__.get("_names", ())[:20])
-            offline = " in the cache, and the hub cannot be reached" if "_offline" in self.__dict__ else ""
+            names = ", ".join((self._found.names or [])[:20])
+            offline = " in the cache, and the hub cannot be reached" if self._found.offline else ""
             return f" Its files{offline}: {names}." if names else ""
         if self.file is not None:
-            return " It is a single file; its folder may hold what is missing, so try that."
+            return " You passed a single file; the missing file may be next to it, so try the folder instead."
         if not folder.is_dir():
             return f" The folder has no subfolder {self.subfolder!r}."
         return f" Its files: {', '.join(sorted(path.name for path in folder.iterdir())[:20]) or 'none'}."
@@ -168,7 +193,7 @@ class Source:
                         revision=self.revision,
                         cache_dir=self.cache_dir,
                         token=self.token,
-                        local_files_only=self.local_files_only or "_offline" in self.__dict__,
+                        local_files_only=self.local_files_only or self._found.offline,
                         force_download=self.force_download and not attempt,
                     )
                     return Path(path)
@@ -186,7 +211,7 @@ class Source:
         import huggingface_hub
         from huggingface_hub import constants, errors
 
-        if not (self.local_files_only or constants.HF_HUB_OFFLINE or "_offline" in self.__dict__):
+        if not (self.local_files_only or constants.HF_HUB_OFFLINE or self._found.offline):
             try:
                 with self._explained(f"The list of files of {self}"):
                     tree = huggingface_hub.HfApi().list_repo_tree(
@@ -202,13 +227,13 @@ class Source:
         snapshot = self._snapshot()
         if snapshot is None:
             raise CheckpointError(f"{self} is not in the local cache, and the hub cannot be reached{_OR_OFFLINE}")
-        self.__dict__["_offline"] = True
+        self._found.offline = True
         folder = snapshot / self.subfolder
         return sorted(path.name for path in folder.iterdir() if path.is_file()) if folder.is_dir() else []
 
     def _not_cached(self, name: str, error: Exception) -> None:
         """Without the network: None when the cache holds this repository without this file, else the error."""
-        self.__dict__["_offline"] = True  # do not try again for each further file
+        self._found.offline = True
         if self._snapshot() is None:
             raise CheckpointError(
                 f"{name} of {self} is not in the local cache, and the hub cannot be reached{_OR_OFFLINE}"
@@ -242,7 +267,7 @@ class Source:
             ) from error
         except errors.RepositoryNotFoundError as error:
             raise CheckpointError(
-                f"{self} is neither a local folder nor a repository that the hub shows to you. "
+                f"{self} is neither a local folder nor a Hub repository you have access to. "
                 "Check the spelling; for a private repository pass token=."
             ) from error
         except errors.RevisionNotFoundError as error:
@@ -252,7 +277,7 @@ class Source:
         except Exception as error:
             if getattr(getattr(error, "response", None), "status_code", None) in (401, 403):
                 raise CheckpointError(
-                    f"{what}: the hub refuses the access token. Pass another token=, or False for none."
+                    f"{what}: the Hub refuses the access token. Pass another token=, or False for none."
                 ) from error
             raise CheckpointError(f"{what} cannot be downloaded: {type(error).__name__}: {error}") from error
 

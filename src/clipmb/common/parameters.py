@@ -10,7 +10,7 @@ from __future__ import annotations
 import re
 import zlib
 from collections.abc import Iterable, Iterator, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 
@@ -232,15 +232,3 @@ def find(path: Sequence[str], framework: str) -> tuple[str, str] | None:
 def at_block(name: str, block: int) -> str:
     """Returns the name that a parameter of block 0 has in another block."""
     return name.replace(".layers.0.", f".layers.{block}.")
-
-
-def nested(arrays: dict[str, Any], table: Iterable[Spec], framework: str) -> dict[str, Any]:
-    """Arranges canonical arrays as the nested dict of a framework's attribute paths, in its layouts."""
-    tree: dict[str, Any] = {}
-    for spec in table:
-        *parents, leaf = spec.path(framework)
-        node = tree
-        for parent in parents:
-            node = node.setdefault(parent, {})
-        node[leaf] = KINDS[spec.kind].to_framework(arrays[spec.name])
-    return tree

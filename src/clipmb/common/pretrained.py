@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Mapping
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal, Self, overload
 
 import numpy as np
 
 from clipmb.common.checkpoint import OwnArrays, fit, formats, write_safetensors
+from clipmb.common.checkpoint.tensors import Loaded
 from clipmb.common.config import CONFIG_NAME, BaseConfig
-from clipmb.common.dtypes import DTYPES
+from clipmb.common.dtypes import DTYPES, dtype_name
 from clipmb.common.errors import CheckpointError, bad_input, log_once, logger, one_of
 from clipmb.common.former import check_saving, drop_unneeded
 from clipmb.common.hub import Source
@@ -41,6 +42,33 @@ class PretrainedMixin:
         """Returns every parameter by its canonical name, in canonical layout."""
         raise NotImplementedError
 
+    @overload
+    @classmethod
+    def from_pretrained(
+        cls,
+        pretrained_model_name_or_path: str | os.PathLike[str] | Source | None,
+        *,
+        config: Any = None,
+        dtype: Any = None,
+        torch_dtype: Any = None,
+        strict: bool = True,
+        ignore_mismatched_sizes: bool = False,
+        output_loading_info: Literal[False] = False,
+        variant: str | None = None,
+        state_dict: Mapping[str, Any] | None = None,
+        **options: Any,
+    ) -> Self: ...
+
+    @overload
+    @classmethod
+    def from_pretrained(
+        cls,
+        pretrained_model_name_or_path: str | os.PathLike[str] | Source | None,
+        *,
+        output_loading_info: Literal[True],
+        **options: Any,
+    ) -> tuple[Self, dict[str, list]]: ...
+
     @classmethod
     def from_pretrained(
         cls,
@@ -58,24 +86,29 @@ class PretrainedMixin:
     ) -> Any:
         """Loads a model from a folder, a single file or the hub, whichever framework wrote it and in which format.
 
-        A single tower loads from a checkpoint of the whole; a checkpoint that lacks something the model has, or has
-        something that no CLIP has, is an error that lists all of it.
+        A single tower loads from the checkpoint of a CLIPModel. Whatever the model has and the checkpoint lacks, or the
+        checkpoint has and no CLIP has, is listed in one error.
 
         Args:
             pretrained_model_name_or_path: Folder, file of weights or hub id; None with ``config`` and ``state_dict``.
-            config: A config, or where to read one, instead of the checkpoint's own, which is its ``config.json``, or
-                without that file what its format holds or its shapes imply.
+            config: A config, or where to read one. The default is the checkpoint's own: its ``config.json``, or
+                without that file the config that its format holds or its shapes imply.
             dtype: "float32", "float16", "bfloat16", "float64" (or the framework's object for one), or "auto" for that
                 of the file. The default is the framework's: float32 in PyTorch and TensorFlow.
-            torch_dtype: The former name of ``dtype``.
-            strict: Raise for missing and unexpected weights; otherwise initialise the missing ones anew.
-            ignore_mismatched_sizes: Initialise weights of another shape anew instead of raising.
+            torch_dtype: An older name of ``dtype``.
+            strict: Raise for missing and unexpected weights; otherwise initialise the missing ones and ignore the
+                unexpected ones.
+            ignore_mismatched_sizes: Initialise weights of another shape instead of raising.
             output_loading_info: Return ``(model, info)`` with the lists missing_keys, unexpected_keys, mismatched_keys
                 and error_msgs.
             variant: Read ``model.<variant>.safetensors``.
             state_dict: Canonical name to array or tensor, instead of the files.
             **options: ``subfolder``, ``revision``, ``cache_dir``, ``token``, ``local_files_only`` and
-                ``force_download`` say where; fields of the config override it; the others go to the framework.
+                ``force_download`` belong to the source; fields of the config override it; the others go to the
+                framework.
+
+        Returns:
+            The model, in PyTorch in evaluation mode; with ``output_loading_info`` the model and the lists.
 
         Raises:
             CheckpointError: The files cannot be found or read, or do not fit the model.
@@ -83,9 +116,9 @@ class PretrainedMixin:
             TypeError: An option is unknown.
         """
         name_or_path = pretrained_model_name_or_path
-        drop_unneeded(options)
         dtype = normal_dtype(torch_dtype if dtype is None else dtype, cls.__name__)
         source = None if name_or_path is None else Source.of(name_or_path, options)
+        drop_unneeded(options)
         tensors: Mapping[str, np.ndarray] | None = None
         if config is None and state_dict is None and source is not None and source.find(CONFIG_NAME) is None:
             tensors, config = _weights_and_config(source, variant)
@@ -118,7 +151,8 @@ class PretrainedMixin:
             ignore_mismatched_sizes=ignore_mismatched_sizes,
         )
         if info.initialised:
-            logger.warning("%s: initialised anew, train before use: %s", cls.__name__, ", ".join(info.initialised))
+            names = ", ".join(info.initialised)
+            logger.warning("%s: newly initialised; train the model before using it: %s", cls.__name__, names)
         if dtype == "auto":
             dtype = config.dtype or next((array.dtype.name for array in arrays.values()), None)
         initialised = [spec for spec in table if spec.name in set(info.initialised)]
@@ -129,7 +163,7 @@ class PretrainedMixin:
 
     @classmethod
     def _config_for(cls, source: Source | None, config: Any, options: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
-        """Returns the config, with the options that name its fields applied, and the other options."""
+        """Returns the config, with its fields among the options applied, and the other options."""
         given = source if config is None else config
         if given is None:
             raise bad_input("Without a folder or hub id a config is needed", None, "Pass config=")
@@ -157,7 +191,7 @@ class PretrainedMixin:
         A kill at any moment leaves the files that were there, or the new ones.
 
         Args:
-            save_directory: Where; made when it is missing.
+            save_directory: The folder; made when it is missing.
             max_shard_size: Files larger than this are split and given an index.
             variant: Write ``model.<variant>.safetensors``.
             **options: ``params`` in Flax, and those of `clipmb.common.former.check_saving`.
@@ -178,7 +212,7 @@ class PretrainedMixin:
 def read_weights(source: Source, variant: str | None = None) -> Mapping[str, np.ndarray]:
     """Reads the weights of a source, in any format: name in the file to array.
 
-    A source without safetensors is remarked on once in the log, with the command that converts it.
+    For a source without safetensors, the log says once which command converts it.
 
     Raises:
         CheckpointError: There are none, or they cannot be read.
@@ -199,13 +233,13 @@ def _weights_and_config(source: Source, variant: str | None) -> tuple[Mapping[st
     return loaded.tensors, loaded.config
 
 
-def load_weights(source: Source, variant: str | None = None) -> formats.Loaded:
-    """Does as `read_weights`, and returns the format, files and config of the weights with them."""
+def load_weights(source: Source, variant: str | None = None) -> Loaded:
+    """Reads as `read_weights` does, and returns the format, files and config with the weights."""
     loaded = formats.load(source, variant)
-    if loaded.format != "safetensors":
+    if loaded.format != formats.OWN:
         log_once(
-            f"{source} has no safetensors file; reading its {loaded.format} files instead, which is slower. "
-            f"To convert them once: clipmb convert {source} NEW_FOLDER --to safetensors"
+            f"{source} has no {formats.OWN} file; reading its {loaded.format} files instead, which is slower. "
+            f"To convert them once: clipmb convert {source} NEW_FOLDER --to {formats.OWN}"
         )
     return loaded
 
@@ -216,7 +250,7 @@ def config_text(config: BaseConfig, head: str, dtypes: Iterable[str]) -> str:
     Args:
         config: The head's config.
         head: Key of `HEADS`, which becomes the architecture.
-        dtypes: Of the weights; a single one becomes the config's, several leave what it says.
+        dtypes: Names of the weights' dtypes; a single one becomes the config's, several leave the config's alone.
     """
     fields = config.to_dict()
     fields["architectures"] = [head]
@@ -231,10 +265,9 @@ def normal_dtype(value: Any, owner: str) -> str | None:
     Raises:
         ValueError: It is not a dtype that a model can have.
     """
-    if value is None:
+    name = dtype_name(value)
+    if name is None:
         return None
-    name = value if isinstance(value, str) else getattr(value, "name", None) or getattr(value, "__name__", str(value))
-    name = str(name).removeprefix("torch.")
     name = {"half": "float16", "float": "float32", "double": "float64"}.get(name, name)
     if name not in (*DTYPES, "auto"):
         raise one_of(f"dtype of {owner}", value, (*DTYPES, "auto"))

@@ -119,8 +119,8 @@ def test_subfolder_and_revision(hub, find):
 @pytest.mark.parametrize(
     ("repository", "options", "words"),
     [
-        ("me/nothing", {}, "neither a local folder nor a repository"),
-        ("me/secret", {}, "neither a local folder nor a repository"),
+        ("me/nothing", {}, "neither a local folder nor a Hub repository"),
+        ("me/secret", {}, "neither a local folder nor a Hub repository"),
         ("me/clip", {"revision": "v9"}, "no revision 'v9'"),
         ("me/clip", {"token": "wrong"}, "refuses the access token"),
         ("me/gated", {}, "gated"),

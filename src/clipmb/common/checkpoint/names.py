@@ -1,42 +1,17 @@
-"""Names of the former TensorFlow and Flax models to canonical ones and back, by `clipmb.common.parameters` alone."""
+"""Names of transformers 4's TensorFlow and Flax models to canonical ones and back, by `clipmb.common.parameters`."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from functools import partial
+from collections.abc import Iterable, Mapping
 
 import numpy as np
 
+from clipmb.common.checkpoint.tensors import Deferred, Lazy, lazy
 from clipmb.common.errors import CheckpointError
 from clipmb.common.parameters import KINDS, Spec, find
 
-Maker = Callable[[], np.ndarray]
-_TF_TOKENS = "token_embedding/weight:0"  # the one name in which the former TensorFlow models leave Keras' own
-
-
-class Deferred(Mapping[str, np.ndarray]):
-    """Arrays by name, each made when it is asked for and not kept: asking twice makes it twice."""
-
-    def __init__(self, makers: Mapping[str, Maker]) -> None:
-        self.makers = makers
-
-    def __getitem__(self, name: str) -> np.ndarray:
-        return self.makers[name]()
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self.makers)
-
-    def __len__(self) -> int:
-        return len(self.makers)
-
-    def __contains__(self, name: object) -> bool:
-        return name in self.makers  # without making the array
-
-
-def makers_of(tensors: Mapping[str, np.ndarray]) -> Mapping[str, Maker]:
-    """Returns what makes each array of a mapping."""
-    return tensors.makers if isinstance(tensors, Deferred) else {n: partial(tensors.__getitem__, n) for n in tensors}
+_TF_TOKENS = "token_embedding/weight:0"  # the one name in which transformers 4's TensorFlow models leave Keras' own
 
 
 def dialect_of(names: Iterable[str]) -> str:
@@ -64,17 +39,29 @@ def _find(name: str, framework: str) -> tuple[str, str] | None:
     return find(path, framework)
 
 
+def names_in(framework: str, table: Iterable[Spec]) -> dict[str, str]:
+    """Maps canonical names to those of a framework's models.
+
+    Args:
+        framework: "pt", "tf" or "flax".
+        table: `specs` of a head.
+    """
+    if framework == "pt":
+        return {spec.name: spec.name for spec in table}
+    return {spec.name: tf_name(spec) if framework == "tf" else "/".join(spec.path("flax")) for spec in table}
+
+
 def tf_name(spec: Spec) -> str:
-    """Returns the name that the former TensorFlow models give a parameter, below that of the model: ``clip/…:0``."""
+    """Returns a parameter's name in transformers 4's TensorFlow models, below that of the model: ``clip/…:0``."""
     name = "/".join(("clip", *spec.path("tf"))).replace("/layers/", "/layers_._") + ":0"
     return name.removesuffix("embeddings:0") + "weight:0" if "/token_embedding/" in name else name
 
 
-def canonical(tensors: Mapping[str, np.ndarray], framework: str, origin: object) -> Mapping[str, np.ndarray]:
+def canonical(tensors: Mapping[str, Lazy], framework: str, origin: object) -> Deferred:
     """Gives tensors with a framework's names and layouts canonical ones; unknown names stay as they are.
 
     Args:
-        tensors: Name in the file to array. Deferred arrays stay so, others become views.
+        tensors: Name in the file to array.
         framework: "pt", "tf" or "flax".
         origin: The file, for messages.
 
@@ -82,42 +69,37 @@ def canonical(tensors: Mapping[str, np.ndarray], framework: str, origin: object)
         CheckpointError: Two tensors stand for the same parameter.
     """
     if framework == "pt":
-        return tensors
+        return Deferred(tensors)
     found: dict[str, str] = {}
-    makers: dict[str, Maker] = {}
+    made: dict[str, Lazy] = {}
     twice = []
-    for name, maker in makers_of(tensors).items():
+    for name, tensor in tensors.items():
         known = _find(name, framework)
         new = known[0] if known else name
         if new in found:
             twice.append(f"{new}: {found[new]} and {name}")
         found[new] = name
-        makers[new] = in_canonical(maker, known[1], name, origin) if known else maker
+        made[new] = in_canonical(tensor, known[1]) if known else tensor
     if twice:
         raise CheckpointError(f"{origin} has two tensors for one parameter:", twice)
-    made = Deferred(makers)
-    return made if isinstance(tensors, Deferred) else dict(made)
+    return Deferred(made)
 
 
-def in_canonical(maker: Maker, kind: str, name: str, origin: object) -> Maker:
-    """Returns what makes an array of Keras or linen in the canonical layout.
+def in_canonical(tensor: Lazy, kind: str) -> Lazy:
+    """Returns an array of Keras or linen in the canonical layout of its kind.
+
+    One with another number of axes stays as it is, and does not fit the model by its shape.
+    """
+    row = KINDS[kind]
+    return tensor.viewed(row.to_canonical) if len(row.axes) == len(tensor.shape) else tensor
+
+
+def in_framework(arrays: Mapping[str, np.ndarray], table: Iterable[Spec]) -> dict[str, Lazy]:
+    """Returns canonical arrays in the layouts of Keras and linen, in the order of the table.
 
     Args:
-        maker: Makes the array.
-        kind: Key of `KINDS`.
-        name: Of the array in the file, for the message of the CheckpointError that a wrong number of axes is.
-        origin: The file.
+        arrays: Canonical name to array.
+        table: `specs` of a head.
     """
-
-    def make() -> np.ndarray:
-        array, row = maker(), KINDS[kind]
-        if row.axes and array.ndim != len(row.axes):
-            raise CheckpointError(f"{origin} has a tensor that is no {kind}:", [f"{name} is {array.shape}"])
-        return row.to_canonical(array)
-
-    return make
-
-
-def in_framework(arrays: Mapping[str, np.ndarray], spec: Spec) -> Maker:
-    """Returns what makes one canonical array in the layout of Keras and linen."""
-    return lambda: KINDS[spec.kind].to_framework(arrays[spec.name])
+    tensors = lazy(arrays)
+    return {spec.name: tensors[spec.name].viewed(KINDS[spec.kind].to_framework) for spec in table}

@@ -8,37 +8,34 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from safetensors.numpy import save_file
 
-from clipmb.common.checkpoint.formats import Loaded
 from clipmb.common.checkpoint.openai import (
     CONFIG,
     METADATA,
     find_weights,
     from_canonical,
     is_openai,
-    names_of,
-    need_whole,
+    names,
     plain,
     sizes_of,
     to_canonical,
 )
 from clipmb.common.checkpoint.pickled import inspect
-from clipmb.common.checkpoint.safetensors import map_file
+from clipmb.common.checkpoint.safetensors import map_file, write_file
 from clipmb.common.checkpoint.sniffing import kind_of
+from clipmb.common.checkpoint.tensors import Loaded
 from clipmb.common.config import BaseConfig, CLIPConfig, CLIPTextConfig, CLIPVisionConfig
 from clipmb.common.errors import CheckpointError
 from clipmb.common.hub import Source
 from clipmb.common.json_files import json_text, read_json
 from clipmb.common.saving import Transaction
 
-__all__ = ["names_of", "read", "write"]
+__all__ = ["names", "packages", "patterns", "read", "streams", "whole_only", "write"]
 
 FILE = "open_clip_model.safetensors"
-_NAMES = (
-    FILE, "open_clip_pytorch_model.safetensors", "open_clip_pytorch_model.bin", "model.safetensors",
-    "pytorch_model.bin", "model.pt",
-)  # fmt: skip
+_OWN = (FILE, "open_clip_pytorch_model.safetensors", "open_clip_pytorch_model.bin")
+patterns = (*_OWN, CONFIG)
+whole_only, streams, packages = True, True, ("torch",)
 _MODEL_KEYS = {"embed_dim", "vision_cfg", "text_cfg"}
 
 # What open_clip takes where its config is silent, as far as it concerns a CLIP.
@@ -51,7 +48,7 @@ _SILENT = {
     "timm_model_pretrained", "timm_pool", "timm_proj", "timm_proj_bias", "timm_drop", "timm_drop_path",
     "hf_model_pretrained", "hf_proj_type", "hf_pooler_type", "pad_id", "eos_id",
 }  # fmt: skip
-# The values of the others that mean: as in CLIP. All but these, and keys that are not here, are refused.
+# Values of the other keys that mean the same as CLIP. Other values, and keys that are not here, are refused.
 _AS_IN_CLIP: dict[str, tuple[Any, ...]] = {
     "ls_init_value": (None,),
     "attentional_pool": (False, None),
@@ -91,11 +88,11 @@ def read(source: Source, variant: str | None = None) -> Loaded | None:
         The weights under canonical names, and the config. None when there are no weights with OpenAI's names.
 
     Raises:
-        CheckpointError: There is no config, which alone tells the activation; it describes what no CLIP is; or a file
-            is damaged or hostile.
+        CheckpointError: There is no config, without which the activation is unknown; it describes something other
+            than a CLIP; or a file is damaged or hostile.
         MissingBackendError: PyTorch is not installed, and the file is pickled.
     """
-    path = None if variant else find_weights(source, _NAMES)
+    path = None if variant else find_weights(source, (*_OWN, "model.safetensors", "pytorch_model.bin", "model.pt"))
     kind = None if path is None else kind_of(path)
     if path is None or kind not in ("safetensors", "pickle"):
         return None
@@ -112,7 +109,8 @@ def read(source: Source, variant: str | None = None) -> Loaded | None:
         if name not in METADATA and name != "attn_mask"
     }
     config, decisions = _read_config(model, tensors, config_path)
-    return Loaded("open_clip", to_canonical(tensors), [path.name, config_path.name], config, decisions)
+    needed = ("safetensors",) if pickled is None else () if pickled.scripted else packages
+    return Loaded("open_clip", to_canonical(tensors), [path.name, config_path.name], config, decisions, needed)
 
 
 def _find_config(source: Source, weights: Path) -> tuple[Path, dict[str, Any]]:
@@ -127,9 +125,9 @@ def _find_config(source: Source, weights: Path) -> tuple[Path, dict[str, Any]]:
     if len(found) != 1:
         raise CheckpointError(
             f"{weights} has the names of OpenAI's and open_clip's models, but nothing says whether its activation is "
-            "QuickGELU (as OpenAI's) or GELU (as most of open_clip's), nor its number of heads; neither is guessed. "
-            f"Put the model's {CONFIG}, or its one file from open_clip's model_configs, into a folder with the weights "
-            f"and pass the folder. Found there: {', '.join(path.name for path in found) or 'none'}."
+            "QuickGELU (as OpenAI's) or GELU (as most of open_clip's), nor the number of heads, and clipmb does not "
+            f"guess. Put the model's {CONFIG}, or its one file from open_clip's model_configs, into a folder with the "
+            f"weights and pass the folder. Found there: {', '.join(path.name for path in found) or 'none'}."
         )
     path, content = found.popitem()
     model = content.get("model_cfg", content)
@@ -159,7 +157,7 @@ def _read_config(
         )
 
     text, vision, proj = sizes_of(tensors, path.parent)
-    told = {
+    described = {
         "embed_dim": (model.get("embed_dim"), proj),
         "vision_cfg.width": (given_vision["width"], vision["hidden_size"]),
         "vision_cfg.layers": (given_vision["layers"], vision["num_hidden_layers"]),
@@ -172,7 +170,7 @@ def _read_config(
     }
     problems = [
         f"{key} is {said!r} in the config and {seen} in the weights"
-        for key, (said, seen) in told.items()
+        for key, (said, seen) in described.items()
         if said not in (seen, [seen, seen])
     ]
     for part, given, label in ((vision, given_vision, "vision_cfg"), (text, given_text, "text_cfg")):
@@ -258,12 +256,10 @@ def write(
         The names of the files.
 
     Raises:
-        CheckpointError: It is not a whole CLIPModel, or open_clip has no such model.
+        CheckpointError: open_clip has no such model.
     """
-    need_whole(head, "open_clip")
     model = _write_config(config)
-    tensors = {name: np.require(array, requirements="C") for name, array in from_canonical(arrays).items()}
-    save_file(tensors, save.path(FILE), metadata={"format": "pt"})
+    write_file(save.path(FILE), from_canonical(arrays).lazy)
     preprocess = {
         "mean": [0.48145466, 0.4578275, 0.40821073],
         "std": [0.26862954, 0.26130258, 0.27577711],
@@ -276,7 +272,7 @@ def write(
 
 def _write_config(config: BaseConfig) -> dict[str, Any]:
     if not isinstance(config, CLIPConfig):
-        raise CheckpointError(f"open_clip needs a CLIPConfig. Received: a {type(config).__name__}.")
+        raise CheckpointError(f"open_clip has CLIPModel only. Received: a {type(config).__name__}.")
     text, vision = config.text_config, config.vision_config
     problems: list[str] = []
     text_cfg: dict[str, Any] = {

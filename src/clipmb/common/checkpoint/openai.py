@@ -13,9 +13,9 @@ from typing import Any
 
 import numpy as np
 
-from clipmb.common.checkpoint.formats import Loaded
 from clipmb.common.checkpoint.pickled import inspect, write_pickle
 from clipmb.common.checkpoint.sniffing import kind_of
+from clipmb.common.checkpoint.tensors import Deferred, Lazy, Loaded, lazy, rounded
 from clipmb.common.config import CONFIG_NAME, BaseConfig, CLIPConfig
 from clipmb.common.errors import CheckpointError
 from clipmb.common.hub import Source
@@ -25,7 +25,9 @@ from clipmb.common.saving import Transaction
 
 FILE = "model.pt"
 CONFIG = "open_clip_config.json"  # where a source has it, the files are open_clip's
-NAMES = (FILE, "ViT-B-32.pt", "ViT-B-16.pt", "ViT-L-14.pt", "ViT-L-14-336px.pt", "pytorch_model.bin")
+_RELEASED = ("ViT-B-32.pt", "ViT-B-16.pt", "ViT-L-14.pt", "ViT-L-14-336px.pt")
+patterns = (FILE, *_RELEASED)
+whole_only, streams, packages = True, False, ("torch",)
 METADATA = ("input_resolution", "context_length", "vocab_size")
 
 # -- the mapping ------------------------------------------------------------------------------------------------------
@@ -69,7 +71,7 @@ _FLOAT32 = re.compile(
 
 
 def is_openai(names: Iterable[str]) -> bool:
-    """Tells whether these are OpenAI's and open_clip's names, rather than canonical ones."""
+    """Whether these are OpenAI's and open_clip's names, rather than canonical ones."""
     return any(name.startswith(("visual.", "text.transformer.", "transformer.resblocks.")) for name in plain(names))
 
 
@@ -106,30 +108,43 @@ def to_canonical(tensors: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
     return arrays
 
 
-def from_canonical(arrays: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """Maps the canonical arrays of a whole CLIPModel to OpenAI's names: the inverse of `to_canonical`.
+def from_canonical(arrays: Mapping[str, np.ndarray]) -> Deferred:
+    """Maps the canonical arrays of a CLIPModel to OpenAI's names: the inverse of `to_canonical`.
 
     Raises:
         CheckpointError: An array is of no CLIPModel, or one of a q, k, v is missing.
     """
-    tensors: dict[str, np.ndarray] = {}
+    given = lazy(arrays)
+    tensors: dict[str, Lazy] = {}
     problems = []
-    for name in arrays:
+    for name in given:
         target = openai_name(name)
         if target is None:
             problems.append(f"{name} has no place in the format")
         elif ".attn.in_proj_" in target:
             stem, _, leaf = name.rsplit(".", 2)
             parts = [f"{stem}.{part}.{leaf}" for part in _QKV]
-            if missing := [part for part in parts if part not in arrays]:
+            if missing := [part for part in parts if part not in given]:
                 problems.append(f"{missing[0]} is missing")
             elif target not in tensors:
-                tensors[target] = np.concatenate([arrays[part] for part in parts])
+                tensors[target] = _stacked([given[part] for part in parts])
         else:
-            tensors[target] = arrays[name].T if target in _TRANSPOSED else arrays[name]
+            tensors[target] = given[name].viewed(np.transpose) if target in _TRANSPOSED else given[name]
     if problems:
         raise CheckpointError("The weights do not make a CLIPModel of OpenAI's layout:", sorted(set(problems)))
-    return tensors
+    return Deferred(tensors)
+
+
+def _stacked(parts: list[Lazy]) -> Lazy:
+    rows, *others = parts[0].shape
+
+    def release() -> None:
+        for part in parts:
+            part.release()
+
+    # 3 of (width, width) -> (3 * width, width)
+    shape = (len(parts) * rows, *others)
+    return Lazy(shape, parts[0].dtype, lambda: np.concatenate([part.make() for part in parts]), release)
 
 
 def openai_name(name: str) -> str | None:
@@ -144,8 +159,8 @@ def openai_name(name: str) -> str | None:
     return f"{_CANONICAL_TOWERS[tower]}.{layer}.attn.in_proj_{leaf}" if packed else None
 
 
-def names_of(table: Iterable[Spec]) -> dict[str, str]:
-    """Maps canonical names to those in the file."""
+def names(table: list[Spec]) -> dict[str, str]:
+    """Maps the canonical names of CLIPModel and its towers to those in the file; q, k and v share one tensor."""
     return {spec.name: name for spec in table if (name := openai_name(spec.name)) is not None}
 
 
@@ -156,7 +171,7 @@ def sizes_of(tensors: Mapping[str, np.ndarray], origin: Any) -> tuple[dict[str, 
         Fields of the text config, fields of the vision config, and the width of the shared space.
 
     Raises:
-        CheckpointError: It is not a ViT, or the tensors that tell are missing or of other shapes.
+        CheckpointError: It is not a ViT, or the tensors that show the sizes are missing or of other shapes.
     """
     if any(name.startswith(("visual.layer1.", "visual.attnpool.")) for name in tensors):
         raise CheckpointError(
@@ -170,7 +185,9 @@ def sizes_of(tensors: Mapping[str, np.ndarray], origin: Any) -> tuple[dict[str, 
         for name, shape in shapes.items()
         if shape is None or len(shape) != wanted[name] or not all(shape)
     ]:
-        raise CheckpointError(f"{origin} lacks what tells the sizes of a CLIP vision transformer:", problems)
+        raise CheckpointError(
+            f"{origin} does not have the tensors that show the sizes of a CLIP vision transformer:", problems
+        )
     vocab_size, text_width = shapes["token_embedding.weight"] or (0, 0)
     width, channels, patch, _ = shapes["visual.conv1.weight"] or (0, 0, 0, 0)
     cells = (shapes["visual.positional_embedding"] or (0,))[0] - 1
@@ -203,19 +220,6 @@ def _depth(tensors: Mapping[str, np.ndarray], tower: str, width: int) -> dict[st
     }
 
 
-def need_whole(head: str, format: str) -> None:
-    """Refuses heads that OpenAI's layout has no form for.
-
-    Raises:
-        CheckpointError: It is not CLIPModel.
-    """
-    if head != "CLIPModel":
-        raise CheckpointError(
-            f"The {format} format needs the whole CLIPModel, with both towers and projections. Received: {head}. "
-            "Write single towers and classifiers in another format, such as safetensors."
-        )
-
-
 # -- the format -------------------------------------------------------------------------------------------------------
 
 
@@ -241,7 +245,7 @@ def read(source: Source, variant: str | None = None) -> Loaded | None:
 
     Returns:
         The weights under canonical names, and the config, inferred from the shapes, unless there is a ``config.json``
-        of a CLIP. None when there is no such file or an ``open_clip_config.json``, or nothing tells the file from
+        of a CLIP. None when there is no such file or an ``open_clip_config.json``, or the file may as well be
         open_clip's: there is no ``config.json``, the metadata of the release (``input_resolution`` …) is missing, and
         it is no TorchScript archive.
 
@@ -249,7 +253,7 @@ def read(source: Source, variant: str | None = None) -> Loaded | None:
         CheckpointError: The file is damaged or hostile, or of a ResNet.
         MissingBackendError: PyTorch is not installed, and it is not a TorchScript archive.
     """
-    path = None if variant else find_weights(source, NAMES)
+    path = None if variant else find_weights(source, (FILE, *_RELEASED, "pytorch_model.bin"))
     if path is None or kind_of(path) != "pickle":
         return None
     pickled = inspect(path)
@@ -263,9 +267,10 @@ def read(source: Source, variant: str | None = None) -> Loaded | None:
     arrays = pickled.arrays()
     tensors = {name: arrays[stored] for name, stored in names.items() if name not in METADATA}
     text, vision, proj = sizes_of(tensors, path)
+    needed = () if pickled.scripted else packages
     if described:
         decisions = {"config": f"{CONFIG_NAME}, which is beside the weights"}
-        return Loaded("openai", to_canonical(tensors), [path.name], None, decisions)
+        return Loaded("openai", to_canonical(tensors), [path.name], None, decisions, needed)
     for part in (text, vision):
         if part["hidden_size"] % 64:
             raise CheckpointError(
@@ -285,9 +290,8 @@ def read(source: Source, variant: str | None = None) -> Loaded | None:
         "sizes": "from the shapes of the tensors",
         "dtype": "every tensor as in the file; OpenAI's have matrices in float16 and the rest in float32",
     }
-    return Loaded(
-        "openai", to_canonical(tensors), [path.name], CLIPConfig(text, vision, projection_dim=proj), decisions
-    )
+    config = CLIPConfig(text, vision, projection_dim=proj)
+    return Loaded("openai", to_canonical(tensors), [path.name], config, decisions, needed)
 
 
 def write(
@@ -314,28 +318,23 @@ def write(
         The name of the file.
 
     Raises:
-        CheckpointError: It is not a whole CLIPModel, or OpenAI's code has no such model.
+        CheckpointError: OpenAI's code has no such model.
         MissingBackendError: PyTorch is not installed.
     """
-    need_whole(head, "openai")
     if problems := _inexpressible(config):
         raise CheckpointError("OpenAI's code has no such model; open_clip's format may. Problems:", problems)
-    tensors = from_canonical(arrays)
+    tensors = dict(from_canonical(arrays))
     original = {
-        name: _cast(array, np.float32 if _FLOAT32.fullmatch(name) else np.float16) for name, array in tensors.items()
+        name: rounded(array, np.dtype(np.float32 if _FLOAT32.fullmatch(name) else np.float16))
+        for name, array in tensors.items()
     }
     if all(_same(original[name], array) for name, array in tensors.items()):
         tensors = original
     text, vision = config.text_config, config.vision_config  # type: ignore[attr-defined]
     metadata = (vision.image_size, text.max_position_embeddings, text.vocab_size)
     tensors |= {name: np.asarray(value) for name, value in zip(METADATA, metadata, strict=True)}
-    write_pickle(tensors, save.path(FILE))
+    write_pickle(save.path(FILE), lazy(tensors))
     return [FILE]
-
-
-def _cast(array: np.ndarray, dtype: type) -> np.ndarray:
-    with np.errstate(over="ignore"):  # what overflows is not the same, and then not used
-        return array.astype(dtype, copy=False)
 
 
 def _same(a: np.ndarray, b: np.ndarray) -> bool:

@@ -7,15 +7,22 @@ from pathlib import Path
 
 import numpy as np
 
-from clipmb.common.checkpoint.formats import Loaded
+from clipmb.common.checkpoint.names import names_in
 from clipmb.common.checkpoint.openai import is_openai
 from clipmb.common.checkpoint.pickled import inspect, write_pickle
 from clipmb.common.checkpoint.sharding import write_shards
 from clipmb.common.checkpoint.sniffing import read_files
+from clipmb.common.checkpoint.tensors import Loaded, lazy
 from clipmb.common.config import BaseConfig
 from clipmb.common.hub import Source
+from clipmb.common.parameters import Spec
 from clipmb.common.saving import Transaction
 
+patterns = (
+    "pytorch_model.bin", "pytorch_model.*.bin", "pytorch_model-*.bin",
+    "pytorch_model.bin.index.json", "pytorch_model.bin.index.*.json",
+)  # fmt: skip
+whole_only, streams, packages = False, False, ("torch",)
 _SINGLE, _INDEX = "pytorch_model.bin", "pytorch_model.bin.index.json"
 
 
@@ -36,7 +43,12 @@ def read(source: Source, variant: str | None = None) -> Loaded | None:
     single = f"pytorch_model.{variant}.bin" if variant else _SINGLE
     index = f"pytorch_model.bin.index.{variant}.json" if variant else _INDEX
     found = read_files(source, "pickle", single, index, _read_file)
-    return None if found is None or is_openai(found[0]) else Loaded("pytorch", *found)
+    return None if found is None or is_openai(found[0]) else Loaded("pytorch", *found, packages=packages)
+
+
+def names(table: list[Spec]) -> dict[str, str]:
+    """Maps canonical names to those in the files, which are the same."""
+    return names_in("pt", table)
 
 
 def _read_file(path: Path) -> dict[str, np.ndarray]:
@@ -66,12 +78,4 @@ def write(
     Raises:
         MissingBackendError: PyTorch is not installed.
     """
-    files = write_shards(
-        save,
-        arrays,
-        lambda path, names: write_pickle({name: arrays[name] for name in names}, path),
-        single=_SINGLE,
-        index=_INDEX,
-        max_shard_size=max_shard_size,
-    )
-    return files if len(files) == 1 else [*files, _INDEX]
+    return write_shards(save, lazy(arrays), write_pickle, single=_SINGLE, index=_INDEX, max_shard_size=max_shard_size)

@@ -1,83 +1,74 @@
-"""safetensors files, single or sharded with an index. Reading maps the file: no byte is copied."""
+"""safetensors files, single or sharded with an index. Reading maps the file; writing takes one tensor at a time."""
 
 from __future__ import annotations
 
-import math
+import json
 import mmap
-import os
 import struct
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 
-import ml_dtypes
 import numpy as np
 import safetensors
-from safetensors.numpy import save_file
 
-from clipmb.common.checkpoint.formats import Loaded
-from clipmb.common.checkpoint.names import canonical, dialect_of
+from clipmb.common.checkpoint.names import canonical, dialect_of, names_in
 from clipmb.common.checkpoint.openai import is_openai
-from clipmb.common.checkpoint.sharding import parse_size as parse_size
 from clipmb.common.checkpoint.sharding import write_shards
 from clipmb.common.checkpoint.sniffing import read_files
+from clipmb.common.checkpoint.tensors import Deferred, Lazy, Loaded, lazy, mapped
 from clipmb.common.config import BaseConfig
+from clipmb.common.dtypes import numpy_dtype
 from clipmb.common.errors import CheckpointError
 from clipmb.common.hub import Source
+from clipmb.common.parameters import Spec
 from clipmb.common.saving import Transaction
 
-_DTYPES = {
-    "F64": np.dtype(np.float64),
-    "F32": np.dtype(np.float32),
-    "F16": np.dtype(np.float16),
-    "BF16": np.dtype(ml_dtypes.bfloat16),
-    "I64": np.dtype(np.int64),
-    "I32": np.dtype(np.int32),
-    "I16": np.dtype(np.int16),
-    "I8": np.dtype(np.int8),
-    "U8": np.dtype(np.uint8),
-    "BOOL": np.dtype(np.bool_),
-}
+patterns = (
+    "model.safetensors", "model.*.safetensors", "model-*.safetensors",
+    "model.safetensors.index.json", "model.safetensors.index.*.json",
+)  # fmt: skip
+whole_only, streams, packages = False, True, ()
+_CODES = {
+    "F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16", "I64": "int64", "I32": "int32",
+    "I16": "int16", "I8": "int8", "U8": "uint8", "BOOL": "bool",
+}  # fmt: skip
+_DTYPES = {code: numpy_dtype(name) for code, name in _CODES.items()}
+_CODE_OF = {dtype: code for code, dtype in _DTYPES.items()}
 
 
 def read(source: Source, variant: str | None = None) -> Loaded | None:
     """Maps the safetensors weights of a source; None when it has none, or those of open_clip.
 
-    The files that the former TensorFlow and Flax models wrote are recognised by their names and given canonical ones.
+    The files that transformers 4's TensorFlow and Flax models wrote are recognised by their names and given canonical
+    ones.
 
     Raises:
         CheckpointError: A file is damaged, a shard is missing, or the index names a path outside the folder.
     """
     dot = f".{variant}" if variant else ""
     index = f"model.safetensors.index{dot}.json"
-    if (found := read_files(source, "safetensors", f"model{dot}.safetensors", index, map_file)) is None:
-        return None
-    tensors, files = found
-    if is_openai(tensors):
+    found = read_files(source, "safetensors", f"model{dot}.safetensors", index, lambda path: map_file(path).lazy)
+    if found is None or is_openai(found[0]):
         return None  # open_clip's, which needs its config
+    tensors, files = found
     dialect = dialect_of(tensors)
-    decisions = {} if dialect == "pt" else {"dialect": f"{dialect}, from the tensors' names"}
-    return Loaded("safetensors", canonical(tensors, dialect, source), files, decisions=decisions)
+    loaded = Loaded("safetensors", canonical(tensors, dialect, source), files, packages=("safetensors",))
+    if dialect != "pt":
+        loaded.decisions["dialect"] = f"{dialect}, from the tensors' names"
+        loaded.names = partial(names_in, dialect)
+    return loaded
 
 
-def read_safetensors(source: Source, variant: str | None = None) -> dict[str, np.ndarray] | None:
-    """Maps the safetensors weights of a source; returns None when it has none.
-
-    Args:
-        source: Where they are.
-        variant: As in ``model.fp16.safetensors``.
-
-    Returns:
-        Canonical name to array. The arrays are private mappings: writing to one copies the page and leaves the file.
-
-    Raises:
-        CheckpointError: A file is damaged, a shard is missing, or the index names a path outside the folder.
-    """
-    loaded = read(source, variant)
-    return None if loaded is None else dict(loaded.tensors)
+def names(table: list[Spec]) -> dict[str, str]:
+    """Maps canonical names to those in the files, which are the same."""
+    return names_in("pt", table)
 
 
-def map_file(path: Path) -> dict[str, np.ndarray]:
-    """Maps one safetensors file. The library checks the header: sizes, overlaps, holes, bounds.
+def map_file(path: Path) -> Deferred:
+    """Maps one safetensors file: name to array. The library checks the header: sizes, overlaps, holes, bounds.
+
+    The arrays are private mappings: writing to one copies the page and leaves the file alone.
 
     Raises:
         CheckpointError: The file is damaged or has a dtype that no CLIP has.
@@ -94,37 +85,15 @@ def map_file(path: Path) -> dict[str, np.ndarray]:
     ]:
         raise CheckpointError(f"{path} has tensors of unsupported dtypes (supported: {', '.join(_DTYPES)}):", unknown)
     if not names:
-        return {}
+        return Deferred({})
     with open(path, "rb") as file:
         (header,) = struct.unpack("<Q", file.read(8))
         content = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
     arrays, offset = {}, 8 + header
-    for name, (dtype, shape) in zip(names, layout, strict=True):
-        count = math.prod(shape)
-        array = np.frombuffer(content, _DTYPES[dtype], count, offset) if count else np.empty(0, _DTYPES[dtype])
-        offset += array.nbytes
-        array = array.reshape(shape)
-        arrays[name] = array if array.flags.aligned else array.copy()
-    return arrays
-
-
-class OwnArrays(dict[str, np.ndarray]):
-    """Arrays of mapped files to which nobody else has a reference, so that their memory can be given back early."""
-
-    def release(self, name: str) -> None:
-        """Takes the pages of an array out of memory; they are read from the file again when they are needed.
-
-        Without this, a framework that copies would hold the weights twice at the end of loading.
-        """
-        base = array = self[name]
-        while isinstance(base, np.ndarray | memoryview):
-            base = base.base if isinstance(base, np.ndarray) else base.obj
-        if not isinstance(base, mmap.mmap) or not hasattr(base, "madvise") or not array.flags.c_contiguous:
-            return
-        start = array.ctypes.data - np.frombuffer(base, np.uint8, 1).ctypes.data
-        first = -(-start // mmap.PAGESIZE) * mmap.PAGESIZE  # pages shared with a neighbour stay
-        if (length := (start + array.nbytes - first) // mmap.PAGESIZE * mmap.PAGESIZE) > 0:
-            base.madvise(mmap.MADV_DONTNEED, first, length)
+    for name, (code, shape) in zip(names, layout, strict=True):
+        arrays[name] = mapped(content, _DTYPES[code], shape, offset)
+        offset += arrays[name].nbytes
+    return Deferred(arrays)
 
 
 def write(
@@ -136,8 +105,7 @@ def write(
     max_shard_size: int | str = "5GB",
 ) -> list[str]:
     """Writes canonical arrays; returns the names of the files, the index among them."""
-    files = write_safetensors(save, arrays, max_shard_size=max_shard_size)
-    return files if len(files) == 1 else [*files, "model.safetensors.index.json"]
+    return write_safetensors(save, arrays, max_shard_size=max_shard_size)
 
 
 def write_safetensors(
@@ -151,22 +119,17 @@ def write_safetensors(
 
     Args:
         save: The transaction of the folder; files of an earlier save are removed with it.
-        arrays: Canonical name to array.
+        arrays: Canonical name to array. Those of a `Deferred` are made once each, when it is their turn.
         max_shard_size: Bytes, or text such as "5GB" or "200MiB".
         variant: As in ``model.fp16.safetensors``.
 
     Returns:
-        The names of the files, without the index.
+        The names of the files, the index among them.
     """
     dot = f".{variant}" if variant else ""
-
-    def write_file(path: Path, names: list[str]) -> None:
-        contiguous = {name: np.require(arrays[name], requirements="C") for name in names}
-        save_file(contiguous, path, metadata={"format": "pt"})
-
     return write_shards(
         save,
-        arrays,
+        lazy(arrays),
         write_file,
         single=f"model{dot}.safetensors",
         index=f"model.safetensors.index{dot}.json",
@@ -174,7 +137,29 @@ def write_safetensors(
     )
 
 
-def file_sizes(source: Source, names: list[str]) -> dict[str, int]:
-    """Returns the bytes of each of the files that exist."""
-    found = {name: source.find(name) for name in names}
-    return {name: os.path.getsize(path) for name, path in found.items() if path is not None}
+def write_file(path: Path, arrays: Mapping[str, Lazy], metadata: Mapping[str, str] | None = None) -> None:
+    """Writes one file, one array at a time: the header comes first and needs names, dtypes and shapes only.
+
+    The safetensors library's own ``save_file`` wants all arrays at once.
+
+    Args:
+        path: The file.
+        arrays: Name to array.
+        metadata: Text by name; what transformers looks for when None.
+    """
+    # The widest dtype first, so that every array is aligned, then by name: the order of the safetensors library.
+    order = sorted(arrays, key=lambda name: (-arrays[name].dtype.itemsize, name))
+    header: dict[str, object] = {"__metadata__": dict(metadata or {"format": "pt"})}
+    offset = 0
+    for name in order:
+        array = arrays[name]
+        end = offset + array.nbytes
+        header[name] = {"dtype": _CODE_OF[array.dtype], "shape": array.shape, "data_offsets": (offset, end)}
+        offset = end
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode("utf-8")
+    text += b" " * (-len(text) % 8)
+    with open(path, "wb") as file:
+        file.write(struct.pack("<Q", len(text)) + text)
+        for name in order:
+            file.write(np.ascontiguousarray(arrays[name].make()).reshape(-1).view(np.uint8).data)
+            arrays[name].release()

@@ -7,8 +7,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import TypeVar
 
-import numpy as np
-
+from clipmb.common.checkpoint.tensors import Lazy
 from clipmb.common.errors import CheckpointError, bad_input
 from clipmb.common.hub import Source
 from clipmb.common.json_files import json_text, read_json
@@ -19,19 +18,19 @@ T = TypeVar("T")
 
 
 def read_shards(source: Source, index: Path, open_shard: Callable[[Path], Mapping[str, T]]) -> tuple[dict, list[str]]:
-    """Opens every shard that an index names, and takes from each what the index says it holds.
+    """Opens every shard that an index lists, and takes from each what the index says it holds.
 
     Args:
         source: Where the shards are.
-        index: The index, with a ``weight_map`` from names to files. The former TensorFlow models write the name of the
-            model before those in the shards, in the index only.
+        index: The index, with a ``weight_map`` from names to files. transformers 4's TensorFlow models write the
+            name of the model before those in the shards, in the index only.
         open_shard: Reads one shard: name to whatever stands for its tensor.
 
     Returns:
         Name in the shard to tensor, and the names of the files.
 
     Raises:
-        CheckpointError: The index is damaged or names a path outside the folder; a shard or a tensor is missing.
+        CheckpointError: The index is damaged or lists a path outside the folder; a shard or a tensor is missing.
     """
     weight_map = read_json(index).get("weight_map")
     if not isinstance(weight_map, dict) or not all(isinstance(file, str) for file in weight_map.values()):
@@ -39,10 +38,10 @@ def read_shards(source: Source, index: Path, open_shard: Callable[[Path], Mappin
     files = sorted(set(weight_map.values()))
     escaping = [repr(file) for file in files if not stays_inside(file)]
     if escaping:
-        raise CheckpointError(f"{index} names files outside its folder; it is not read:", escaping)
+        raise CheckpointError(f"{index} lists files outside of its folder:", escaping)
     paths = {file: source.find(file) for file in files}
     if missing := [file for file, path in paths.items() if path is None]:
-        raise CheckpointError(f"{source} lacks shards that {index.name} names:", missing)
+        raise CheckpointError(f"{source} is missing shards listed in {index.name}:", missing)
     shards = {file: open_shard(path) for file, path in paths.items() if path is not None}
     found: dict[str, T] = {}
     absent = []
@@ -51,16 +50,16 @@ def read_shards(source: Source, index: Path, open_shard: Callable[[Path], Mappin
         if short not in shards[file]:
             absent.append(f"{name} in {file}")
         elif short in found:
-            raise CheckpointError(f"{index} names a tensor twice:", [name])
+            raise CheckpointError(f"{index} lists a tensor twice:", [name])
         else:
             found[short] = shards[file][short]
     if absent:
-        raise CheckpointError(f"{source} lacks tensors that {index.name} names:", absent)
+        raise CheckpointError(f"{source} is missing tensors listed in {index.name}:", absent)
     return found, files
 
 
 def stays_inside(file: str) -> bool:
-    """Tells whether a file name of an index stays inside the index's folder, on any system."""
+    """Whether a file name of an index stays inside the index's folder, on any system."""
     if not file or "\0" in file:
         return False
     paths = (PurePosixPath(file), PureWindowsPath(file))
@@ -69,8 +68,8 @@ def stays_inside(file: str) -> bool:
 
 def write_shards(
     save: Transaction,
-    arrays: Mapping[str, np.ndarray],
-    write: Callable[[Path, list[str]], None],
+    tensors: Mapping[str, Lazy],
+    write: Callable[[Path, dict[str, Lazy]], None],
     *,
     single: str,
     index: str,
@@ -81,26 +80,26 @@ def write_shards(
 
     Args:
         save: The transaction of the folder; files of an earlier save in this format are removed with it.
-        arrays: Name in the file to array.
-        write: Writes the arrays of these names into a file.
+        tensors: Name in the file to array; none is made to find out how large it is.
+        write: Writes some of them into a file.
         single: The name of the only file; shards are named after it.
         index: The name of the index.
         max_shard_size: Bytes, or text such as "5GB" or "200MiB".
         prefix: What the index writes before every name.
 
     Returns:
-        The names of the files, without the index.
+        The names of the files, the index among them.
     """
     limit = parse_size(max_shard_size)
     shards: list[list[str]] = [[]]
     room, total, count = limit, 0, 0
-    for name, array in arrays.items():
-        if array.nbytes > room and shards[-1]:
+    for name, tensor in tensors.items():
+        if tensor.nbytes > room and shards[-1]:
             shards.append([])
             room = limit
         shards[-1].append(name)
-        room -= array.nbytes
-        total, count = total + array.nbytes, count + array.size
+        room -= tensor.nbytes
+        total, count = total + tensor.nbytes, count + tensor.size
     stem, dot, suffix = single.rpartition(".")
     if len(shards) == 1:
         files = [single]
@@ -114,10 +113,10 @@ def write_shards(
         }
         save.write(index, json_text(content))
     for file, shard in zip(files, shards, strict=True):
-        write(save.path(file), shard)
+        write(save.path(file), {name: tensors[name] for name in shard})
     old = re.compile(rf"{re.escape(stem)}-\d{{5}}-of-\d{{5}}\.{suffix}")
     save.remove(single, index, *(path.name for path in save.folder.iterdir() if old.fullmatch(path.name)))
-    return files
+    return files if len(files) == 1 else [*files, index]
 
 
 def parse_size(size: int | str) -> int:

@@ -1,4 +1,4 @@
-"""What a file of weights is: by its content, and by its name only where the content is nothing that is known."""
+"""What a file of weights is: by its content, and by its suffix where the content is unknown."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ T = TypeVar("T")
 def kind_of(path: Path) -> str | None:
     """Returns "safetensors", "pickle" (PyTorch's), "h5", "msgpack", or None for anything else.
 
-    A file whose content is none of them is what its suffix says, and its reader tells what is wrong with it.
+    A file with other content is what its suffix says; its reader reports what is wrong with it.
     """
     with open(path, "rb") as file:
         head = file.read(16)
@@ -62,7 +62,7 @@ def _begins_map(head: bytes) -> bool:
 def read_files(
     source: Source, kind: str, single: str, index: str, open_file: Callable[[Path], Mapping[str, T]]
 ) -> tuple[Mapping[str, T], list[str]] | None:
-    """Opens the one file of a source's weights, or all that an index names.
+    """Opens the one file of a source's weights, or all that an index lists.
 
     Args:
         source: Where they are; one that is a file itself has any name.

@@ -12,26 +12,27 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from functools import partial
 from pathlib import Path
 
 import numpy as np
 
-from clipmb.common.checkpoint.formats import Loaded
 from clipmb.common.checkpoint.h5 import read_h5, write_h5
-from clipmb.common.checkpoint.names import Deferred, Maker, canonical, dialect_of, in_framework, makers_of, tf_name
+from clipmb.common.checkpoint.names import canonical, dialect_of, in_framework, names_in, tf_name
 from clipmb.common.checkpoint.sharding import write_shards
 from clipmb.common.checkpoint.sniffing import read_files
+from clipmb.common.checkpoint.tensors import Lazy, Loaded
 from clipmb.common.config import BaseConfig
 from clipmb.common.hub import Source
 from clipmb.common.parameters import Spec, specs
 from clipmb.common.saving import Transaction
 
+patterns = ("tf_model.h5", "tf_model-*.h5", "tf_model.h5.index.json")
+whole_only, streams, packages = False, True, ("h5py",)
 _FILE = "tf_model.h5"
 _INDEX = "tf_model.h5.index.json"
 _KERAS = b"2.15.0"  # the last Keras 2
 _ATTRIBUTE_BYTES = 64512  # Keras' limit, a little below that of HDF5
-# The order of the former models' weights, by which Keras 2's own load_weights goes, where it is not that of `specs`.
+# Where the order of transformers 4's weights, by which Keras 2's own load_weights goes, is not that of `specs`.
 _RANKS = (
     "class_embedding", "token_embedding", "position_embedding", "patch_embedding",
     "q_proj", "k_proj", "v_proj", "out_proj",
@@ -45,11 +46,16 @@ def read(source: Source, variant: str | None = None) -> Loaded | None:
         CheckpointError: A file is damaged or hostile, or a shard is missing.
         MissingBackendError: h5py is not installed.
     """
-    found = None if variant else read_files(source, "h5", _FILE, _INDEX, lambda path: makers_of(read_h5(path)))
+    found = None if variant else read_files(source, "h5", _FILE, _INDEX, read_h5)
     if found is None or (source.file is not None and dialect_of(found[0]) != "tf"):
         return None
-    makers, files = found
-    return Loaded("tf-h5", canonical(Deferred(makers), "tf", source), files)
+    tensors, files = found
+    return Loaded("tf-h5", canonical(tensors, "tf", source), files, packages=packages)
+
+
+def names(table: list[Spec]) -> dict[str, str]:
+    """Maps canonical names to those in the files, below the name of the model's instance."""
+    return names_in("tf", table)
 
 
 def write(
@@ -66,17 +72,16 @@ def write(
         MissingBackendError: h5py is not installed.
     """
     instance = re.sub(r"(?<=.)(?=[A-Z][a-z])", "_", f"TF{head}").lower()  # tfclip_model, tfclip_text_model, …
-    tensors = Deferred(
-        {tf_name(spec): partial(_stored, in_framework(arrays, spec)) for spec in _in_order(specs(config, head))}
-    )
+    table = _in_order(specs(config, head))
+    inside = in_framework(arrays, table)
+    tensors = {tf_name(spec): _stored(inside[spec.name]) for spec in table}
 
-    def write_file(path: Path, names: list[str]) -> None:
-        if len(names) < len(tensors):
-            part = Deferred({name: tensors.makers[name] for name in names})
-            write_h5(path, part, {"": _list("layer_names", sorted(names))})
+    def write_file(path: Path, part: dict[str, Lazy]) -> None:
+        if len(part) < len(tensors):
+            write_h5(path, part, {"": _list("layer_names", sorted(part))})
             return
-        weights = [f"{instance}/{name}" for name in names]
-        whole = Deferred({f"clip/{instance}/{name}": tensors.makers[name] for name in names})
+        weights = [f"{instance}/{name}" for name in part]
+        whole = {f"clip/{instance}/{name}": tensor for name, tensor in part.items()}
         attributes = {
             "": {"backend": b"tensorflow", "keras_version": _KERAS, **_list("layer_names", ["clip"])},
             "clip": _list("weight_names", weights),
@@ -84,7 +89,7 @@ def write(
         }
         write_h5(path, whole, attributes)
 
-    files = write_shards(
+    return write_shards(
         save,
         tensors,
         write_file,
@@ -93,13 +98,12 @@ def write(
         max_shard_size=max_shard_size,
         prefix=f"{instance}/",
     )
-    return files if len(files) == 1 else [*files, _INDEX]
 
 
-def _stored(maker: Maker) -> np.ndarray:
-    array = maker()
-    array = array if array.dtype.name in ("float64", "float32", "float16") else array.astype(np.float32)
-    return array.reshape(1) if array.shape == () else array  # logit_scale
+def _stored(tensor: Lazy) -> Lazy:
+    if tensor.dtype.name not in ("float64", "float32", "float16"):
+        tensor = tensor.astype(np.dtype(np.float32))
+    return tensor if tensor.shape else tensor.viewed(lambda array: array.reshape(1))  # logit_scale
 
 
 def _in_order(table: list[Spec]) -> list[Spec]:

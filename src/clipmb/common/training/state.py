@@ -13,9 +13,10 @@ from pathlib import Path
 
 import numpy as np
 import safetensors
-from safetensors.numpy import save_file
 
-from clipmb.common.checkpoint.safetensors import map_file
+from clipmb.common.checkpoint import LoadingInfo
+from clipmb.common.checkpoint.safetensors import map_file, write_file
+from clipmb.common.checkpoint.tensors import lazy
 from clipmb.common.errors import CheckpointError
 from clipmb.common.parameters import Spec
 from clipmb.common.saving import Transaction, finish
@@ -57,8 +58,7 @@ class TrainingState:
             "version": _VERSION,
             "state": json.dumps({**fields, "recipe": self.recipe.to_dict()}),
         }
-        contiguous = {name: np.require(array, requirements="C") for name, array in self.tensors.items()}
-        save_file(contiguous, save.path(STATE_NAME), metadata=metadata)
+        write_file(save.path(STATE_NAME), lazy(self.tensors), metadata)
 
     @classmethod
     def read(cls, folder: Path) -> TrainingState:
@@ -71,7 +71,7 @@ class TrainingState:
         path = folder / STATE_NAME
         if not path.is_file():
             raise CheckpointError(f"{folder} has no {STATE_NAME}. Resume in the folder of a training run.")
-        tensors = map_file(path)
+        tensors = dict(map_file(path))
         with safetensors.safe_open(path, framework="np") as file:
             metadata = file.metadata() or {}
         try:
@@ -97,18 +97,11 @@ class TrainingState:
         """
         expected = {f"{part}{spec.name}": spec.shape for spec in table for part in (FIRST, SECOND)}
         found = {name: array.shape for name, array in self.tensors.items() if name.startswith((FIRST, SECOND))}
-        problems = [f"missing: {name}" for name in expected.keys() - found.keys()]
-        problems += [f"unexpected: {name}" for name in found.keys() - expected.keys()]
-        problems += [
-            f"shape: {name} is {found[name]} and must be {shape}"
-            for name, shape in expected.items()
-            if name in found and found[name] != shape
-        ]
-        if problems:
+        if problems := LoadingInfo.between(found, expected).problems():
             raise CheckpointError(
                 f"The training state of step {self.step} does not fit the model and the recipe. Resume with the "
                 "towers, freeze and loss that the run began with. Problems:",
-                sorted(problems),
+                problems,
             )
         first = {spec.name: self.tensors[FIRST + spec.name] for spec in table}
         second = {spec.name: self.tensors[SECOND + spec.name] for spec in table}

@@ -16,19 +16,19 @@ from conftest import TESTS
 from safetensors.numpy import load_file, save_file
 
 from clipmb import CheckpointError, CLIPConfig
-from clipmb.common.checkpoint import fit, read_safetensors, write_safetensors
+from clipmb.common.checkpoint import fit, safetensors, write_safetensors
 from clipmb.common.checkpoint.sharding import parse_size
 from clipmb.common.hub import Source
-from clipmb.common.parameters import KINDS, nested, specs
+from clipmb.common.parameters import KINDS, specs
 from clipmb.common.saving import Transaction
 
 CONFIG = CONFIGS["plain"]
 
 
 def read(folder: Path) -> dict[str, np.ndarray]:
-    tensors = read_safetensors(Source(str(folder)))
-    assert tensors is not None
-    return tensors
+    loaded = safetensors.read(Source(str(folder)))
+    assert loaded is not None
+    return dict(loaded.tensors)
 
 
 def equal(a: dict[str, np.ndarray], b: dict[str, np.ndarray]) -> bool:
@@ -62,17 +62,15 @@ def test_convolution_and_linear_layouts():
     assert KINDS["convolution"].to_framework(np.zeros((2, 3, 5, 7))).shape == (5, 7, 3, 2)
 
 
-def test_nested_names_per_framework():
-    table = specs(CONFIG, "CLIPModel")
-    arrays = random_arrays(CONFIG, "CLIPModel")
-    flax = nested(arrays, table, "flax")
-    layer = flax["text_model"]["encoder"]["layers"]["0"]
-    assert (
-        layer["self_attn"]["q_proj"]["kernel"] == arrays["text_model.encoder.layers.0.self_attn.q_proj.weight"].T
-    ).all()
-    assert set(layer["layer_norm1"]) == {"scale", "bias"}
-    assert flax["vision_model"]["embeddings"]["patch_embedding"]["kernel"].shape == (4, 4, 3, 48)
-    assert set(nested(arrays, table, "tf")["text_model"]["final_layer_norm"]) == {"gamma", "beta"}
+def test_paths_per_framework():
+    table = {spec.name: spec for spec in specs(CONFIG, "CLIPModel")}
+    block = "text_model.encoder.layers.0"
+    query = table[f"{block}.self_attn.q_proj.weight"]
+    assert query.path("flax") == (*block.split("."), "self_attn", "q_proj", "kernel")
+    norms = [table[f"{block}.layer_norm1.{leaf}"] for leaf in ("weight", "bias")]
+    assert [spec.path("flax")[-1] for spec in norms] == ["scale", "bias"]
+    assert [spec.path("tf")[-1] for spec in norms] == ["gamma", "beta"]
+    assert [spec.path("pt") for spec in norms] == [tuple(spec.name.split(".")) for spec in norms]
 
 
 # -- reading and writing ----------------------------------------------------------------------------------------------
@@ -127,8 +125,8 @@ def test_variant(tmp_path):
     with Transaction(tmp_path) as save:
         write_safetensors(save, arrays, variant="fp16")
     assert (tmp_path / "model.fp16.safetensors").exists()
-    assert read_safetensors(Source(str(tmp_path))) is None
-    assert equal(read_safetensors(Source(str(tmp_path)), "fp16"), arrays)
+    assert safetensors.read(Source(str(tmp_path))) is None
+    assert equal(dict(safetensors.read(Source(str(tmp_path)), "fp16").tensors), arrays)
 
 
 @pytest.mark.parametrize(

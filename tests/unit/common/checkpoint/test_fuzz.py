@@ -68,7 +68,7 @@ def test_the_harness_notices(reader, words, tmp_path, monkeypatch):
 
     def load(source):
         calls.append(source)
-        return reader() if len(calls) > 3 else formats.module_of("safetensors").read(source)
+        return reader() if len(calls) > 3 else formats.format_of("safetensors").read(source)
 
     monkeypatch.setattr(formats, "load", load)
     monkeypatch.setattr(fuzz_readers, "samples", _samples)

@@ -68,11 +68,11 @@ def test_the_mapping_is_inverted_exactly(text_layers, vision_layers, heads, othe
         projection_dim=proj,
     )  # fmt: skip
     arrays = random_arrays(config, "CLIPModel")
-    tensors = openai.from_canonical(arrays)
+    tensors = dict(openai.from_canonical(arrays))
     back = openai.to_canonical(tensors)
     assert same_values(back, arrays)
     assert all(np.shares_memory(back[name], tensors[openai.openai_name(name)]) for name in back)
-    assert openai.names_of(specs(config, "CLIPModel")).keys() == arrays.keys()
+    assert openai.names(specs(config, "CLIPModel")).keys() == arrays.keys()
     text, vision, width = openai.sizes_of(tensors, "here")
     assert width == proj
     for part, sizes in ((config.text_config, text), (config.vision_config, vision)):
@@ -126,12 +126,6 @@ def test_no_value_is_ever_rounded(tmp_path, value):
     assert loaded.tensors["visual_projection.weight"].dtype == expected
 
 
-@pytest.mark.parametrize("head", ["CLIPTextModel", "CLIPVisionModelWithProjection", "CLIPForImageClassification"])
-def test_single_towers_have_no_form(tmp_path, head):
-    with pytest.raises(CheckpointError, match=f"whole CLIPModel(.|\n)*{head}"):
-        write(tmp_path, {}, CONFIG, head)
-
-
 def test_models_that_openais_code_cannot_express(tmp_path):
     with pytest.raises(CheckpointError) as caught:
         write(tmp_path, random_arrays(CONFIGS["stress"], "CLIPModel"), CONFIGS["stress"])
@@ -175,7 +169,7 @@ def test_a_bare_state_dict_is_ambiguous_and_a_config_json_settles_it(tmp_path):
     model = random_model(SMALL)
     torch.save(model.state_dict(), tmp_path / "model.pt")
     for source in (tmp_path, tmp_path / "model.pt"):
-        with pytest.raises(CheckpointError, match=r"neither is guessed(.|\n)*open_clip_config\.json"):
+        with pytest.raises(CheckpointError, match=r"does not guess(.|\n)*open_clip_config\.json"):
             formats.load(Source(str(source)))
     (tmp_path / "config.json").write_text(CONFIG.to_json_string())
     loaded = formats.load(Source(str(tmp_path)))

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from safetensors.numpy import load_file, save_file
 
 from clipmb import CheckpointError
-from clipmb.common.checkpoint import fit, formats, read_safetensors
+from clipmb.common.checkpoint import fit, formats
 from clipmb.common.checkpoint.names import dialect_of
 from clipmb.common.hub import Source
 from clipmb.common.parameters import KINDS, find, known_specs, specs
@@ -96,7 +96,9 @@ def test_views_and_not_copies(tmp_path):
     arrays = random_arrays(CONFIG, "CLIPModel")
     for dialect in ("tf", "flax"):
         write_dialect(tmp_path / dialect, in_dialect(arrays, CONFIG, "CLIPModel", dialect), dialect)
-        assert not any(a.flags.owndata for a in read_safetensors(Source(str(tmp_path / dialect))).values())
+        loaded = formats.load(Source(str(tmp_path / dialect)))
+        assert loaded.decisions["dialect"].startswith(dialect)
+        assert not any(array.flags.owndata for array in loaded.tensors.values())
 
 
 @pytest.mark.parametrize("framework", ["pt", "tf", "flax"])
@@ -169,7 +171,7 @@ def test_a_wrong_number_of_axes_is_a_checkpoint_error(tmp_path):
     tensors = in_dialect(random_arrays(CONFIG, "CLIPModel"), CONFIG, "CLIPModel", "flax")
     tensors["vision_model.embeddings.patch_embedding.kernel"] = np.zeros((4, 48), np.float32)
     write_dialect(tmp_path, tensors, "flax")
-    with pytest.raises(CheckpointError, match="no convolution"):
+    with pytest.raises(CheckpointError, match=r"shape: \S+\.patch_embedding\.weight is \(4, 48\) and must be \("):
         read_as("safetensors", tmp_path, CONFIG, "CLIPModel")
 
 

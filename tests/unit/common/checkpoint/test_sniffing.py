@@ -29,7 +29,7 @@ WRITTEN = [name for name in KINDS if "pt" in BACKENDS or name not in PICKLED]
 def test_a_file_of_any_name_is_read(name, suffix, tmp_path):
     arrays = random_arrays(CONFIG, "CLIPModel")
     with Transaction(tmp_path / "folder") as save:
-        (file,) = formats.module_of(name).write(save, arrays, CONFIG, "CLIPModel")
+        (file,) = formats.format_of(name).write(save, arrays, CONFIG, "CLIPModel")
     path = tmp_path / f"weights{suffix}"
     shutil.copy(tmp_path / "folder" / file, path)
     assert kind_of(path) == KINDS[name]

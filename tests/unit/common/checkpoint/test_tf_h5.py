@@ -369,7 +369,7 @@ def test_a_wrong_number_of_axes_is_a_checkpoint_error(tmp_path):
         where = "clip/tfclip_model/clip/text_projection/kernel:0"
         del file[where]
         file[where] = np.zeros(3, "f4")
-    with pytest.raises(CheckpointError, match="no linear"):
+    with pytest.raises(CheckpointError, match=r"shape: text_projection\.weight is \(3,\) and must be \("):
         read_as(FORMAT, tmp_path, part, "CLIPModel")
 
 
