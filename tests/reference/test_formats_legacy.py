@@ -11,7 +11,7 @@ import transformers
 from cases import CONFIGS, config_of, inputs_of
 from format_cases import arrays_of, assert_same, read_as, write_as
 
-from clipmb.common.parameters import KINDS, nested, specs
+from clipmb.common.parameters import KINDS, specs
 
 CONFIG = CONFIGS["plain"]
 TF_HEADS = ("CLIPModel", "CLIPTextModel", "CLIPVisionModel")
@@ -139,10 +139,17 @@ def flax_model(head: str):
     return getattr(transformers, f"Flax{head}")(former_config(head))
 
 
+def nested(arrays, head: str) -> dict:
+    from flax.traverse_util import unflatten_dict
+
+    table = specs(config_of(head, CONFIG), head)
+    return unflatten_dict({spec.path("flax"): KINDS[spec.kind].to_framework(arrays[spec.name]) for spec in table})
+
+
 def tree_of(arrays, head: str) -> dict:
     import jax
 
-    return jax.tree.map(jax.numpy.asarray, nested(arrays, specs(config_of(head, CONFIG), head), "flax"))
+    return jax.tree.map(jax.numpy.asarray, nested(arrays, head))
 
 
 def assert_same_tree(found, expected) -> None:
@@ -198,7 +205,7 @@ def test_flax_restores_what_is_written_and_the_other_way_round(tmp_path, monkeyp
     monkeypatch.setattr(serialization, "MAX_CHUNK_SIZE", chunk)
     monkeypatch.setattr(flax_msgpack, "CHUNK", chunk)
     arrays = arrays_of(CONFIG, "CLIPModel", dtype)
-    tree = nested(arrays, specs(CONFIG, "CLIPModel"), "flax")
+    tree = nested(arrays, "CLIPModel")
     write_as("flax-msgpack", tmp_path, arrays, CONFIG, "CLIPModel")
     content = (tmp_path / "flax_model.msgpack").read_bytes()
     assert (content.count(b"__msgpack_chunked_array__") > 0) == (chunk == 100)
