@@ -14,7 +14,7 @@ export TF_CPP_MIN_LOG_LEVEL       ?= 3
 demo: $(VENV)/.installed
 	$(BIN)/python -m clipmb demo --out build/demo.png
 
-# The whole suite in two processes, a file at a time; a part, as ARGS names it, in one.
+# The full suite in two processes, file by file; a part of it, named by ARGS, in one.
 test: $(VENV)/.installed $(V5)/.installed
 	$(BIN)/python -m pytest $(or $(ARGS),-n 2 --dist loadfile --durations=25)
 

@@ -52,7 +52,7 @@ def for_each_backend(measure: Callable[..., None], description: str | None, **op
     Args:
         measure: Called with a backend, the checkpoint's folder, and the options by name.
         description: For ``--help``.
-        options: Of the command line, with what ``argparse`` needs to know of each.
+        options: Command-line options, with the arguments of ``argparse`` for each.
     """
     parser = argparse.ArgumentParser(description=description)
     parser.add_argument("--folder", type=Path, default=Path("build/vit-b-32"))

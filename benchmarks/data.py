@@ -38,7 +38,7 @@ def write(folder: Path) -> list[tuple[str, str]]:
 
 
 class Peer(torch.utils.data.Dataset):
-    """What the former library's training examples do."""
+    """What the training examples of transformers 4 do."""
 
     def __init__(self, pairs: list[tuple[str, str]], folder: str) -> None:
         CLIPTokenizerFast().save_pretrained(folder)

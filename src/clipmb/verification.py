@@ -82,7 +82,8 @@ class Report:
         worst = self.first_divergence
         if worst is None:
             contenders = sorted({comparison.contender for comparison in self.comparisons})
-            return f"{', '.join(contenders)} agree with {self.standard} in {self.dtype} at every stage."
+            agree = "agree" if len(contenders) > 1 else "agrees"
+            return f"{', '.join(contenders)} {agree} with {self.standard} in {self.dtype} at every stage."
         detail = f" ({worst.detail})" if worst.detail else ""
         return (
             f"{worst.contender} diverges from {self.standard} in {self.dtype}, first at stage {worst.stage!r}{detail}: "

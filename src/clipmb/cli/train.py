@@ -45,7 +45,7 @@ def run(
         typer.Option(
             metavar="N",
             help="Pairs to encode at once: the same result in less memory.",
-            show_default="the whole batch",
+            show_default="the full batch",
         ),
     ] = Recipe.chunk_size,
     loss: Annotated[str, common.choice(values=LOSSES, help="Contrastive loss")] = Recipe.loss,

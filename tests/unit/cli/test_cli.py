@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import re
 
@@ -13,6 +14,7 @@ from conftest import BACKENDS
 from PIL import Image
 from processes import clipmb
 from safetensors import safe_open
+from typer.testing import CliRunner
 
 from clipmb import CLIPConfig, CLIPPipeline
 from clipmb.backends import BACKENDS as KNOWN
@@ -20,7 +22,7 @@ from clipmb.cli import app
 from clipmb.common.checkpoint.formats import FORMATS
 from clipmb.common.dtypes import DTYPES
 from clipmb.common.small_model import TEMPLATES, held_out_pictures, small_model
-from clipmb.common.training.recipe import LOSSES
+from clipmb.common.training.recipe import LOSSES, Recipe
 
 CONFIG = CLIPConfig(
     {"hidden_size": 32, "intermediate_size": 56, "num_hidden_layers": 2, "num_attention_heads": 4},
@@ -263,6 +265,28 @@ def test_choices_are_those_of_the_tables():
         assert f"run (repeatable): {', '.join(KNOWN)}." in shown[name]
     for name in ("classify", "encode", "evaluate", "verify"):
         assert f"compute in: {', '.join(DTYPES)}." in shown[name]
+
+
+def test_train_passes_on_columns_and_the_recipe_that_is_given_only(monkeypatch):
+    """A resumed run keeps its own recipe, so that defaults must not be passed on."""
+    passed = []
+    monkeypatch.setattr("clipmb.training.train", lambda *given, **options: passed.append(options) or {"out": "out"})
+    arguments = ["train", "data", "--out", "out", "--backend", BACKENDS[0], "--json", "--eval", "held-out"]
+    recipe = {field.name for field in dataclasses.fields(Recipe)} - {"steps"}
+    assert CliRunner().invoke(app, arguments).exit_code == 0
+    assert not recipe & passed[0].keys()
+    more = ["--label-column", "kind", "--image-column", "file", "--lr", "1e-3", "--beta2", "0.9", "--freeze", "text"]
+    assert CliRunner().invoke(app, [*arguments, *more, "--local-loss", "-t", "photo"]).exit_code == 0
+    assert {name: passed[1][name] for name in recipe & passed[1].keys()} == {
+        "learning_rate": 1e-3,
+        "betas": (Recipe.betas[0], 0.9),
+        "freeze": ("text",),
+        "local_loss": True,
+    }
+    assert passed[1]["columns"] == {
+        "image_column": "file", "caption_column": None, "label_column": "kind", "separator": None
+    }  # fmt: skip
+    assert passed[1]["templates"] == "photo"
 
 
 def test_tables_show_names_as_they_are(tmp_path):

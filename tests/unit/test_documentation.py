@@ -1,0 +1,105 @@
+"""The README and the documentation do what they say: Python blocks run and print what is below them, commands parse.
+
+A Python block runs in the session of its page, after the blocks above it. A ``text`` block right below it is what it
+prints, where … stands for anything. The comment ``<!-- not run: why -->`` above a block leaves it out.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import shlex
+from pathlib import Path
+from typing import Any
+
+import pytest
+import typer
+from processes import python
+
+from clipmb.cli import app
+
+ROOT = Path(__file__).parents[2]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), ROOT / "src/clipmb/data/emoji/README.md"]
+BLOCK = re.compile(
+    r"^(?P<why><!-- not run: [^\n]+ -->\n)?```(?P<language>\w+)\n(?P<code>.*?)^```\n"
+    r"(?:\n```text\n(?P<output>.*?)^```\n)?",
+    re.MULTILINE | re.DOTALL,
+)
+NEEDS = {
+    "pt": r"\bCLIP(Model|Text|Vision|For|Pipeline)|clipmb\.pt|\"pt\"|torch",
+    "tf": r"\bTFCLIP|clipmb\.tf|\"tf\"|tensorflow|keras",
+    "flax": r"\bFlaxCLIP|clipmb\.flax|\"flax\"|\bjax\b",
+}
+SESSION = """
+import contextlib, io, json, os, sys
+session = json.load(open(sys.argv[1], encoding="utf-8"))
+os.chdir(os.path.dirname(sys.argv[1]))
+printed, names = [], {"__name__": "__main__"}
+for code, line in session:
+    with contextlib.redirect_stdout(io.StringIO()) as output:
+        exec(compile("\\n" * line + code, sys.argv[2], "exec"), names)
+    printed.append(output.getvalue())
+print(json.dumps(printed))
+"""
+
+
+def blocks(page: Path, language: str) -> list[re.Match[str]]:
+    return [block for block in BLOCK.finditer(page.read_text("utf-8")) if block["language"] == language]
+
+
+def runnable(page: Path) -> list[re.Match[str]]:
+    return [block for block in blocks(page, "python") if not block["why"]]
+
+
+def sessions() -> list[Any]:
+    """The pages with blocks to run, each marked with the backends that these need."""
+    found = []
+    for page in filter(runnable, PAGES):
+        code = "".join(block["code"] for block in runnable(page))
+        marks = [pytest.mark.backend(name) for name, pattern in NEEDS.items() if re.search(pattern, code)]
+        found.append(pytest.param(page, marks=marks, id=str(page.relative_to(ROOT))))
+    return found
+
+
+def commands(text: str) -> list[str]:
+    """The lines of a shell block that run clipmb, continued lines joined."""
+    return [line for line in text.replace("\\\n", " ").splitlines() if re.search(r"(^|\s)clipmb\s", line.split("#")[0])]
+
+
+@pytest.mark.parametrize("page", sessions())
+def test_python_blocks_run_and_print_what_is_below_them(page, tmp_path):
+    found = runnable(page)
+    starts = [page.read_text("utf-8")[: block.start("code")].count("\n") for block in found]
+    session = tmp_path / "session.json"
+    session.write_text(
+        json.dumps([[block["code"], start] for block, start in zip(found, starts, strict=True)]), "utf-8"
+    )
+    done = python("-c", SESSION, session, page.name)
+    assert done.returncode == 0, done.stderr[-3000:]
+    for block, printed in zip(found, json.loads(done.stdout.splitlines()[-1]), strict=True):
+        expected = ".*".join(map(re.escape, (block["output"] or "").split("…")))
+        assert re.fullmatch(expected, printed, re.DOTALL), f"{block['code']}\nprints\n{printed}"
+
+
+@pytest.mark.parametrize("page", [*PAGES, ROOT / "CONTRIBUTING.md"], ids=lambda page: str(page.relative_to(ROOT)))
+def test_commands_are_accepted(page):
+    group = typer.main.get_command(app)
+    for block in blocks(page, "sh"):
+        for line in commands(block["code"]):
+            words = shlex.split(line.replace(" train …", " train DATA --out DIR"), comments=True)
+            name, *arguments = words[words.index("clipmb") + 1 :]
+            command = group.get_command(typer.Context(group), name)
+            assert command is not None, line
+            command.make_context(name, arguments)  # raises for an option that does not exist or is missing
+
+
+def test_the_blocks_are_found():
+    """The convention above is the one that the pages follow."""
+    readme = PAGES[0]
+    assert len(blocks(readme, "python")) >= 6
+    assert sum(block["output"] is not None for block in blocks(readme, "python")) >= 4
+    assert sum(len(commands(block["code"])) for block in blocks(readme, "sh")) >= 15
+    for page in PAGES:
+        text = page.read_text("utf-8")
+        assert text.count("```") == 2 * len(re.findall(r"^```\w+$", text, re.MULTILINE)), page
+        assert "clipmb.common" not in "".join(block["code"] for block in blocks(page, "python")), page
