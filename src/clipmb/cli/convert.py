@@ -9,7 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from clipmb.cli import common
-from clipmb.common.checkpoint.formats import FORMATS
+from clipmb.common.checkpoint.formats import FORMATS, OWN
 from clipmb.common.convert import DTYPES, RECORD_NAME, convert
 from clipmb.common.parameters import HEADS
 
@@ -18,7 +18,7 @@ def run(
     context: typer.Context,
     src: Annotated[str, typer.Argument(metavar="SRC", help="Folder, weights file or Hub id, in any format.")],
     dst: Annotated[str, typer.Argument(metavar="DST", help="Folder to write; new or empty.")],
-    to: Annotated[str, common.choice("--to", values=FORMATS, metavar="FORMAT", help="Format to write")] = "safetensors",
+    to: Annotated[str, common.choice("--to", values=FORMATS, metavar="FORMAT", help="Format to write")] = OWN,
     dtype: Annotated[
         str | None, common.choice(values=DTYPES, help="Floating-point type to round to", show_default="as in SRC")
     ] = None,

@@ -73,7 +73,7 @@ def convert(
         dtype: "float32", "float16" or "bfloat16"; each tensor's own when None.
         head: The model to write, for example "CLIPTextModel" to take the text tower out of a CLIPModel; what the source
             is when None.
-        max_shard_size: Split larger results if the format has shards: bytes, or text such as "5GB".
+        max_shard_size: Split larger results if the format has shards: bytes, or text like "5GB".
         variant: Read ``model.<variant>.safetensors``.
         overwrite: Replace the checkpoint in a folder that is not empty. Files that belong to no checkpoint stay.
         dry_run: Only find out what would be done.

@@ -176,7 +176,7 @@ class Source:
         if Path(name).is_file() or not plausible:
             what = "is a file" if Path(name).is_file() else "does not exist"
             raise CheckpointError(
-                f"{name} {what}. Pass an existing folder, or a hub id such as 'openai/clip-vit-base-patch32'."
+                f"{name} {what}. Pass an existing folder, or a Hub id like 'openai/clip-vit-base-patch32'."
             )
 
     def _download(self, name: str) -> Path | None:

@@ -97,8 +97,8 @@ class Spec(NamedTuple):
 def specs(config: BaseConfig, head: str) -> list[Spec]:
     """Lists every parameter of a head.
 
-    Standard deviations are those of the former PyTorch models, which take each tower's ``initializer_factor`` from the
-    tower's own config.
+    Standard deviations are those of transformers 4's PyTorch models, which take each tower's
+    ``initializer_factor`` from the tower's own config.
 
     Args:
         config: The head's config: of the whole for CLIPModel and CLIPForImageClassification, else of the tower.
@@ -135,7 +135,7 @@ def initial_weights(table: Iterable[Spec], seed: int = 0) -> dict[str, np.ndarra
 
     Args:
         table: The parameters.
-        seed: Of the random numbers; those of a parameter depend on it and the parameter's name only.
+        seed: Random seed; the values of a parameter depend only on it and the parameter's name.
     """
     arrays = {}
     for spec in table:

@@ -59,7 +59,7 @@ class Transaction:
         self.path(name).write_bytes(content.encode("utf-8") if isinstance(content, str) else content)
 
     def remove(self, *names: str) -> None:
-        """Removes files of an earlier save, when they exist and this save does not write them anew."""
+        """Removes files of an earlier save, if they exist and this save does not replace them."""
         self._removed.extend(names)
 
     def __exit__(

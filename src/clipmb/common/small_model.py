@@ -22,7 +22,7 @@ def small_model() -> Path:
 
 
 def small_labels() -> list[str]:
-    """Returns the names of all emoji of Unicode, without skin tones: everything that the model was trained to tell."""
+    """Returns the names of all Unicode emoji, without skin tones: everything the model was trained to recognise."""
     return json.loads((small_model() / "labels.json").read_text("utf-8"))
 
 

@@ -43,7 +43,7 @@ def prompt_templates(templates: str | Sequence[str] | None) -> tuple[str, ...]:
         raise bad_input(
             "Every template must have {} where the label goes",
             found,
-            f"Pass text such as 'a photo of a {{}}.', or one of the names {', '.join(TEMPLATES)}",
+            f"Pass text like 'a photo of a {{}}.', or one of the names {', '.join(TEMPLATES)}",
         )
     return found
 

@@ -80,7 +80,7 @@ class Format(Protocol):
             arrays: Canonical name to array, in canonical layout. A `Deferred` makes its arrays when they are asked for.
             config: The head's config.
             head: Key of `HEADS`; CLIPModel, if the format is `whole_only`.
-            max_shard_size: Larger results are split if the format has shards: bytes, or text such as "5GB".
+            max_shard_size: Larger results are split if the format has shards: bytes, or text like "5GB".
 
         Returns:
             The names of the files of weights, and of an index or a config that the format has beside them.

@@ -18,7 +18,7 @@ def dialect_of(names: Iterable[str]) -> str:
     """Tells whose names these are: "pt", "tf" or "flax". Unknown names are PyTorch's, whose reader reports them."""
     names = list(names)
     of = {framework: {name for name in names if _find(name, framework)} for framework in ("pt", "tf", "flax")}
-    shared = of["pt"] & of["flax"]  # such as logit_scale and the biases: they decide nothing
+    shared = of["pt"] & of["flax"]  # logit_scale and the biases, for example: they decide nothing
     return next((framework for framework, known in of.items() if known - shared), "pt")
 
 

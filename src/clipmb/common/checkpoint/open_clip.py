@@ -212,7 +212,7 @@ def _foreign(given: dict[str, Any], own: set[str], prefix: str) -> list[str]:
         if key in own or key in _SILENT:
             continue
         if key not in _AS_IN_CLIP:
-            problems.append(f"{prefix}{key} is unknown here (or of another kind of model, such as CoCa)")
+            problems.append(f"{prefix}{key} is unknown, or belongs to another kind of model (CoCa, for example)")
         elif value not in _AS_IN_CLIP[key]:
             problems.append(f"{prefix}{key} is {value!r:.80}")
     return problems

@@ -112,7 +112,7 @@ def plan(
     if target.whole_only and head != "CLIPModel":
         raise CheckpointError(
             f"The {to} format holds a full CLIPModel, with both towers and projections. Received: {head}. "
-            f"Write single towers and classifiers in another format, such as {formats.OWN}."
+            f"Write single towers and classifiers in another format, for example {formats.OWN}."
         )
     names = canonical_names(tensors, head)
     stored = (loaded.names or formats.format_of(loaded.format).names)(table)

@@ -70,7 +70,7 @@ def write(
         arrays: Canonical name to array.
         config: Not needed.
         head: Not needed.
-        max_shard_size: Bytes, or text such as "5GB" or "200MiB".
+        max_shard_size: Bytes, or text like "5GB" or "200MiB".
 
     Returns:
         The names of the files, the index among them.

@@ -120,7 +120,7 @@ def write_safetensors(
     Args:
         save: The transaction of the folder; files of an earlier save are removed with it.
         arrays: Canonical name to array. Those of a `Deferred` are made once each, when it is their turn.
-        max_shard_size: Bytes, or text such as "5GB" or "200MiB".
+        max_shard_size: Bytes, or text like "5GB" or "200MiB".
         variant: As in ``model.fp16.safetensors``.
 
     Returns:

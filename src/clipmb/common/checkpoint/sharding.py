@@ -84,7 +84,7 @@ def write_shards(
         write: Writes some of them into a file.
         single: The name of the only file; shards are named after it.
         index: The name of the index.
-        max_shard_size: Bytes, or text such as "5GB" or "200MiB".
+        max_shard_size: Bytes, or text like "5GB" or "200MiB".
         prefix: What the index writes before every name.
 
     Returns:
@@ -120,7 +120,7 @@ def write_shards(
 
 
 def parse_size(size: int | str) -> int:
-    """Reads a size in bytes from a number or from text such as "5GB" (10^9) or "5GiB" (2^30).
+    """Reads a size in bytes from a number or from text like "5GB" (10^9) or "5GiB" (2^30).
 
     Raises:
         ValueError: It is not a positive size.

@@ -50,7 +50,7 @@ class Lazy:
         return np.broadcast_to(np.zeros((), self.dtype), self.shape)
 
     def viewed(self, view: Callable[[np.ndarray], np.ndarray]) -> Lazy:
-        """Returns the array as a view shows it, such as transposed or of another shape."""
+        """Returns the array as a view shows it: transposed, or of another shape."""
         seen = view(self.stand_in())
         return Lazy(seen.shape, seen.dtype, lambda: view(self.make()), self.release)
 
