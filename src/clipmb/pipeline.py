@@ -232,7 +232,13 @@ def processor_for(source: Source, config: CLIPConfig) -> CLIPProcessor:
 
 
 def batches(items: list, size: int, what: str, progress: bool) -> Iterator[tuple[int, list]]:
-    """Yields where each batch starts, and the batch; with a progress bar when wanted and there is a terminal.
+    """Yields where each batch starts, and the batch.
+
+    Args:
+        items: What to cut into batches.
+        size: Items per batch; the last may have fewer.
+        what: Plural noun for the progress bar.
+        progress: Show a progress bar, when there is a terminal.
 
     Raises:
         ValueError: ``size`` is not a positive integer.

@@ -113,7 +113,11 @@ class BaseConfig:
 
     @property
     def attn_implementation(self) -> str | None:
-        """How attention is computed: "eager", "sdpa" (fused), or None for the default."""
+        """How attention is computed: "eager", "sdpa" (fused), or None for the default.
+
+        Raises:
+            ValueError: Something else is assigned.
+        """
         return self._attn_implementation
 
     @attn_implementation.setter
@@ -157,7 +161,14 @@ class BaseConfig:
         return {key: value for key, value in own.items() if key == "model_type" or value != defaults.get(key, ...)}
 
     def to_json_string(self, use_diff: bool = False) -> str:
-        """Returns the text of ``config.json``: sorted keys, indented by 2, ending in a newline."""
+        """Returns the text of ``config.json``: sorted keys, indented by 2, ending in a newline.
+
+        Args:
+            use_diff: Only the fields that differ from the defaults.
+
+        Raises:
+            TypeError: A field is not JSON-serialisable.
+        """
         fields = self.to_diff_dict() if use_diff else self.to_dict()
         try:
             return json.dumps(fields, indent=2, sort_keys=True) + "\n"
@@ -173,9 +184,12 @@ class BaseConfig:
     def save_pretrained(
         self, save_directory: str | os.PathLike[str], push_to_hub: bool = False, **options: Any
     ) -> None:
-        """Writes ``config.json`` into a folder, which is made when it is missing.
+        """Writes ``config.json``.
 
-        Options are those of `clipmb.common.former.check_saving`.
+        Args:
+            save_directory: A folder; made when it is missing.
+            push_to_hub: Refused when true; saving never uploads.
+            **options: As in `clipmb.common.former.check_saving`.
         """
         check_saving({"push_to_hub": push_to_hub, **options})
         with Transaction(save_directory) as save:
@@ -462,6 +476,9 @@ class CLIPVisionConfig(_TowerConfig):
         initializer_range: Standard deviation of patch and position embeddings at initialisation.
         initializer_factor: Factor on every standard deviation of the initialisation.
         **kwargs: See `BaseConfig`.
+
+    Raises:
+        ValueError: A value is impossible; the message names the field.
     """
 
     model_type = "clip_vision_model"
@@ -548,7 +565,11 @@ class CLIPConfig(BaseConfig):
 
     @BaseConfig.attn_implementation.setter
     def attn_implementation(self, value: str | dict[str, str] | None) -> None:
-        """Sets one choice for the full model, or one per tower: {"text_config": …, "vision_config": …}."""
+        """Sets one choice for the full model, or one per tower: {"text_config": …, "vision_config": …}.
+
+        Raises:
+            ValueError: It is another choice, or for something that is no tower.
+        """
         if isinstance(value, dict):
             for key in value:
                 if key not in ("text_config", "vision_config", ""):

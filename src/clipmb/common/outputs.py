@@ -17,6 +17,13 @@ class ModelOutput(OrderedDict[str, Any], Generic[Array]):
     ``output.logits``, ``output["logits"]`` and ``output[0]`` are the same; a field that was not computed is None as an
     attribute and absent from the dict and the tuple. A subclass declares its fields as annotations.
 
+    Args:
+        *args: At most one mapping, or pairs, from field to value.
+        **values: Field to value.
+
+    Raises:
+        TypeError: There is no such field.
+
     Attributes:
         fields: Every field of the type, in the order of positions.
     """

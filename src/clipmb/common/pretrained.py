@@ -35,7 +35,15 @@ class PretrainedMixin:
     def from_arrays(
         cls, config: Any, arrays: dict[str, np.ndarray], initialised: list[Spec], dtype: str | None, **options: Any
     ) -> Any:
-        """Builds the model around canonical arrays, and draws the parameters that have none."""
+        """Builds the model around canonical arrays, and draws the parameters that have none.
+
+        Args:
+            config: The head's config.
+            arrays: Canonical name to array in canonical layout.
+            initialised: The parameters that have no array and are drawn from their initial distribution.
+            dtype: Name of the dtype of the parameters; the framework's default when None.
+            **options: Those of ``load_options``.
+        """
         raise NotImplementedError
 
     def to_arrays(self, **options: Any) -> dict[str, np.ndarray]:

@@ -57,6 +57,10 @@ class FlaxCLIPPreTrainedModel(PretrainedMixin):
         dtype: What the model computes in: float32, float16, bfloat16, or float64 (which needs ``jax_enable_x64``).
         _do_init: Initialise the parameters. Otherwise the model has none and every call needs ``params=``.
         gradient_checkpointing: As `enable_gradient_checkpointing`.
+
+    Raises:
+        TypeError: The config is not of the class that the head needs.
+        ValueError: The dtype is not one that the model can compute in.
     """
 
     head = ""
@@ -105,7 +109,18 @@ class FlaxCLIPPreTrainedModel(PretrainedMixin):
         _do_init: bool = True,
         gradient_checkpointing: bool = False,
     ) -> Any:
-        """Builds the model around canonical arrays, and draws the parameters that have none."""
+        """Builds the model around canonical arrays, and draws the parameters that have none.
+
+        Args:
+            config: As in `PretrainedMixin.from_arrays`.
+            arrays: As in `PretrainedMixin.from_arrays`.
+            initialised: As in `PretrainedMixin.from_arrays`.
+            dtype: As in `PretrainedMixin.from_arrays`.
+            seed: Seed of the parameters that are drawn.
+            input_shape: Accepted and unneeded.
+            _do_init: Keep the parameters in the model; otherwise return ``(model, params)``.
+            gradient_checkpointing: As in the constructor.
+        """
         model = cls(
             config, input_shape, seed, dtype or "float32", _do_init=False, gradient_checkpointing=gradient_checkpointing
         )
@@ -175,7 +190,11 @@ class FlaxCLIPPreTrainedModel(PretrainedMixin):
 
     @property
     def params(self) -> dict[str, Any]:
-        """The parameters; what is assigned must fit the model."""
+        """The parameters; what is assigned must fit the model.
+
+        Raises:
+            ValueError: It does not fit, or the model was made with ``_do_init=False``.
+        """
         if not self._is_initialized:
             raise bad_input(
                 "A model made with _do_init=False has no params",
@@ -327,7 +346,10 @@ class FlaxCLIPModel(FlaxCLIPPreTrainedModel):
         output_hidden_states: bool | None = None,
         return_dict: bool | None = None,
     ) -> Array:
-        """Returns the projected text: (batch, seq) to (batch, proj), not normalised."""
+        """Returns the projected text: (batch, seq) to (batch, proj), not normalised.
+
+        Arguments as in `FlaxCLIPModel.__call__`.
+        """
         return self._apply(
             _array(input_ids),
             _array(attention_mask),
@@ -351,7 +373,10 @@ class FlaxCLIPModel(FlaxCLIPPreTrainedModel):
         interpolate_pos_encoding: bool = False,
         return_dict: bool | None = None,
     ) -> Array:
-        """Returns the projected images: (batch, channels, height, width) to (batch, proj), not normalised."""
+        """Returns the projected images: (batch, channels, height, width) to (batch, proj), not normalised.
+
+        Arguments as in `FlaxCLIPModel.__call__`.
+        """
         return self._apply(
             self._pixels(pixel_values, interpolate_pos_encoding),
             params=params,

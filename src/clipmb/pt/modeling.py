@@ -304,7 +304,14 @@ class CLIPVisionTransformer(nn.Module):
 
 
 class CLIPPreTrainedModel(PretrainedMixin, nn.Module):
-    """What the six heads share: construction, files, embeddings, checkpointing."""
+    """What the six heads share: construction, files, embeddings, checkpointing.
+
+    Args:
+        config: The head's config.
+
+    Raises:
+        TypeError: It is not of the class that the head needs.
+    """
 
     head = ""
     config_class = CLIPConfig
@@ -333,7 +340,16 @@ class CLIPPreTrainedModel(PretrainedMixin, nn.Module):
         device: Any = None,
         device_map: Any = None,
     ) -> CLIPPreTrainedModel:
-        """Builds the model around canonical arrays, and draws the parameters that have none."""
+        """Builds the model around canonical arrays, and draws the parameters that have none.
+
+        Args:
+            config: As in `PretrainedMixin.from_arrays`.
+            arrays: As in `PretrainedMixin.from_arrays`.
+            initialised: As in `PretrainedMixin.from_arrays`.
+            dtype: As in `PretrainedMixin.from_arrays`.
+            device: The device of the parameters; the CPU when None.
+            device_map: ``{"": device}``, or a device, as an alternative to ``device``.
+        """
         with torch.device("meta"), Uninitialised():
             model = cls(config)
         kind = getattr(torch, dtype or "float32")
@@ -493,7 +509,10 @@ class CLIPModel(CLIPPreTrainedModel):
         output_hidden_states: bool | None = None,
         return_dict: bool | None = None,
     ) -> Tensor:
-        """Returns the projected text: (batch, seq) to (batch, proj), not normalised."""
+        """Returns the projected text: (batch, seq) to (batch, proj), not normalised.
+
+        Arguments as in `CLIPModel.forward`.
+        """
         output = self.text_model(input_ids, attention_mask, position_ids, output_attentions, output_hidden_states)
         return self.text_projection(output.pooler_output)
 
@@ -505,7 +524,10 @@ class CLIPModel(CLIPPreTrainedModel):
         interpolate_pos_encoding: bool = False,
         return_dict: bool | None = None,
     ) -> Tensor:
-        """Returns the projected images: (batch, channels, height, width) to (batch, proj), not normalised."""
+        """Returns the projected images: (batch, channels, height, width) to (batch, proj), not normalised.
+
+        Arguments as in `CLIPModel.forward`.
+        """
         output = self.vision_model(pixel_values, output_attentions, output_hidden_states, interpolate_pos_encoding)
         return self.visual_projection(output.pooler_output)
 
@@ -671,7 +693,11 @@ class CLIPVisionModelWithProjection(CLIPPreTrainedModel):
 
 
 class CLIPForImageClassification(CLIPPreTrainedModel):
-    """The vision tower with a linear classifier over the mean of the patch states."""
+    """The vision tower with a linear classifier over the mean of the patch states.
+
+    Raises:
+        ValueError: The config has no labels.
+    """
 
     head = "CLIPForImageClassification"
     main_input_name = "pixel_values"

@@ -326,6 +326,9 @@ class TFCLIPPreTrainedModel(ExportMixin, KerasModel):
         dtype: A Keras dtype policy or its name ("float32", "float64", "bfloat16", "mixed_bfloat16", …); Keras' global
             policy when None.
         **kwargs: ``name`` and ``trainable``, as in Keras.
+
+    Raises:
+        TypeError: The config is not of the class that the head needs.
     """
 
     head = ""
@@ -343,7 +346,7 @@ class TFCLIPPreTrainedModel(ExportMixin, KerasModel):
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: Any, *, dtype: Any = None, **options: Any) -> Any:
-        """As for every framework; ``dtype`` may also be a Keras policy, such as "mixed_bfloat16"."""
+        """Loads a model; arguments as in `PretrainedMixin.from_pretrained`, and ``dtype`` may be a Keras policy."""
         if isinstance(dtype, keras.DTypePolicy) or (isinstance(dtype, str) and dtype.startswith("mixed_")):
             options["dtype_policy"], dtype = dtype, None
         return super().from_pretrained(pretrained_model_name_or_path, dtype=dtype, **options)
@@ -361,7 +364,15 @@ class TFCLIPPreTrainedModel(ExportMixin, KerasModel):
         dtype: str | None,
         dtype_policy: Any = None,
     ) -> TFCLIPPreTrainedModel:
-        """Builds the model around canonical arrays, and draws the parameters that have none."""
+        """Builds the model around canonical arrays, and draws the parameters that have none.
+
+        Args:
+            config: As in `PretrainedMixin.from_arrays`.
+            arrays: As in `PretrainedMixin.from_arrays`.
+            initialised: As in `PretrainedMixin.from_arrays`.
+            dtype: As in `PretrainedMixin.from_arrays`.
+            dtype_policy: A Keras dtype policy instead of ``dtype``.
+        """
         with given(arrays):
             return cls(config, dtype=dtype if dtype_policy is None else dtype_policy)
 
@@ -518,7 +529,10 @@ class TFCLIPModel(TFCLIPPreTrainedModel):
         return_dict: bool | None = None,
         training: bool = False,
     ) -> Tensor:
-        """Returns the projected text: (batch, seq) to (batch, proj), not normalised."""
+        """Returns the projected text: (batch, seq) to (batch, proj), not normalised.
+
+        Arguments as in `TFCLIPModel.call`.
+        """
         output = self.text_model(
             input_ids, attention_mask, position_ids, output_attentions, output_hidden_states, training=training
         )
@@ -534,7 +548,10 @@ class TFCLIPModel(TFCLIPPreTrainedModel):
         return_dict: bool | None = None,
         training: bool = False,
     ) -> Tensor:
-        """Returns the projected images: (batch, channels, height, width) to (batch, proj), not normalised."""
+        """Returns the projected images: (batch, channels, height, width) to (batch, proj), not normalised.
+
+        Arguments as in `TFCLIPModel.call`.
+        """
         output = self.vision_model(
             pixel_values, output_attentions, output_hidden_states, interpolate_pos_encoding, training=training
         )
@@ -718,7 +735,11 @@ class TFCLIPVisionModelWithProjection(TFCLIPPreTrainedModel):
 
 @keras.saving.register_keras_serializable("clipmb")
 class TFCLIPForImageClassification(TFCLIPPreTrainedModel):
-    """The vision tower with a linear classifier over the mean of the patch states."""
+    """The vision tower with a linear classifier over the mean of the patch states.
+
+    Raises:
+        ValueError: The config has no labels.
+    """
 
     head = "CLIPForImageClassification"
     main_input_name = "pixel_values"

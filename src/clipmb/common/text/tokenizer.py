@@ -467,7 +467,10 @@ class CLIPTokenizer(_Tokenizer):
 class CLIPTokenizerFast(_Tokenizer):
     """CLIP's tokenizer: lower-case words, cut into byte pairs; cleaned as the former CLIPTokenizerFast did.
 
-    The arguments are `CLIPTokenizer`'s, with ``tokenizer_file`` as the third.
+    Other arguments as in `CLIPTokenizer`.
+
+    Args:
+        tokenizer_file: A tokenizer.json, instead of ``vocab_file`` and ``merges_file``.
     """
 
     is_fast = True
