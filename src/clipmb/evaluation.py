@@ -1,4 +1,4 @@
-"""How good a model is on labelled or captioned pictures: zero-shot classification and image-text retrieval.
+"""Quality of a model on labelled or captioned pictures: zero-shot classification and image-text retrieval.
 
 Source: CLIP, arXiv 2103.00020, section 3.1 (zero-shot classification) and appendix E (retrieval on Flickr30k and COCO).
 """
@@ -8,20 +8,18 @@ from __future__ import annotations
 import functools
 import os
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, NotRequired, TypedDict
 
 import numpy as np
 
+from clipmb.common.data.pairs import Pairs
 from clipmb.common.errors import bad_input, logger
 from clipmb.common.workers import default_workers
 from clipmb.common.zero_shot import class_embeddings, prompt_templates
 from clipmb.pipeline import CLIPPipeline, batches
-
-TOP = (1, 5)
-RECALL = (1, 5, 10)
 
 # Similarities of unit vectors that are closer than this are equal: far above the rounding of their sums in float64, and
 # far below what float32 embeddings can tell apart.
@@ -29,9 +27,73 @@ _TIE = 1e-12
 _QUERIES, _CANDIDATES, _PAIRS = 1024, 4096, 65536  # a block of similarities: 32 MiB
 
 
+class ZeroShot(TypedDict):
+    """Zero-shot classification.
+
+    Attributes:
+        top1: Fraction of pictures whose label is the most similar class.
+        top5: Fraction of pictures whose label is among the five most similar classes.
+        classes: Number of classes.
+        images: Number of labelled pictures.
+    """
+
+    top1: float
+    top5: float
+    classes: int
+    images: int
+
+
+# Retrieval in one direction: fractions of queries whose best right candidate is among the first 1, 5 and 10, and the
+# median of its rank, from 1.
+Recall = TypedDict("Recall", {"recall@1": float, "recall@5": float, "recall@10": float, "median_rank": float})
+
+
+class Retrieval(TypedDict):
+    """Retrieval in both directions.
+
+    Attributes:
+        image_to_text: One query for each picture.
+        text_to_image: One query for each caption.
+        images: Number of pictures.
+        captions: Number of captions.
+    """
+
+    image_to_text: Recall
+    text_to_image: Recall
+    images: int
+    captions: int
+
+
+class Skipped(TypedDict):
+    """An item that was left out.
+
+    Attributes:
+        id: Its name.
+        reason: Why.
+    """
+
+    id: str
+    reason: str
+
+
+class Evaluation(TypedDict):
+    """What `evaluate` returns: JSON values; fractions are in [0, 1].
+
+    Attributes:
+        zero_shot: With labelled pictures.
+        retrieval: With captioned pictures.
+        skipped: What the data could not read as pairs, and the items whose picture or text cannot be used; they count
+            nowhere, and neither do their captions.
+    """
+
+    zero_shot: NotRequired[ZeroShot]
+    retrieval: NotRequired[Retrieval]
+    skipped: list[Skipped]
+
+
 def evaluate(
     model: CLIPPipeline | str | os.PathLike[str],
-    data: Any,
+    data: str | os.PathLike[str] | Pairs,
     backend: str | None = None,
     *,
     labels: Sequence[str] | Mapping[str, str] | str | os.PathLike[str] | None = None,
@@ -42,7 +104,7 @@ def evaluate(
     device: Any = None,
     progress: bool = False,
     **columns: Any,
-) -> dict[str, Any]:
+) -> Evaluation:
     """Measures what the data allow: classification where items have labels, retrieval where they have captions.
 
     Classification: a picture is right when its label's class embedding (the normalised mean over the templates) is
@@ -62,29 +124,21 @@ def evaluate(
 
     Args:
         model: A pipeline, or the folder or hub id of a checkpoint.
-        data: Path of a data set, as ``clipmb.common.data.pairs.Pairs.open`` takes it, or an opened one.
-        backend: "pt", "tf" or "flax" for a model that is loaded here; the first installed one when None.
-        labels: The classes: names; {label in the data: its name in the prompts}; or a text file with one label, or
-            label, tab and name, a line. The labels of the data when None.
-        templates: As `clipmb.common.zero_shot.prompt_templates` takes them.
+        data: Path of a data set, as ``Pairs.open`` takes it, or opened `Pairs`.
+        backend: Key of `clipmb.backends.BACKENDS`, for a model that is loaded here; the first installed one when None.
+        labels: The classes: names; {label in the data: its name in the prompts}; or a text file with one label per
+            line, optionally followed by a tab and the name to use in prompts. The labels of the data when None.
+        templates: Prompts, as `clipmb.common.zero_shot.prompt_templates` takes them.
         batch_size: Pictures per step.
         long_text: What to do with captions and prompts longer than the model's context, as in
             ``CLIPPipeline.encode_text``.
-        dtype: Of a model that is loaded here.
-        device: Of a model that is loaded here.
+        dtype: "float32" (the default), "float16", "bfloat16" or "float64", for a model that is loaded here.
+        device: Where to compute, in the framework's own words, for a model that is loaded here.
         progress: Show progress bars, when there is a terminal.
         **columns: ``image_column``, ``caption_column``, ``label_column``, ``separator``: as ``Pairs.open`` takes them.
 
     Returns:
-        JSON values; fractions are in [0, 1]. "zero_shot" and "retrieval" are there when the data allow them::
-
-            {"zero_shot": {"top1", "top5", "classes", "images"},
-             "retrieval": {"image_to_text": {"recall@1", "recall@5", "recall@10", "median_rank"},
-                           "text_to_image": {the same}, "images", "captions"},
-             "skipped": [{"id", "reason"}]}
-
-        "skipped" has what the data could not read as pairs, and the items whose picture or text cannot be used; they
-        count nowhere, and neither do their captions.
+        An `Evaluation`; "zero_shot" and "retrieval" are there when the data allow them.
 
     Raises:
         ValueError: The data are empty, have neither labels nor captions, or only pictures that cannot be used; labels
@@ -100,36 +154,38 @@ def evaluate(
 
     used = [i for i in range(len(pairs)) if owned[i] is not None or captions[i]]
     embeds, kept = _encode_pictures(pipeline, pairs, used, broken, batch_size, progress)
-    found: dict[str, Any] = {}
+    found: Evaluation = {"skipped": []}
     if labelled := {row: label for row, i in enumerate(kept) if (label := owned[i]) is not None}:
         names = _finite(class_embeddings(encode_text, list(classes.values()), templates), "class")
         number = {label: place for place, label in enumerate(classes)}
         right = np.array([(query, number[label]) for query, label in enumerate(labelled.values())])
         ranks = _ranks(embeds[list(labelled)], names, right)
-        found["zero_shot"] = {f"top{k}": _share(ranks <= k) for k in TOP}
-        found["zero_shot"] |= {"classes": len(classes), "images": len(labelled)}
+        found["zero_shot"] = {
+            "top1": _share(ranks <= 1), "top5": _share(ranks <= 5), "classes": len(classes), "images": len(labelled),
+        }  # fmt: skip
     if captioned := [row for row, i in enumerate(kept) if captions[i]]:
         found["retrieval"] = _retrieval(embeds[captioned], [captions[kept[row]] for row in captioned], encode_text)
     skipped = [*pairs.left_out, *((pairs.id(i), broken[i]) for i in sorted(broken))]
     if skipped:
         names = ", ".join(name for name, _ in skipped[:10]) + (", …" if len(skipped) > 10 else "")
         logger.warning("clipmb: %d of %d items are left out: %s", len(skipped), len(kept) + len(skipped), names)
-    return {**found, "skipped": [{"id": name, "reason": reason} for name, reason in skipped]}
+    found["skipped"] = [{"id": name, "reason": reason} for name, reason in skipped]
+    return found
 
 
-def _opened(data: Any, columns: dict[str, Any]) -> Any:
+def _opened(data: str | os.PathLike[str] | Pairs, columns: dict[str, Any]) -> Pairs:
     if isinstance(data, str | os.PathLike):
-        from clipmb.common.data.pairs import Pairs
-
         data = Pairs.open(data, **columns)
     elif given := [name for name, value in columns.items() if value is not None]:
-        raise bad_input("Columns are chosen when data are opened", given, "Pass them to Pairs.open, or pass a path")
+        raise bad_input(
+            "Columns can only be named when the data are opened here", given, "Pass them to Pairs.open, or pass a path"
+        )
     if not len(data):
         raise bad_input("Evaluation needs at least one item", "empty data", "Pass other data", shown=True)
     return data
 
 
-def _read_texts(pairs: Any) -> tuple[list[str | None], list[list[str]], dict[int, str]]:
+def _read_texts(pairs: Pairs) -> tuple[list[str | None], list[list[str]], dict[int, str]]:
     """Returns label and captions of every item, and why those that have unreadable ones are broken."""
     labels: list[str | None] = [None] * len(pairs)
     captions: list[list[str]] = [[] for _ in labels]
@@ -155,7 +211,11 @@ def _loaded(model: Any, backend: str | None, dtype: Any, device: Any) -> CLIPPip
     if not isinstance(model, CLIPPipeline):
         raise bad_input("model must be a CLIPPipeline, a folder or a hub id", model, "Pass one of these", TypeError)
     if given := [value for value in (backend, dtype, device) if value is not None]:
-        raise bad_input("A pipeline has its backend, dtype and device", given, "Pass them to from_pretrained instead")
+        raise bad_input(
+            "backend, dtype and device are fixed when the pipeline is created",
+            given,
+            "Pass them to CLIPPipeline.from_pretrained",
+        )
     return model
 
 
@@ -174,10 +234,10 @@ def _classes(labels: Any, owned: list[str | None]) -> dict[str, str]:
     classes = dict(entries)
     if len(classes) < len(entries):
         double = [label for label, times in Counter(label for label, _ in entries).items() if times > 1]
-        raise bad_input("labels must differ from each other", double, "Name every class once")
+        raise bad_input("labels must be distinct", double, "Name every class once")
     if not present:
         raise bad_input(
-            "labels are for data with labels", f"{len(owned)} items without", "Leave labels out", shown=True
+            "labels can only be passed for data with labels", f"{len(owned)} items without", "Remove labels", shown=True
         )
     if missing := [label for label in present if label not in classes]:
         raise bad_input(
@@ -208,7 +268,7 @@ def _read_labels(path: Path) -> list[str] | dict[str, str]:
 
 
 def _encode_pictures(
-    pipeline: CLIPPipeline, pairs: Any, used: list[int], broken: dict[int, str], batch_size: int, progress: bool
+    pipeline: CLIPPipeline, pairs: Pairs, used: list[int], broken: dict[int, str], batch_size: int, progress: bool
 ) -> tuple[np.ndarray, list[int]]:
     """Embeds the pictures of items, batch by batch.
 
@@ -269,7 +329,9 @@ def _finite(embeds: np.ndarray, what: str) -> np.ndarray:
     return embeds
 
 
-def _retrieval(images: np.ndarray, captions: list[list[str]], encode_text: Any) -> dict[str, Any]:
+def _retrieval(
+    images: np.ndarray, captions: list[list[str]], encode_text: Callable[[list[str]], np.ndarray]
+) -> Retrieval:
     """Ranks captions for pictures and pictures for captions.
 
     Args:
@@ -293,8 +355,9 @@ def _retrieval(images: np.ndarray, captions: list[list[str]], encode_text: Any) 
     }
 
 
-def _recall(ranks: np.ndarray) -> dict[str, float]:
-    return {**{f"recall@{k}": _share(ranks <= k) for k in RECALL}, "median_rank": float(np.median(ranks))}
+def _recall(ranks: np.ndarray) -> Recall:
+    first, five, ten = (_share(ranks <= k) for k in (1, 5, 10))
+    return {"recall@1": first, "recall@5": five, "recall@10": ten, "median_rank": float(np.median(ranks))}
 
 
 def _share(right: np.ndarray) -> float:

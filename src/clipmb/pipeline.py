@@ -9,6 +9,7 @@ from typing import Any, Self
 import numpy as np
 
 from clipmb import backends
+from clipmb.backends import Engine
 from clipmb.common.config import CLIPConfig
 from clipmb.common.errors import bad_input, logger, one_of, whole_number
 from clipmb.common.hub import Source
@@ -23,11 +24,11 @@ class CLIPPipeline:
     """A model with its tokenizer and image processor.
 
     Args:
-        engine: The ``Engine`` of a backend.
+        engine: A model loaded by a backend.
         processor: Tokenizer and image processor of the same model.
     """
 
-    def __init__(self, engine: Any, processor: CLIPProcessor) -> None:
+    def __init__(self, engine: Engine, processor: CLIPProcessor) -> None:
         self.engine = engine
         self.processor = processor
         self.config: CLIPConfig = engine.config
@@ -46,9 +47,10 @@ class CLIPPipeline:
 
         Args:
             name_or_path: Folder or hub id.
-            backend: "pt", "tf" or "flax"; the first installed one when None, which ``pipeline.backend`` tells.
+            backend: Key of `clipmb.backends.BACKENDS`; the first installed one when None. ``pipeline.backend`` is the
+                one that was used.
             dtype: "float32" (the default), "float16", "bfloat16" or "float64".
-            device: As the framework names it; its default when None.
+            device: Where to compute, in the framework's own words; its default when None.
             compile: Use the framework's compiler: slower first calls, faster later ones.
             **options: ``subfolder``, ``revision``, ``cache_dir``, ``token``, ``local_files_only``, ``force_download``.
 
@@ -65,7 +67,7 @@ class CLIPPipeline:
 
     @property
     def backend(self) -> str:
-        """The framework that computes."""
+        """The backend that computes."""
         return self.engine.backend
 
     def __repr__(self) -> str:
@@ -198,13 +200,13 @@ class CLIPPipeline:
         batch_size: int = 32,
         progress: bool = False,
     ) -> np.ndarray:
-        """Tells which label fits each picture.
+        """Says which label fits each picture.
 
         Args:
             images: As in `encode_image`.
             labels: The class names.
-            templates: Text with {} in the place of the label, or several, or a name of
-                `clipmb.TEMPLATES`; "a photo of a {}." when None.
+            templates: Text with {} for the label, or several, or a name of `clipmb.TEMPLATES`; "a photo of a {}." when
+                None.
             batch_size: Pictures per step.
             progress: Show a progress bar, when there is a terminal.
 

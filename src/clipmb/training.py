@@ -1,45 +1,67 @@
-"""Contrastive training and fine-tuning, whichever framework computes: the loop over `Trainer` and its files."""
+"""Contrastive training and fine-tuning with any backend: the loop over a `Trainer`, and the files of a run."""
 
 from __future__ import annotations
 
-import importlib
 import math
 import os
 import sys
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
 from pathlib import Path
-from typing import Any
+from typing import Any, NotRequired, TypedDict
 
 import numpy as np
 
 from clipmb import backends
+from clipmb.backends import Trainer
 from clipmb.common.checkpoint import write_safetensors
 from clipmb.common.config import CONFIG_NAME, CLIPConfig
+from clipmb.common.data.augment import Augment
 from clipmb.common.data.batches import Batch, Batches
 from clipmb.common.data.pairs import Pairs
-from clipmb.common.errors import bad_input, logger
+from clipmb.common.errors import bad_input, logger, whole_number
 from clipmb.common.hub import Source
 from clipmb.common.parameters import initial_weights, specs
 from clipmb.common.pretrained import config_text
 from clipmb.common.processor import CLIPProcessor
+from clipmb.common.progress import progress_bar
 from clipmb.common.saving import Transaction, finish
 from clipmb.common.training.metrics import METRICS_NAME, Metrics
 from clipmb.common.training.plots import CURVES_NAME, draw
-from clipmb.common.training.recipe import Processes, Recipe
+from clipmb.common.training.recipe import Recipe
 from clipmb.common.training.state import STATE_NAME, TrainingState
-from clipmb.evaluation import evaluate
+from clipmb.evaluation import Evaluation, evaluate
 from clipmb.pipeline import CLIPPipeline, processor_for
 
+Paths = str | os.PathLike[str] | Sequence[str | os.PathLike[str]]  # what `Pairs.open` takes
+
 LEDGER_NAME = "skipped.jsonl"
-# What changes how a step is computed and not what it gives: a run may continue with other values of these.
+# These change how a step is computed and not its result: a run may continue with other values of them.
 _FREE = ("chunk_size", "local_loss", "gradient_checkpointing", "distributed")
 _LOG_SECONDS = 10.0
 
 
+class TrainingResult(TypedDict):
+    """What `train` returns.
+
+    Attributes:
+        out: The folder of the trained model.
+        steps: Optimizer steps of the whole run.
+        skipped: Unusable items that this process left out in this call.
+        loss: That of the last step; missing when the run was over before.
+        evaluation: What `clipmb.evaluate` found at the end, with ``evaluation_data``.
+    """
+
+    out: str
+    steps: int
+    skipped: int
+    loss: NotRequired[float]
+    evaluation: NotRequired[Evaluation]
+
+
 def train(
-    data: Any,
+    data: Paths | Pairs,
     model: str | os.PathLike[str] | Source | None = None,
     out: str | os.PathLike[str] = "trained",
     *,
@@ -49,17 +71,17 @@ def train(
     from_scratch: bool = False,
     resume: bool = False,
     overwrite: bool = False,
-    evaluation_data: Any = None,
+    evaluation_data: Paths | Pairs | None = None,
     evaluate_every: int | None = None,
-    templates: Any = None,
+    templates: str | Sequence[str] | None = None,
     save_every: int = 1000,
-    augment: Any = None,
+    augment: str | Augment | None = None,
     workers: int | None = None,
     device: Any = None,
     progress: bool = False,
     columns: dict[str, Any] | None = None,
     **recipe: Any,
-) -> dict[str, Any]:
+) -> TrainingResult:
     """Trains a CLIP on pictures with captions.
 
     The folder ``out`` becomes a checkpoint that every framework reads, with ``training_state.safetensors`` beside the
@@ -69,24 +91,24 @@ def train(
     names the items that could not be read.
 
     Args:
-        data: Pictures with captions, as ``clipmb.common.data.pairs.Pairs.open`` takes them, or opened `Pairs`.
-        model: Folder or hub id of what to begin from; not needed to resume.
-        out: Where the trained model goes.
-        backend: "pt", "tf" or "flax"; the first installed one when None. A run may be resumed with another.
-        epochs: Passes over the data. Give this or ``steps``.
+        data: Pictures with captions, as ``Pairs.open`` takes them, or opened `Pairs`.
+        model: Folder or hub id to begin from; not needed to resume.
+        out: Folder for the trained model.
+        backend: Key of `clipmb.backends.BACKENDS`; the first installed one when None. Another one may resume the run.
+        epochs: Passes over the data. Pass this or ``steps``.
         steps: Optimizer steps.
-        from_scratch: Draw new weights, of which only the seed decides, and take only config, tokenizer and image
+        from_scratch: Draw new weights, which depend on the seed alone, and take only config, tokenizer and image
             processor from ``model``.
         resume: Continue the run in ``out``, or begin it when there is none yet. The recipe is the saved one; what is
-            given must agree with it, except chunk_size, local_loss, gradient_checkpointing and distributed.
-        overwrite: Begin anew although ``out`` holds a checkpoint.
+            passed must agree with it, except chunk_size, local_loss, gradient_checkpointing and distributed.
+        overwrite: Start over even if ``out`` holds a checkpoint.
         evaluation_data: Held-out labelled or captioned pictures, for `clipmb.evaluate` during training and at the end.
-        evaluate_every: Steps between evaluations; at the end only when None.
-        templates: Of zero-shot evaluation, as `clipmb.common.zero_shot.prompt_templates` takes them.
+        evaluate_every: Steps between evaluations; only at the end when None.
+        templates: Prompts of zero-shot evaluation, as `clipmb.common.zero_shot.prompt_templates` takes them.
         save_every: Steps between saves; the end is saved too.
         augment: None, "crop" (random resized crops), or a function of a picture and a ``numpy.random.Generator``.
         workers: Threads that decode pictures; as many as processors (at most 8) when None.
-        device: Where to compute, as the framework names it; its own choice when None.
+        device: Where to compute, in the framework's own words; its own choice when None.
         progress: Show a progress bar, when there is a terminal.
         columns: ``image_column``, ``caption_column`` and ``separator`` of data and evaluation_data, and
             ``label_column`` of evaluation_data, as `Pairs.open` takes them. Evaluation data that lack a column of the
@@ -94,8 +116,7 @@ def train(
         **recipe: The other fields of `Recipe`: ``batch_size``, ``learning_rate`` ….
 
     Returns:
-        ``out``, ``steps``, ``loss`` of the last step, ``skipped`` (items left out by this process in this call) and,
-        with ``evaluation_data``, ``evaluation``.
+        A `TrainingResult`.
 
     Raises:
         ValueError: An argument is impossible, the data are not those of the run that is resumed, or the loss is not
@@ -109,81 +130,83 @@ def train(
     chosen = _recipe(recipe, state, len(pairs), epochs, steps)
     if state is not None and state.data != pairs.fingerprint:
         raise bad_input(
-            "A run continues on the data that it began with",
+            "A resumed run must use the same data",
             f"other data than those of the {state.step} steps in {folder}",
             "Pass the same data, or fine-tune the result in another folder",
             shown=True,
         )
-    for name, value in (("save_every", save_every), ("evaluate_every", evaluate_every)):
-        if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
-            raise bad_input(f"{name} must be a whole number of at least 1", value, f"Correct {name}")
-
-    engine_class = backends.engine(backend)
-    framework = importlib.import_module(f"clipmb.{engine_class.backend}.training")
-    processes: Processes = framework.start_processes(chosen)
+    whole_number("save_every", save_every)
+    if evaluate_every is not None:
+        whole_number("evaluate_every", evaluate_every)
+    trainer_class = backends.trainer(backend)
     begin = model if state is None else folder
     if begin is None:
         raise bad_input("A new run needs a model to begin from", None, "Pass model=, a folder or a hub id")
     source = Source.of(begin, {})
-    loading: dict[str, Any] = {"dtype": "float64" if chosen.precision == "float64" else "float32"}
-    loading["device"] = framework.local_device() if device is None else device
     config = CLIPConfig.from_pretrained(source)
     processor = processor_for(source, config)
-    with framework.scope():
-        if from_scratch and state is None:
-            arrays = initial_weights(specs(config, "CLIPModel"), chosen.seed)
-            engine = engine_class.load(None, config=config, state_dict=arrays, **loading)
-        else:
-            engine = engine_class.load(source, **loading)
-        trainer = framework.Trainer(engine.model, chosen, state)
-    ledger = folder / (LEDGER_NAME if processes.count == 1 else f"{processes.rank}-{LEDGER_NAME}")
+    if from_scratch and state is None:
+        arrays = initial_weights(specs(config, "CLIPModel"), chosen.seed)
+        trainer = trainer_class.load(None, chosen, device=device, config=config, state_dict=arrays)
+    else:
+        trainer = trainer_class.load(source, chosen, state, device=device)
+    rank, count = trainer.processes.rank, trainer.processes.count
+    ledger = folder / (LEDGER_NAME if count == 1 else f"{rank}-{LEDGER_NAME}")
     if state is None:
-        _begin(folder, processor, ledger, processes)
+        ledger.unlink(missing_ok=True)
+        if rank == 0:
+            _begin(folder, processor)
+    context = config.text_config.max_position_embeddings
     loader = Batches(
         pairs,
         processor,
         batch_size=chosen.batch_size,
-        context=config.text_config.max_position_embeddings,
+        context=context,
         seed=chosen.seed,
-        rank=processes.rank,
-        count=processes.count,
+        rank=rank,
+        count=count,
         workers=workers,
         augment=augment,
         ledger=ledger,
-        # The processes of JAX compute one program, whose shapes must agree.
-        pad_to=config.text_config.max_position_embeddings if processes.count > 1 else None,
+        pad_to=context if count > 1 else None,  # processes that compute one program need one shape
     )
-    logger.info("clipmb: %d pairs, steps %d to %d on %r", len(pairs), trainer.steps, chosen.steps, engine.backend)
+    logger.info("clipmb: %d pairs, steps %d to %d on %r", len(pairs), trainer.steps, chosen.steps, trainer.backend)
 
-    def evaluated() -> dict[str, Any]:
-        found = evaluate(CLIPPipeline(trainer.engine(), processor), held_out, templates=templates)
-        told = {**found, "skipped": len(found["skipped"])}
-        metrics.write({"step": trainer.steps, "evaluation": told})
-        return found
-
-    result: dict[str, Any] = {"out": str(folder), "steps": chosen.steps, "skipped": 0}
+    result: TrainingResult = {"out": str(folder), "steps": chosen.steps, "skipped": 0}
+    log = _Log(rank == 0 and not (progress and sys.stderr.isatty()), chosen.steps)
     with (
-        _report(folder, trainer.steps, processes) as metrics,
-        _bar(progress, chosen.steps, trainer.steps, processes) as show,
+        Metrics(folder, trainer.steps) if rank == 0 else nullcontext() as metrics,
+        progress_bar(progress and rank == 0, "", chosen.steps, done=trainer.steps) as advance,
     ):
+
+        def evaluated(held_out: Pairs) -> Evaluation:
+            found = evaluate(CLIPPipeline(trainer.engine(), processor), held_out, templates=templates)
+            if metrics is not None:
+                metrics.write({"step": trainer.steps, "evaluation": {**found, "skipped": len(found["skipped"])}})
+            return found
+
         for epoch, number, batch, values in _steps(trainer, loader, state):
             last = trainer.steps == chosen.steps
-            metrics.write({"step": trainer.steps, "epoch": epoch, **values})
-            show(trainer.steps, values)
+            if metrics is not None:
+                metrics.write({"step": trainer.steps, "epoch": epoch, **values})
+            summary = f"loss {values['loss']:.4f}, {values['pairs_per_second']:.1f} pairs/s"
+            advance(1, summary)
+            log.write(trainer.steps, summary)
             if held_out is not None and evaluate_every and trainer.steps % evaluate_every == 0 and not last:
-                evaluated()
+                evaluated(held_out)
             if last or trainer.steps % save_every == 0:
                 here = (epoch, number + 1) if number + 1 < loader.per_epoch else (epoch + 1, 0)
-                _save(folder, trainer, config, pairs.fingerprint, here, processes)
-            result |= {"loss": values["loss"], "skipped": result["skipped"] + batch.skipped}
+                _save(folder, trainer, config, pairs.fingerprint, here)
+            result["loss"] = values["loss"]
+            result["skipped"] += batch.skipped
         if held_out is not None:
-            result["evaluation"] = evaluated()
-    if processes.rank == 0:
+            result["evaluation"] = evaluated(held_out)
+    if rank == 0:
         _draw(folder)
     return result
 
 
-def _opened(data: Any, held_out: Any, columns: dict[str, Any]) -> tuple[Pairs, Pairs | None]:
+def _opened(data: Paths | Pairs, held_out: Paths | Pairs | None, columns: dict[str, Any]) -> tuple[Pairs, Pairs | None]:
     """Opens training and evaluation data, with the columns that apply to each."""
     both = {name: value for name, value in columns.items() if value is not None}
     label = both.pop("label_column", None)
@@ -199,12 +222,14 @@ def _opened(data: Any, held_out: Any, columns: dict[str, Any]) -> tuple[Pairs, P
 
 
 def _saved_state(folder: Path, resume: bool, overwrite: bool) -> TrainingState | None:
-    """Returns the state to continue from, if any, once it is certain that nothing is lost by beginning anew."""
+    """Returns the state to continue from, if any, once it is certain that starting over loses nothing."""
     if resume and overwrite:
-        raise bad_input("A run is resumed or begun anew", "resume=True and overwrite=True", "Pass one", shown=True)
+        raise bad_input(
+            "resume and overwrite cannot both be set", "resume=True and overwrite=True", "Pass one", shown=True
+        )
     if not folder.is_dir():
         if folder.exists():
-            raise bad_input("A model is trained into a folder", str(folder), "Pass a folder, not a file")
+            raise bad_input("out must be a folder", str(folder), "Pass a folder, not a file")
         return None
     finish(folder)
     if resume:
@@ -213,7 +238,7 @@ def _saved_state(folder: Path, resume: bool, overwrite: bool) -> TrainingState |
         raise bad_input(
             "out must be a folder without a checkpoint",
             str(folder),
-            "Pass resume=True to continue its run, overwrite=True to begin anew, or another folder",
+            "Pass resume=True to continue its run, overwrite=True to start over, or another folder",
         )
     return None
 
@@ -224,23 +249,24 @@ def _recipe(
     """Returns the recipe of a new run, or that of a resumed one, with which what is given has to agree."""
     given = {name: value for name, value in given.items() if value is not None}
     if epochs is not None and steps is not None:
-        raise bad_input("The length of a run is given once", f"epochs={epochs}, steps={steps}", "Pass one", shown=True)
+        raise bad_input(
+            "Pass either epochs or steps, not both", f"epochs={epochs}, steps={steps}", "Remove one", shown=True
+        )
     if epochs is not None:
-        if isinstance(epochs, bool) or not isinstance(epochs, int) or epochs < 1:
-            raise bad_input("epochs must be a whole number of at least 1", epochs, "Correct epochs")
+        whole_number("epochs", epochs)
         size = given.get("batch_size", Recipe.batch_size if state is None else state.recipe.batch_size)
         steps = epochs * -(-pairs // Recipe(steps=1, batch_size=size).batch_size)
     if steps is not None:
         given["steps"] = steps
     if state is None:
         if steps is None:
-            raise bad_input("A new run needs its length", "neither epochs nor steps", "Pass one of them", shown=True)
+            raise bad_input("A new run needs a length", "neither epochs nor steps", "Pass one of them", shown=True)
         return Recipe.from_dict(given)
     saved = state.recipe.to_dict()
     asked = Recipe.from_dict({**saved, **given}).to_dict()
     if different := [name for name in saved if name not in _FREE and asked[name] != saved[name]]:
         raise bad_input(
-            "A run continues with its own recipe",
+            "A resumed run must use its own recipe",
             ", ".join(f"{name}={asked[name]!r} instead of {saved[name]!r}" for name in different),
             f"Leave them out; only {', '.join(_FREE)} may change",
             shown=True,
@@ -248,17 +274,15 @@ def _recipe(
     return Recipe.from_dict(asked)
 
 
-def _begin(folder: Path, processor: CLIPProcessor, ledger: Path, processes: Processes) -> None:
+def _begin(folder: Path, processor: CLIPProcessor) -> None:
     """Removes what an earlier run left, and writes what does not change during the run."""
-    ledger.unlink(missing_ok=True)
-    if processes.rank == 0:
-        for name in (STATE_NAME, METRICS_NAME, CURVES_NAME):
-            (folder / name).unlink(missing_ok=True)
-        processor.save_pretrained(folder)
+    for name in (STATE_NAME, METRICS_NAME, CURVES_NAME):
+        (folder / name).unlink(missing_ok=True)
+    processor.save_pretrained(folder)
 
 
 def _steps(
-    trainer: Any, loader: Batches, state: TrainingState | None
+    trainer: Trainer, loader: Batches, state: TrainingState | None
 ) -> Iterator[tuple[int, int, Batch, dict[str, float]]]:
     """Takes every step that is left; yields epoch, number of the batch in it, the batch, and what the step returned."""
     epoch, start = (0, 0) if state is None else (state.epoch, state.batch)
@@ -272,7 +296,7 @@ def _steps(
                 raise bad_input(
                     f"The loss of step {trainer.steps} must be finite",
                     values["loss"],
-                    "Lower learning_rate, lengthen warmup_steps or look at the data; the last save is as it was",
+                    "Lower learning_rate, lengthen warmup_steps or look at the data; the last checkpoint is intact",
                 )
             now = time.perf_counter()
             values["pairs_per_second"] = loader.batch_size / (now - began)
@@ -283,14 +307,12 @@ def _steps(
         epoch, start = epoch + 1, 0
 
 
-def _save(
-    folder: Path, trainer: Any, config: CLIPConfig, data: str, here: tuple[int, int], processes: Processes
-) -> None:
+def _save(folder: Path, trainer: Trainer, config: CLIPConfig, data: str, here: tuple[int, int]) -> None:
     """Replaces weights and state at once. All processes take part; the first one writes."""
     weights, tensors = trainer.weights(), trainer.moments()
     if trainer.logit_bias is not None:
         tensors["logit_bias"] = np.asarray(trainer.logit_bias)
-    if processes.rank:
+    if trainer.processes.rank:
         return
     state = TrainingState(trainer.steps, *here, trainer.recipe, data, trainer.backend, tensors)
     with Transaction(folder) as save:
@@ -299,46 +321,21 @@ def _save(
         state.write(save)
 
 
-def _report(folder: Path, step: int, processes: Processes) -> Any:
-    """Opens the metrics of a run; those of further processes go nowhere."""
-    return Metrics(folder, step) if processes.rank == 0 else nullcontext(_Nowhere())
+class _Log:
+    """Logs a step every ten seconds, and the last one: what is shown where there is no progress bar."""
 
+    def __init__(self, wanted: bool, steps: int) -> None:
+        self._wanted, self._steps, self._written = wanted, steps, time.monotonic()
 
-class _Nowhere:
-    def write(self, values: dict[str, Any]) -> None: ...
-
-
-@contextmanager
-def _bar(
-    wanted: bool, steps: int, done: int, processes: Processes
-) -> Iterator[Callable[[int, dict[str, float]], None]]:
-    """Shows loss, throughput and the time left: as a bar where there is a terminal, else as lines of the log."""
-    if not (wanted and processes.rank == 0 and sys.stderr.isatty()):
-        told = time.monotonic()
-
-        def log(step: int, values: dict[str, float]) -> None:
-            nonlocal told
-            if time.monotonic() - told >= _LOG_SECONDS or step == steps:
-                told = time.monotonic()
-                logger.info("step %d/%d %s", step, steps, _shown(values))
-
-        yield log if processes.rank == 0 else lambda step, values: None
-        return
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
-    columns = (BarColumn(), MofNCompleteColumn(), TextColumn("{task.description}"), TimeRemainingColumn())
-    with Progress(*columns, console=Console(stderr=True)) as bar:
-        task = bar.add_task("", total=steps, completed=done)
-        yield lambda step, values: bar.update(task, completed=step, description=_shown(values))
-
-
-def _shown(values: dict[str, float]) -> str:
-    return f"loss {values['loss']:.4f}, {values['pairs_per_second']:.1f} pairs/s"
+    def write(self, step: int, summary: str) -> None:
+        now = time.monotonic()
+        if self._wanted and (now - self._written >= _LOG_SECONDS or step == self._steps):
+            self._written = now
+            logger.info("step %d/%d %s", step, self._steps, summary)
 
 
 def _draw(folder: Path) -> None:
-    """Draws the curves, if there is something to draw with."""
+    """Draws the curves, if matplotlib is installed."""
     try:
         logger.info("clipmb: curves drawn into %s", draw(folder))
     except ImportError as error:

@@ -13,7 +13,7 @@ import numpy as np
 from clipmb import backends as known
 from clipmb.common.config import CLIPConfig, CLIPTextConfig
 from clipmb.common.dtypes import numpy_dtype
-from clipmb.common.errors import CheckpointError, MissingBackendError, bad_input, one_of
+from clipmb.common.errors import CheckpointError, bad_input, one_of
 from clipmb.common.hub import Source
 from clipmb.common.pretrained import normal_dtype
 from clipmb.common.processor import has_tokenizer, image_processor_of, tokenizer_of
@@ -125,16 +125,16 @@ def compare(
 
     Raises:
         CheckpointError: A checkpoint cannot be read.
-        MissingBackendError: A named backend is not installed.
+        MissingBackendError: A named backend is not installed, or none is.
         ValueError: There is nothing to compare, or an argument is wrong.
     """
-    chosen = tuple(known.installed() if backends is None else [backends] if isinstance(backends, str) else backends)
+    if backends is None:
+        backends = known.installed() or [known.default()]
+    chosen = [backends] if isinstance(backends, str) else list(backends)
     kind = normal_dtype(dtype, "compare")
     if kind not in BOUNDS:
         raise one_of("dtype", dtype, tuple(BOUNDS))
-    if not chosen:
-        raise MissingBackendError("pt", cause="no framework is installed")
-    if len(chosen) < 2 and against is None:
+    if len(chosen) < (2 if against is None else 1):
         raise bad_input(
             "Two backends, or another checkpoint, are needed for a comparison",
             chosen,
@@ -176,7 +176,7 @@ def verify_conversion(source: Source, result: Source, dtype: str) -> dict[str, A
         CheckpointError: They disagree; the message names the first stage and tensor that diverges.
         MissingBackendError: No backend is installed.
     """
-    report = compare(result, known.installed(), dtype=dtype if dtype in BOUNDS else "float32", against=source)
+    report = compare(result, dtype=dtype if dtype in BOUNDS else "float32", against=source)
     if not report.agrees:
         raise CheckpointError(f"The conversion changes what is computed; nothing was written. {report.explain()}")
     return {

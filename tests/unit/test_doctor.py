@@ -47,7 +47,7 @@ def test_doctor_reports_what_is_missing(monkeypatch):
     )
 
     def missing(name):
-        raise MissingBackendError(name)
+        raise MissingBackendError(name, "torch")
 
     monkeypatch.setattr(backends, "engine", missing)
     found = examine(["pt"])

@@ -11,8 +11,6 @@ from typing import Any
 logger = logging.getLogger("clipmb")
 _said: set[str] = set()
 
-_PIP = {"pt": "torch", "tf": "tensorflow", "flax": "flax", "convert": "h5py"}
-
 
 class ClipmbError(Exception):
     """Base class of the errors that only clipmb raises."""
@@ -33,14 +31,19 @@ class CheckpointError(ClipmbError, OSError):
 
 
 class MissingBackendError(ClipmbError, ImportError):
-    """A framework is needed that is not installed; the message holds the pip command."""
+    """A package is needed that cannot be imported; the message holds the pip command.
 
-    def __init__(self, backend: str, *, cause: str = "") -> None:
-        package = _PIP.get(backend, backend)
+    Args:
+        extra: The extra of clipmb that installs it; that of a backend has the backend's name.
+        package: The package.
+        cause: Why it cannot be imported.
+    """
+
+    def __init__(self, extra: str, package: str, *, cause: str = "") -> None:
         detail = f" ({cause})" if cause else ""
         super().__init__(
-            f"The {backend!r} backend needs {package}, which cannot be imported{detail}. "
-            f'Install it: pip install "clipmb[{backend}]"'
+            f"clipmb[{extra}] needs {package}, which cannot be imported{detail}. "
+            f'Install it: pip install "clipmb[{extra}]"'
         )
 
 

@@ -11,7 +11,11 @@ import numpy as np
 from clipmb.common.errors import MissingBackendError, bad_input, one_of
 
 TENSOR_TYPES = ("np", "pt", "tf", "jax")
-_MAKERS = {"pt": ("torch", "from_numpy"), "tf": ("tensorflow", "convert_to_tensor"), "jax": ("jax.numpy", "asarray")}
+_MAKERS = {  # module and function, and the extra that installs them
+    "pt": ("torch", "from_numpy", "pt"),
+    "tf": ("tensorflow", "convert_to_tensor", "tf"),
+    "jax": ("jax.numpy", "asarray", "flax"),
+}
 _INTEGERS = {"np": np.int64, "pt": np.int64, "tf": np.int32, "jax": np.int32}  # as transformers 4
 
 
@@ -37,11 +41,11 @@ def to_tensor(array: np.ndarray, return_tensors: str) -> Any:
         array = array.astype(_INTEGERS[return_tensors], copy=False)
     if return_tensors == "np":
         return array
-    module, function = _MAKERS[return_tensors]
+    module, function, extra = _MAKERS[return_tensors]
     try:
         maker = getattr(importlib.import_module(module), function)
     except ImportError as error:
-        raise MissingBackendError({"jax": "flax"}.get(return_tensors, return_tensors), cause=str(error)) from error
+        raise MissingBackendError(extra, module, cause=str(error)) from error
     return maker(np.ascontiguousarray(array).reshape(array.shape))
 
 

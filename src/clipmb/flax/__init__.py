@@ -6,7 +6,7 @@ try:
     import flax  # noqa: F401
     import jax  # noqa: F401
 except ImportError as error:
-    raise MissingBackendError("flax", cause=str(error)) from error
+    raise MissingBackendError("flax", "flax", cause=str(error)) from error
 
 from clipmb.flax.modeling import (
     FlaxCLIPForImageClassification,

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import os
 from collections.abc import Callable
-from typing import Any
+from typing import Any, ClassVar, Self
 
 import flax
 import jax
@@ -13,6 +14,7 @@ import numpy as np
 
 from clipmb.common import checks
 from clipmb.common.config import CLIPConfig
+from clipmb.common.hub import Source
 from clipmb.common.outputs import stages
 from clipmb.common.pretrained import normal_dtype
 from clipmb.flax.modeling import FlaxCLIPModel
@@ -26,7 +28,7 @@ class Engine:
         compile: Compile both towers (jax.jit), anew for every shape.
     """
 
-    backend = "flax"
+    backend: ClassVar[str] = "flax"
 
     def __init__(self, model: FlaxCLIPModel, *, compile: bool = False) -> None:
         self.model = model
@@ -39,12 +41,18 @@ class Engine:
 
     @classmethod
     def load(
-        cls, name_or_path: Any, *, dtype: Any = None, device: Any = None, compile: bool = False, **options: Any
-    ) -> Engine:
+        cls,
+        name_or_path: str | os.PathLike[str] | Source | None,
+        *,
+        dtype: Any = None,
+        device: Any = None,
+        compile: bool = False,
+        **options: Any,
+    ) -> Self:
         """Loads a checkpoint.
 
         Args:
-            name_or_path: Folder or hub id.
+            name_or_path: Folder, hub id or opened source; None to take ``config`` and ``state_dict`` from the options.
             dtype: "float32" (the default), "float16", "bfloat16" or "float64".
             device: "cpu", "gpu", "tpu", such a name with a number ("gpu:1"), or a ``jax.Device``; JAX's default when
                 None.

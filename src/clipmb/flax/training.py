@@ -16,7 +16,7 @@ from __future__ import annotations
 import contextlib
 import os
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, ClassVar, Self
 
 import jax
 import jax.numpy as jnp
@@ -29,6 +29,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from clipmb.common import checks
 from clipmb.common.errors import MissingBackendError, bad_input
+from clipmb.common.hub import Source
 from clipmb.common.parameters import KINDS, Spec, specs
 from clipmb.common.training.recipe import INITIAL_LOGIT_BIAS, LOGIT_BIAS, MAX_LOGIT_SCALE, Processes, Recipe, decays
 from clipmb.common.training.state import FIRST, SECOND, TrainingState
@@ -40,7 +41,7 @@ from clipmb.flax.modeling import FlaxCLIPModel
 try:
     import optax
 except ImportError as error:
-    raise MissingBackendError("flax", cause=str(error)) from error
+    raise MissingBackendError("flax", "optax", cause=str(error)) from error
 
 AXIS = "data"  # of the mesh: rows of the batch, and with "fsdp" also one axis of each parameter, lie along it
 ROWS, WHOLE = PartitionSpec(AXIS), PartitionSpec()
@@ -97,16 +98,6 @@ def _started_by_cluster() -> bool:
     return "," in os.environ.get("TPU_WORKER_HOSTNAMES", "") or any(count not in ("", "1") for count in counts)
 
 
-def local_device() -> str | None:
-    """Where the model of this process goes: JAX's default device; a `Trainer` spreads it from there."""
-    return None
-
-
-def scope() -> contextlib.AbstractContextManager:
-    """Inside what the model has to be made; Flax needs nothing."""
-    return contextlib.nullcontext()
-
-
 class Trainer:
     """A model and its optimizer.
 
@@ -125,7 +116,7 @@ class Trainer:
         steps: Optimizer steps done.
     """
 
-    backend = "flax"
+    backend: ClassVar[str] = "flax"
 
     def __init__(self, model: FlaxCLIPModel, recipe: Recipe, state: TrainingState | None = None) -> None:
         self.model, self.recipe = model, recipe
@@ -133,9 +124,7 @@ class Trainer:
         self.table = [spec for spec in specs(model.config, "CLIPModel") if recipe.trains(spec)]
         if recipe.gradient_checkpointing:
             model.enable_gradient_checkpointing()
-        self.processes = Processes()
-        if recipe.distributed != "none":
-            self.processes = Processes(jax.process_index(), jax.process_count())
+        self.processes = start_processes(recipe)
         self.mesh = self._distributed()
         self._chunks, self._rows = self._sizes()
         with self._exact():
@@ -172,6 +161,33 @@ class Trainer:
         )
         self._differentiate = jax.jit(self._backward)
         self._show()
+
+    @classmethod
+    def load(
+        cls,
+        name_or_path: str | os.PathLike[str] | Source | None,
+        recipe: Recipe,
+        state: TrainingState | None = None,
+        *,
+        device: Any = None,
+        **options: Any,
+    ) -> Self:
+        """Joins the other processes of the run, and loads a checkpoint onto the devices that the recipe uses.
+
+        Args:
+            name_or_path: Folder, hub id or opened source; None to take ``config`` and ``state_dict`` from the options.
+            recipe: How to train.
+            state: What to continue from, saved together with the weights; None to begin.
+            device: As `Engine.load` takes it; JAX's default when None. Several devices are spread over from there.
+            **options: The other options of ``from_pretrained``.
+
+        Raises:
+            ValueError: Processes cannot be joined, or JAX was used before they were.
+            CheckpointError: The checkpoint cannot be read, or the state does not fit model and recipe.
+        """
+        start_processes(recipe)
+        engine = Engine.load(name_or_path, dtype=recipe.parameter_dtype, device=device, **options)
+        return cls(engine.model, recipe, state)
 
     def _distributed(self) -> Mesh:
         """Returns the devices of all processes, those of each side by side; the model's own for "none"."""

@@ -5,7 +5,7 @@ from clipmb.common.errors import MissingBackendError
 try:
     import torch  # noqa: F401
 except ImportError as error:
-    raise MissingBackendError("pt", cause=str(error)) from error
+    raise MissingBackendError("pt", "torch", cause=str(error)) from error
 
 from clipmb.pt.modeling import (
     CLIPForImageClassification,

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import contextlib
+import os
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, ClassVar, Self
 
 import numpy as np
 import torch
 
 from clipmb.common import checks
 from clipmb.common.config import CLIPConfig
+from clipmb.common.hub import Source
 from clipmb.common.outputs import stages
 from clipmb.pt.modeling import CLIPModel
 from clipmb.pt.tensors import from_numpy, to_numpy
@@ -24,7 +26,7 @@ class Engine:
         compile: Compile both towers with frozen weights (torch.compile, inductor) at their first use.
     """
 
-    backend = "pt"
+    backend: ClassVar[str] = "pt"
 
     def __init__(self, model: CLIPModel, *, compile: bool = False) -> None:
         self.model = model.eval()
@@ -37,12 +39,18 @@ class Engine:
 
     @classmethod
     def load(
-        cls, name_or_path: Any, *, dtype: Any = None, device: Any = None, compile: bool = False, **options: Any
-    ) -> Engine:
+        cls,
+        name_or_path: str | os.PathLike[str] | Source | None,
+        *,
+        dtype: Any = None,
+        device: Any = None,
+        compile: bool = False,
+        **options: Any,
+    ) -> Self:
         """Loads a checkpoint.
 
         Args:
-            name_or_path: Folder or hub id.
+            name_or_path: Folder, hub id or opened source; None to take ``config`` and ``state_dict`` from the options.
             dtype: "float32" (the default), "float16", "bfloat16" or "float64".
             device: As PyTorch names it; the CPU when None.
             compile: As in the constructor.

@@ -14,7 +14,7 @@ import atexit
 import contextlib
 import os
 from collections.abc import Iterator, Mapping
-from typing import Any
+from typing import Any, ClassVar, Self
 
 import numpy as np
 import torch
@@ -26,6 +26,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 
 from clipmb.common.errors import bad_input
+from clipmb.common.hub import Source
 from clipmb.common.parameters import specs
 from clipmb.common.training.recipe import INITIAL_LOGIT_BIAS, LOGIT_BIAS, MAX_LOGIT_SCALE, Processes, Recipe, decays
 from clipmb.common.training.state import FIRST, SECOND, TrainingState
@@ -58,16 +59,6 @@ def start_processes(recipe: Recipe) -> Processes:
     return Processes(dist.get_rank(), dist.get_world_size())
 
 
-def local_device() -> str | None:
-    """Where the model of this process goes: its own GPU, or the CPU when there is none."""
-    return f"cuda:{torch.cuda.current_device()}" if torch.cuda.is_available() else None
-
-
-def scope() -> contextlib.AbstractContextManager:
-    """Inside what the model has to be made; PyTorch needs nothing."""
-    return contextlib.nullcontext()
-
-
 class Towers(nn.Module):
     """Both towers behind one forward pass, for DDP and FSDP, which work where a module is called."""
 
@@ -94,7 +85,7 @@ class Trainer:
         steps: Optimizer steps done.
     """
 
-    backend = "pt"
+    backend: ClassVar[str] = "pt"
 
     def __init__(self, model: CLIPModel, recipe: Recipe, state: TrainingState | None = None) -> None:
         self.model, self.recipe = model, recipe
@@ -105,9 +96,7 @@ class Trainer:
             parameter.requires_grad_(name in trained)
         if recipe.gradient_checkpointing:
             model.gradient_checkpointing_enable()
-        self.processes = Processes()
-        if recipe.distributed != "none":
-            self.processes = Processes(dist.get_rank(), dist.get_world_size())
+        self.processes = start_processes(recipe)
         self._towers = self._distributed(Towers(model))
         self._parameters = {spec.name: model.get_parameter(spec.name) for spec in self.table}
         if recipe.loss == "siglip":
@@ -120,6 +109,35 @@ class Trainer:
         if state is not None:
             self.steps = state.step
             self._restore(state)
+
+    @classmethod
+    def load(
+        cls,
+        name_or_path: str | os.PathLike[str] | Source | None,
+        recipe: Recipe,
+        state: TrainingState | None = None,
+        *,
+        device: Any = None,
+        **options: Any,
+    ) -> Self:
+        """Joins the other processes of the run, and loads a checkpoint onto the devices that the recipe uses.
+
+        Args:
+            name_or_path: Folder, hub id or opened source; None to take ``config`` and ``state_dict`` from the options.
+            recipe: How to train.
+            state: What to continue from, saved together with the weights; None to begin.
+            device: As PyTorch names it; when None the GPU of this process, or the CPU.
+            **options: The other options of ``from_pretrained``.
+
+        Raises:
+            ValueError: The recipe needs processes that were not started.
+            CheckpointError: The checkpoint cannot be read, or the state does not fit model and recipe.
+        """
+        start_processes(recipe)
+        if device is None and torch.cuda.is_available():
+            device = f"cuda:{torch.cuda.current_device()}"
+        engine = Engine.load(name_or_path, dtype=recipe.parameter_dtype, device=device, **options)
+        return cls(engine.model, recipe, state)
 
     def _distributed(self, towers: Towers) -> nn.Module:
         """Lets the towers of all processes add up their gradients."""

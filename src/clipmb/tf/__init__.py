@@ -5,12 +5,12 @@ from clipmb.common.errors import MissingBackendError
 try:
     import tensorflow  # noqa: F401
 except ImportError as error:
-    raise MissingBackendError("tf", cause=str(error)) from error
+    raise MissingBackendError("tf", "tensorflow", cause=str(error)) from error
 try:
     import keras
 except ImportError as error:
     # Keras fails so when its configured backend is missing, too: the cause says which.
-    raise MissingBackendError("tf", cause=str(error)) from error
+    raise MissingBackendError("tf", "keras", cause=str(error)) from error
 
 if not keras.__version__.startswith("3.") or keras.config.backend() != "tensorflow":
     raise ImportError(

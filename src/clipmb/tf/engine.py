@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import gc
+import os
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, ClassVar, Self
 
 import keras
 import numpy as np
@@ -13,6 +14,7 @@ import tensorflow as tf
 
 from clipmb.common import checks
 from clipmb.common.config import CLIPConfig
+from clipmb.common.hub import Source
 from clipmb.common.outputs import stages
 from clipmb.tf.modeling import TFCLIPModel
 
@@ -25,7 +27,7 @@ class Engine:
         compile: Trace both towers at their first use (tf.function), once for all batches and lengths.
     """
 
-    backend = "tf"
+    backend: ClassVar[str] = "tf"
 
     def __init__(self, model: TFCLIPModel, *, compile: bool = False) -> None:
         self.model = model
@@ -43,12 +45,18 @@ class Engine:
 
     @classmethod
     def load(
-        cls, name_or_path: Any, *, dtype: Any = None, device: Any = None, compile: bool = False, **options: Any
-    ) -> Engine:
+        cls,
+        name_or_path: str | os.PathLike[str] | Source | None,
+        *,
+        dtype: Any = None,
+        device: Any = None,
+        compile: bool = False,
+        **options: Any,
+    ) -> Self:
         """Loads a checkpoint.
 
         Args:
-            name_or_path: Folder or hub id.
+            name_or_path: Folder, hub id or opened source; None to take ``config`` and ``state_dict`` from the options.
             dtype: "float32" (the default), "float16", "bfloat16" or "float64".
             device: As TensorFlow names it ("gpu", "/GPU:1"), or "cuda"; TensorFlow's own choice when None.
             compile: As in the constructor.

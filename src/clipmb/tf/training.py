@@ -19,7 +19,7 @@ import itertools
 import json
 import os
 from collections.abc import Iterator, Mapping
-from typing import Any
+from typing import Any, ClassVar, Self
 
 import keras
 import numpy as np
@@ -28,6 +28,7 @@ from tensorflow import Tensor
 
 from clipmb.common import checks
 from clipmb.common.errors import bad_input
+from clipmb.common.hub import Source
 from clipmb.common.parameters import KINDS, specs
 from clipmb.common.training.recipe import INITIAL_LOGIT_BIAS, LOGIT_BIAS, MAX_LOGIT_SCALE, Processes, Recipe, decays
 from clipmb.common.training.state import FIRST, SECOND, TrainingState
@@ -86,11 +87,6 @@ def _new_strategy(several_processes: bool) -> tf.distribute.Strategy:
         ) from error
 
 
-def local_device() -> str | None:
-    """Where the model of this process goes: on the devices of `scope`, so that none is to be named."""
-    return None
-
-
 def scope() -> contextlib.AbstractContextManager:
     """Inside what the model has to be made, to be on every device that `start_processes` chose."""
     return contextlib.nullcontext() if _strategy is None else _strategy.scope()
@@ -110,7 +106,7 @@ class Trainer:
         steps: Optimizer steps done.
     """
 
-    backend = "tf"
+    backend: ClassVar[str] = "tf"
 
     def __init__(self, model: TFCLIPModel, recipe: Recipe, state: TrainingState | None = None) -> None:
         self.recipe = recipe
@@ -144,6 +140,34 @@ class Trainer:
         schedule = tf.TensorSpec((2,), tf.float64)
         self._traced_step = tf.function(self._step, input_signature=[schedule, *signature], autograph=False)
         self._traced_gradients = tf.function(self._gradients, input_signature=signature, autograph=False)
+
+    @classmethod
+    def load(
+        cls,
+        name_or_path: str | os.PathLike[str] | Source | None,
+        recipe: Recipe,
+        state: TrainingState | None = None,
+        *,
+        device: Any = None,
+        **options: Any,
+    ) -> Self:
+        """Joins the other processes of the run, and loads a checkpoint onto the devices that the recipe uses.
+
+        Args:
+            name_or_path: Folder, hub id or opened source; None to take ``config`` and ``state_dict`` from the options.
+            recipe: How to train.
+            state: What to continue from, saved together with the weights; None to begin.
+            device: As TensorFlow names it; when None those of `scope`.
+            **options: The other options of ``from_pretrained``.
+
+        Raises:
+            ValueError: TensorFlow cannot do what the recipe asks for, or was used before processes were joined.
+            CheckpointError: The checkpoint cannot be read, or the state does not fit model and recipe.
+        """
+        start_processes(recipe)
+        with scope():
+            engine = Engine.load(name_or_path, dtype=recipe.parameter_dtype, device=device, **options)
+        return cls(engine.model, recipe, state)
 
     def _distributed(self, model: TFCLIPModel) -> TFCLIPModel:
         """Returns a model of the precision on the devices of the run: the given one, if it is one."""

@@ -700,8 +700,8 @@ def test_engine(compile, dtype, tmp_path):
             "os.environ['KERAS_BACKEND'] = 'torch'",
             "ImportError: clipmb.tf needs Keras 3 on the TensorFlow b",
         ),
-        ("sys.modules['tensorflow'] = None", "MissingBackendError: The 'tf' backend needs tensorflow"),
-        ("sys.modules['keras'] = None", "MissingBackendError: The 'tf' backend needs tensorflow"),
+        ("sys.modules['tensorflow'] = None", "MissingBackendError: clipmb[tf] needs tensorflow"),
+        ("sys.modules['keras'] = None", "MissingBackendError: clipmb[tf] needs keras"),
     ],
 )
 def test_what_is_not_installed_is_named_with_the_fix(prepare, words):

@@ -63,7 +63,7 @@ def _h5py() -> Any:
     try:
         return importlib.import_module("h5py")
     except ImportError as error:
-        raise MissingBackendError("convert", cause=str(error)) from error
+        raise MissingBackendError("convert", "h5py", cause=str(error)) from error
 
 
 class _Walk:

@@ -358,7 +358,7 @@ def import_torch() -> ModuleType:
     try:
         return importlib.import_module("torch")
     except ImportError as error:
-        raise MissingBackendError("pt", cause=str(error)) from error
+        raise MissingBackendError("pt", "torch", cause=str(error)) from error
 
 
 def inspect(path: Path) -> Pickled:

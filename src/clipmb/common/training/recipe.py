@@ -111,6 +111,11 @@ class Recipe:
         if len(set(self.freeze)) == len(TOWERS):
             raise bad_input("At least one tower must be trained", self.freeze, "Freeze one tower, or none")
 
+    @property
+    def parameter_dtype(self) -> str:
+        """The dtype of parameters and moments: that of the loss."""
+        return "float64" if self.precision == "float64" else "float32"
+
     def rate(self, step: int) -> float:
         """Returns the learning rate of a step: linear warm-up, then half a cosine to zero.
 
