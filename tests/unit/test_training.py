@@ -253,11 +253,11 @@ class TestRefusals:
         ("given", "message"),
         [
             ({}, r"out must be a folder without a checkpoint.*resume=True.*overwrite=True"),
-            ({"resume": True, "overwrite": True}, r"resumed or begun anew"),
-            ({"resume": True, "steps": 3}, r"own recipe.*steps=3 instead of 2"),
+            ({"resume": True, "overwrite": True}, r"resume and overwrite cannot both be set"),
+            ({"resume": True, "steps": 3}, r"must use its own recipe.*steps=3 instead of 2"),
             ({"resume": True, "steps": 2, "loss": "siglip"}, r"loss='siglip' instead of 'clip'"),
-            ({"overwrite": True}, r"needs its length"),
-            ({"overwrite": True, "steps": 2, "epochs": 2}, r"given once"),
+            ({"overwrite": True}, r"needs a length"),
+            ({"overwrite": True, "steps": 2, "epochs": 2}, r"either epochs or steps, not both"),
             ({"overwrite": True, "epochs": 0}, r"epochs must be a whole number"),
             ({"overwrite": True, "steps": 2, "learning_rat": 1.0}, r"learning_rat.*Remove or correct"),
             ({"overwrite": True, "steps": 2, "batch_size": 0}, r"batch_size must be a whole number.*Received: 0"),
@@ -276,7 +276,7 @@ class TestRefusals:
         assert all(after[name].tobytes() == value.tobytes() for name, value in before.items())
 
     def test_other_data(self, files, done):
-        with pytest.raises(ValueError, match=r"continues on the data that it began with"):
+        with pytest.raises(ValueError, match=r"resumed run must use the same data"):
             train(files / "held-out", out=done, resume=True, backend=BACKENDS[0])
 
     def test_no_model(self, files, tmp_path):

@@ -22,7 +22,7 @@ from clipmb.common.parameters import specs
 from clipmb.common.training.recipe import MAX_LOGIT_SCALE, decays
 from clipmb.common.training.state import FIRST, SECOND, TrainingState
 from clipmb.flax.losses import clip_loss, siglip_loss
-from clipmb.flax.training import local_device, start_processes
+from clipmb.flax.training import start_processes
 
 LARGE = "vision_model.encoder.layers.0.mlp.fc1.weight"
 
@@ -308,7 +308,6 @@ def test_bad_batches():
 def test_processes(monkeypatch):
     assert start_processes(recipe()) == (0, 1)
     assert start_processes(recipe(distributed="data")) == (0, 1)
-    assert local_device() is None
     monkeypatch.setenv("JAX_COORDINATOR_ADDRESS", "127.0.0.1:1")
     with pytest.raises(ValueError, match="need all of JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES, JAX_PROCESS_ID"):
         start_processes(recipe(distributed="data"))
