@@ -53,7 +53,7 @@ def trainer(config: CLIPConfig = CONFIG, state: Any = None, arrays: Any = None, 
 
 def compiled(made: Any) -> Any:
     with made._exact():
-        arguments = made._parameters, made._frozen, made._dropout(), made._gathered(batch(12))
+        arguments = made._parameters, made._frozen, made._key(), made._inputs(batch(12))
         made._differentiate = made._differentiate.lower(*arguments).compile()
     return made._differentiate
 
@@ -132,7 +132,7 @@ def one() -> dict[str, Any]:
     found["frozen"] = steps(frozen)
 
     dropping = trainer(DROPOUT, chunk_size=5)
-    key, part = dropping._dropout(), batch(12)
+    key, part = dropping._key(), batch(12)
     loss, gradients = dropping.gradients(part)
     found["dropout"] = {"loss": loss, "again": dropping.gradients(part)[0]}
     rng = np.random.default_rng(0)
@@ -146,7 +146,7 @@ def one() -> dict[str, Any]:
         ends.append(other.gradients(part)[0])
     found["dropout"]["difference"] = (ends[0] - ends[1]) / 2e-6
     dropping.steps += 1
-    found["dropout"]["next"], found["dropout"]["keys"] = dropping.gradients(part)[0], (key, dropping._dropout())
+    found["dropout"]["next"], found["dropout"]["keys"] = dropping.gradients(part)[0], (key, dropping._key())
 
     jax.config.update("jax_enable_x64", True)  # the user's setting, which changes nothing
     made = trainer(precision="bfloat16")

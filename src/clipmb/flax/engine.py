@@ -1,4 +1,4 @@
-"""The Flax model behind numpy: what the pipeline, the command line and verification know of it."""
+"""The Flax model behind numpy."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ from clipmb.flax.modeling import FlaxCLIPModel
 
 
 class Engine:
-    """A loaded CLIP that takes and gives numpy.
+    """A loaded CLIP that takes and returns numpy arrays, as `clipmb.backends.Engine` describes it.
 
     Args:
         model: A whole CLIP.
-        compile: Compile both towers (jax.jit), anew for every shape.
+        compile: Compile both towers (jax.jit), once for every shape.
     """
 
     backend: ClassVar[str] = "flax"
@@ -57,7 +57,11 @@ class Engine:
             device: "cpu", "gpu", "tpu", such a name with a number ("gpu:1"), or a ``jax.Device``; JAX's default when
                 None.
             compile: As in the constructor.
-            **options: As in ``from_pretrained``.
+            **options: The other options of ``from_pretrained``.
+
+        Raises:
+            CheckpointError: The files cannot be found or read, or do not fit.
+            ValueError: The dtype or the device does not exist.
         """
         if isinstance(device, str):
             platform, _, index = device.partition(":")
@@ -77,7 +81,7 @@ class Engine:
         return {
             "versions": {"jax": jax.__version__, "flax": flax.__version__},
             "device": device.device_kind,
-            "precision": jax.config.jax_default_matmul_precision or default,
+            "precision": jax.config.values["jax_default_matmul_precision"] or default,
         }
 
     @property
@@ -86,23 +90,55 @@ class Engine:
         return float(np.exp(np.asarray(self.model.params["logit_scale"], np.float64)))
 
     def image_features(self, pixel_values: np.ndarray) -> np.ndarray:
-        """(batch, channels, height, width) to (batch, proj), not normalised; float32, or float64 for such a model."""
-        with self._exact():
+        """Encodes pictures.
+
+        Args:
+            pixel_values: (batch, channels, height, width), preprocessed.
+
+        Returns:
+            (batch, proj), not normalised; float32, or float64 for such a model.
+
+        Raises:
+            ValueError: The shape does not fit the model.
+        """
+        with self._wide():
             return self._numpy(self._image(pixel_values=pixel_values, params=self.model.params))
 
     def text_features(self, input_ids: np.ndarray, attention_mask: np.ndarray | None = None) -> np.ndarray:
-        """(batch, seq) to (batch, proj), not normalised; float32, or float64 for such a model."""
+        """Encodes texts.
+
+        Args:
+            input_ids: (batch, seq) integers.
+            attention_mask: (batch, seq), 1 for tokens and 0 for padding; all are tokens when None.
+
+        Returns:
+            (batch, proj), not normalised; float32, or float64 for such a model.
+
+        Raises:
+            ValueError: An id is outside the vocabulary, or a shape does not fit the model.
+        """
         checks.check_ids(input_ids, self.config.text_config.vocab_size, "input_ids")
-        with self._exact():
+        with self._wide():
             return self._numpy(self._text(input_ids=input_ids, attention_mask=attention_mask, params=self.model.params))
 
     def stages(
         self, input_ids: np.ndarray, attention_mask: np.ndarray | None, pixel_values: np.ndarray
     ) -> dict[str, np.ndarray]:
-        """Returns what the model computes on the way, named as by `clipmb.common.outputs.stages`."""
-        with self._exact(), jax.default_matmul_precision("highest"):
-            output = self.model(input_ids, pixel_values, attention_mask, output_hidden_states=True, return_dict=True)
-            features = self.text_features(input_ids, attention_mask), self.image_features(pixel_values)
+        """Returns what the model computes on the way, with float32 products in float32.
+
+        Args:
+            input_ids: (texts, seq) integers.
+            attention_mask: (texts, seq) or None.
+            pixel_values: (images, channels, height, width).
+
+        Returns:
+            Stage to array, named and ordered as by `clipmb.common.outputs.stages`.
+        """
+        with self._wide(), _exact():
+            ids, pixels = jnp.asarray(input_ids), jnp.asarray(pixel_values)
+            mask = None if attention_mask is None else jnp.asarray(attention_mask)
+            output: Any = self.model(ids, pixels, mask, output_hidden_states=True, return_dict=True)
+            features = self.model.get_text_features(ids, mask), self.model.get_image_features(pixels)
             return {name: self._numpy(value) for name, value in stages(output, *features).items()}
 
     def weights(self) -> dict[str, np.ndarray]:
@@ -110,13 +146,18 @@ class Engine:
         return self.model.to_arrays()
 
     def free(self) -> None:
-        """Lets go of the model and its memory."""
+        """Releases the model and its memory; the engine cannot be used afterwards."""
         del self.model, self._image, self._text
 
-    def _exact(self) -> contextlib.AbstractContextManager:
+    def _wide(self) -> contextlib.AbstractContextManager:
         """Lets a model of float64 compute in float64, whatever ``jax_enable_x64`` says outside."""
         return jax.enable_x64(True) if self.model.dtype == jnp.float64 else contextlib.nullcontext()
 
     @staticmethod
     def _numpy(array: Any) -> np.ndarray:
         return np.asarray(array if array.dtype in (jnp.float32, jnp.float64) else array.astype(jnp.float32))
+
+
+def _exact() -> contextlib.AbstractContextManager:
+    """Computes float32 products in float32, not in TF32 or bfloat16, within."""
+    return jax.default_matmul_precision("highest")

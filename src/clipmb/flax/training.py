@@ -6,7 +6,7 @@ goes back through the towers, and the parameters' gradients are added up over th
 towers do the first and the last part chunk by chunk, and the first without keeping anything.
 
 All of it is one compiled function, over a mesh of all devices of all processes. Batches are filled up to one size, with
-rows that count nowhere, so that it is compiled anew for other lengths of text only.
+rows that count nowhere, so that only another length of text compiles it again.
 
 Source: gradient caching, arXiv 2101.06983. The result does not depend on how the pairs are spread.
 """
@@ -46,7 +46,7 @@ except ImportError as error:
 AXIS = "data"  # of the mesh: rows of the batch, and with "fsdp" also one axis of each parameter, lie along it
 ROWS, WHOLE = PartitionSpec(AXIS), PartitionSpec()
 _JOINED = "joined"  # the name of what is not kept for the backward pass
-_LENGTHS = 16  # texts are filled up to a multiple of it, since another length compiles the step anew
+_LENGTHS = 16  # texts are filled up to a multiple of it, since another length compiles the step again
 
 
 def start_processes(recipe: Recipe) -> Processes:
@@ -83,12 +83,12 @@ def _initialize(**options: Any) -> None:
     try:
         jax.distributed.initialize(**options)
     except RuntimeError as error:
-        if "before" not in str(error):  # another trouble than that JAX is in use already
+        if "before" not in str(error):  # something else went wrong
             raise
         raise bad_input(
-            "A process joins the others before it uses JAX for anything else",
+            "start_processes() must be called before any other use of JAX",
             "a process with devices in use",
-            "Call start_processes, or clipmb.train, first of all",
+            "Call start_processes or clipmb.train first",
             shown=True,
         ) from error
 
@@ -99,7 +99,7 @@ def _started_by_cluster() -> bool:
 
 
 class Trainer:
-    """A model and its optimizer.
+    """A model and its optimizer, as `clipmb.backends.Trainer` describes it.
 
     The optimizer is optax's AdamW. It subtracts lr * decay * p together with lr times Adam's direction, where PyTorch
     multiplies p by 1 - lr * decay before: the same, but for rounding. Epsilon is added to the root of the corrected
@@ -120,7 +120,7 @@ class Trainer:
 
     def __init__(self, model: FlaxCLIPModel, recipe: Recipe, state: TrainingState | None = None) -> None:
         self.model, self.recipe = model, recipe
-        self.dtype = np.dtype("float64" if recipe.precision == "float64" else "float32")
+        self.dtype = np.dtype(recipe.parameter_dtype)
         self.table = [spec for spec in specs(model.config, "CLIPModel") if recipe.trains(spec)]
         if recipe.gradient_checkpointing:
             model.enable_gradient_checkpointing()
@@ -138,14 +138,12 @@ class Trainer:
             self._parameters = {spec.name: placed.pop(spec.name) for spec in self.table}
             self._frozen = placed
             if recipe.loss == "siglip":
-                value = (
-                    INITIAL_LOGIT_BIAS if state is None else float(state.tensors.get("logit_bias", INITIAL_LOGIT_BIAS))
-                )
+                value = INITIAL_LOGIT_BIAS if state is None else state.logit_bias
                 self._parameters[LOGIT_BIAS.name] = self._like(np.array(value), LOGIT_BIAS)
                 self.table.append(LOGIT_BIAS)
             self._lie = {name: self._spec(array.shape) for name, array in {**self._parameters, **self._frozen}.items()}
             self.optimizer = self._optimizer()
-            self._moments = self._beginning()
+            self._moments: Any = self._beginning()
         self.steps = 0
         if state is not None:
             self.steps = state.step
@@ -199,7 +197,7 @@ class Trainer:
         return Mesh(np.array(devices), (AXIS,))
 
     def _optimizer(self) -> optax.GradientTransformation:
-        # Without the learning rate, which `_stepped` is given anew each time.
+        # Without the learning rate, which every step passes to `_stepped`.
         recipe = self.recipe
         return optax.chain(
             optax.scale_by_adam(*recipe.betas, eps=recipe.eps),
@@ -231,26 +229,28 @@ class Trainer:
         Returns:
             ``loss`` over the whole batch, ``grad_norm`` before clipping, ``logit_scale`` (the factor, after the step),
             ``learning_rate`` and, for the sigmoid loss, ``logit_bias``.
+
+        Raises:
+            ValueError: Shapes or ids do not fit the model, or there are more pairs than ``batch_size``.
         """
         rate = self.recipe.rate(self.steps)
         with self._exact():
             self._parameters, self._moments, (loss, norm) = self._take_step(
-                self._parameters, self._moments, self._frozen, self._dropout(), np.array(rate, self.dtype),
-                self._gathered(batch),
+                self._parameters, self._moments, self._frozen, self._key(), np.array(rate, self.dtype),
+                self._inputs(batch),
             )  # fmt: skip
         self.steps += 1
         self._show()
-        scale = np.exp(_whole(self._parameters["logit_scale"]))
-        metrics = {"loss": float(loss), "grad_norm": float(norm), "logit_scale": float(scale)}
-        metrics["learning_rate"] = rate
+        scale = float(np.exp(_whole(self._parameters["logit_scale"])))
+        metrics = {"loss": float(loss), "grad_norm": float(norm), "logit_scale": scale, "learning_rate": rate}
         if self.logit_bias is not None:
             metrics["logit_bias"] = self.logit_bias
         return metrics
 
     def gradients(self, batch: Mapping[str, np.ndarray]) -> tuple[float, dict[str, np.ndarray]]:
-        """Returns the loss and its gradient, by canonical name and in canonical layout, without taking a step."""
+        """Returns the loss of a batch and its gradient, by canonical name in canonical layout; takes no step."""
         with self._exact():
-            loss, found = self._differentiate(self._parameters, self._frozen, self._dropout(), self._gathered(batch))
+            loss, found = self._differentiate(self._parameters, self._frozen, self._key(), self._inputs(batch))
         return float(loss), self._canonical(found, self.table)
 
     def weights(self) -> dict[str, np.ndarray]:
@@ -258,7 +258,7 @@ class Trainer:
         return self._canonical({**self._parameters, **self._frozen}, self._all_specs())
 
     def moments(self) -> dict[str, np.ndarray]:
-        """Returns AdamW's moments as `TrainingState` holds them; zeros before the first step."""
+        """Returns AdamW's moments under the names of `TrainingState.tensors`; zeros before the first step."""
         found = {}
         for part, values in ((FIRST, self._moments[0].mu), (SECOND, self._moments[0].nu)):
             found.update({part + name: array for name, array in self._canonical(values, self.table).items()})
@@ -271,7 +271,7 @@ class Trainer:
         return None if bias is None else float(bias)
 
     def engine(self) -> Engine:
-        """Returns what encodes with the weights of this moment; it is valid until the next step."""
+        """Returns an engine with the weights of this moment; it is valid until the next step."""
         model = self.model
         if self.mesh.size > 1:  # evaluation runs on one device of each process
             with self._exact():
@@ -289,6 +289,7 @@ class Trainer:
         """Returns parameters and moments after a step, and the loss and the norm of the gradient before it."""
         loss, gradients = self._backward(parameters, frozen, key, batch)
         norm, gradients = self._clip(gradients)
+        updates: Any
         updates, moments = self.optimizer.update(gradients, moments, parameters)
         parameters = {name: parameter - rate * updates[name] for name, parameter in parameters.items()}
         parameters["logit_scale"] = jnp.minimum(parameters["logit_scale"], MAX_LOGIT_SCALE)
@@ -303,7 +304,7 @@ class Trainer:
             parameters: Those that are trained, by canonical name, in linen's layouts.
             frozen: The others.
             key: (2,) of this step, for dropout.
-            batch: As `_gathered` returns it.
+            batch: As `_inputs` returns it.
         """
         lie = {name: self._lie[name] for name in parameters}
         return jax.shard_map(
@@ -326,22 +327,26 @@ class Trainer:
             return self._encode({**trained, **frozen}, key, *part)
 
         if self._chunks == 1:
-            features, back = jax.vjp(encode, parameters, tuple(part[0] for part in inputs))
+            (text, image), pull = jax.vjp(encode, parameters, tuple(part[0] for part in inputs))
+
+            def back(split: tuple[Array, Array]) -> dict[str, Array]:
+                return pull(split)[0]
+
         else:
             features = jax.lax.map(lambda part: encode(parameters, part), inputs)
-            features = tuple(part.reshape(len(valid), -1) for part in features)
-        scalars = {name: parameters[name] for name in ("logit_scale", LOGIT_BIAS.name) if name in parameters}
-        loss, split, of_scalars = self._loss(*features, valid, scalars)
-        if self._chunks == 1:
-            gradients, _ = back(split)
-        else:
-            split = tuple(part.reshape(self._chunks, -1, part.shape[-1]) for part in split)
+            text, image = (part.reshape(len(valid), -1) for part in features)
 
             def add(total: dict[str, Array], part: Any) -> tuple[dict[str, Array], None]:
-                _, back = jax.vjp(lambda trained: encode(trained, part[0]), parameters)
-                return jax.tree.map(jnp.add, total, *back(part[1])), None
+                _, pull = jax.vjp(lambda trained: encode(trained, part[0]), parameters)
+                return jax.tree.map(jnp.add, total, *pull(part[1])), None
 
-            gradients, _ = jax.lax.scan(add, jax.tree.map(jnp.zeros_like, parameters), (inputs, split))
+            def back(split: tuple[Array, Array]) -> dict[str, Array]:
+                chunks = tuple(part.reshape(self._chunks, -1, part.shape[-1]) for part in split)
+                return jax.lax.scan(add, jax.tree.map(jnp.zeros_like, parameters), (inputs, chunks))[0]
+
+        scalars = {name: parameters[name] for name in ("logit_scale", LOGIT_BIAS.name) if name in parameters}
+        loss, split, of_scalars = self._loss(text, image, valid, scalars)
+        gradients = back(split)
         summed = {  # that of a shard is summed already, where it was gathered
             name: gradient if self._lie[name] != WHOLE else jax.lax.psum(gradient, AXIS)
             for name, gradient in gradients.items()
@@ -354,16 +359,17 @@ class Trainer:
     ) -> tuple[Array, Array]:
         """Returns the features of a chunk; the same ones, with the same dropout, each time in a step."""
         key = jax.random.fold_in(jax.random.wrap_key_data(key, impl="threefry2x32"), jax.lax.axis_index(AXIS))
+        config = self.model.config
         options: dict[str, Any] = {
-            "deterministic": not self.model._dropout(),
+            "deterministic": not (config.text_config.attention_dropout or config.vision_config.attention_dropout),
             "rngs": {"dropout": jax.random.fold_in(key, chunk)},
         }
 
         def features(parameters: dict[str, Array]) -> tuple[Array, Array]:
             variables = {"params": self._tree({name: self._joined(name, part) for name, part in parameters.items()})}
-            text = self._towers.apply(variables, input_ids, method="get_text_features", **options)
+            text: Any = self._towers.apply(variables, input_ids, method="get_text_features", **options)
             pixels = pixel_values.transpose(0, 2, 3, 1)  # channels last
-            image = self._towers.apply(variables, pixels, method="get_image_features", **options)
+            image: Any = self._towers.apply(variables, pixels, method="get_image_features", **options)
             wide = statistics_dtype(text.dtype)
             return text.astype(wide), image.astype(wide)
 
@@ -379,7 +385,7 @@ class Trainer:
         whole = jax.lax.all_gather(parameter, AXIS, axis=self._lie[name].index(AXIS), tiled=True)
         return checkpoint_name(whole, _JOINED)
 
-    def _dropout(self) -> np.ndarray:
+    def _key(self) -> np.ndarray:
         """Returns the key of this step, from which that of each device and chunk is made."""
         return np.random.SeedSequence((self.recipe.seed, self.steps)).generate_state(2, np.uint32)
 
@@ -422,7 +428,7 @@ class Trainer:
         devices = len(self.mesh.local_devices)
         return chunks, -(-share // (chunks * devices)) * chunks * devices
 
-    def _gathered(self, batch: Mapping[str, np.ndarray]) -> dict[str, Array]:
+    def _inputs(self, batch: Mapping[str, np.ndarray]) -> dict[str, Array]:
         """Puts the rows of all processes on their devices.
 
         Returns:
@@ -495,8 +501,8 @@ class Trainer:
         return {spec.name: KINDS[spec.kind].to_canonical(_whole(arrays[spec.name])) for spec in table}
 
     def _show(self) -> None:
-        """Lets the model have the parameters of this moment."""
-        self.model._params = self._tree({**self._parameters, **self._frozen})
+        """Gives the model the parameters of this moment."""
+        self.model.params = self._tree({**self._parameters, **self._frozen})
 
     def _tree(self, parameters: Mapping[str, Array]) -> dict[str, Any]:
         """Arranges parameters of canonical names as the model does."""

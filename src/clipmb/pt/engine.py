@@ -1,4 +1,4 @@
-"""The PyTorch model behind numpy: what the pipeline, the command line and verification know of it."""
+"""The PyTorch model behind numpy."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from clipmb.pt.tensors import from_numpy, to_numpy
 
 
 class Engine:
-    """A loaded CLIP that takes and gives numpy.
+    """A loaded CLIP that takes and returns numpy arrays, as `clipmb.backends.Engine` describes it.
 
     Args:
         model: A whole CLIP.
@@ -54,7 +54,11 @@ class Engine:
             dtype: "float32" (the default), "float16", "bfloat16" or "float64".
             device: As PyTorch names it; the CPU when None.
             compile: As in the constructor.
-            **options: As in ``from_pretrained``.
+            **options: The other options of ``from_pretrained``.
+
+        Raises:
+            CheckpointError: The files cannot be found or read, or do not fit.
+            ValueError: The dtype or the device does not exist.
         """
         return cls(CLIPModel.from_pretrained(name_or_path, dtype=dtype, device=device, **options), compile=compile)
 
@@ -76,12 +80,33 @@ class Engine:
 
     @torch.inference_mode()
     def image_features(self, pixel_values: np.ndarray) -> np.ndarray:
-        """(batch, channels, height, width) to (batch, proj), not normalised; float32, or float64 for such a model."""
+        """Encodes pictures.
+
+        Args:
+            pixel_values: (batch, channels, height, width), preprocessed.
+
+        Returns:
+            (batch, proj), not normalised; float32, or float64 for such a model.
+
+        Raises:
+            ValueError: The shape does not fit the model.
+        """
         return self._numpy(self._image(pixel_values=self._tensor(pixel_values)))
 
     @torch.inference_mode()
     def text_features(self, input_ids: np.ndarray, attention_mask: np.ndarray | None = None) -> np.ndarray:
-        """(batch, seq) to (batch, proj), not normalised; float32, or float64 for such a model."""
+        """Encodes texts.
+
+        Args:
+            input_ids: (batch, seq) integers.
+            attention_mask: (batch, seq), 1 for tokens and 0 for padding; all are tokens when None.
+
+        Returns:
+            (batch, proj), not normalised; float32, or float64 for such a model.
+
+        Raises:
+            ValueError: An id is outside the vocabulary, or a shape does not fit the model.
+        """
         checks.check_ids(input_ids, self.config.text_config.vocab_size, "input_ids")
         mask = None if attention_mask is None else self._tensor(attention_mask)
         return self._numpy(self._text(input_ids=self._tensor(input_ids), attention_mask=mask))
@@ -90,7 +115,16 @@ class Engine:
     def stages(
         self, input_ids: np.ndarray, attention_mask: np.ndarray | None, pixel_values: np.ndarray
     ) -> dict[str, np.ndarray]:
-        """Returns what the model computes on the way, named as by `clipmb.common.outputs.stages`."""
+        """Returns what the model computes on the way, with float32 products in float32.
+
+        Args:
+            input_ids: (texts, seq) integers.
+            attention_mask: (texts, seq) or None.
+            pixel_values: (images, channels, height, width).
+
+        Returns:
+            Stage to array, named and ordered as by `clipmb.common.outputs.stages`.
+        """
         ids, pixels = self._tensor(input_ids), self._tensor(pixel_values)
         mask = None if attention_mask is None else self._tensor(attention_mask)
         with _exact():
@@ -103,7 +137,7 @@ class Engine:
         return self.model.to_arrays()
 
     def free(self) -> None:
-        """Lets go of the model and its memory."""
+        """Releases the model and its memory; the engine cannot be used afterwards."""
         del self.model, self._image, self._text
         if torch.cuda.is_available():
             torch.cuda.empty_cache()

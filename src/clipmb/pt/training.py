@@ -27,7 +27,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from clipmb.common.errors import bad_input
 from clipmb.common.hub import Source
-from clipmb.common.parameters import specs
+from clipmb.common.parameters import Spec, specs
 from clipmb.common.training.recipe import INITIAL_LOGIT_BIAS, LOGIT_BIAS, MAX_LOGIT_SCALE, Processes, Recipe, decays
 from clipmb.common.training.state import FIRST, SECOND, TrainingState
 from clipmb.pt.engine import Engine
@@ -74,7 +74,7 @@ class Towers(nn.Module):
 
 
 class Trainer:
-    """A model and its optimizer.
+    """A model and its optimizer, as `clipmb.backends.Trainer` describes it.
 
     Args:
         model: A whole CLIP; its parameters become float32, or float64 with that precision.
@@ -89,7 +89,7 @@ class Trainer:
 
     def __init__(self, model: CLIPModel, recipe: Recipe, state: TrainingState | None = None) -> None:
         self.model, self.recipe = model, recipe
-        model.to(torch.float64 if recipe.precision == "float64" else torch.float32)
+        model.to(getattr(torch, recipe.parameter_dtype))
         self.table = [spec for spec in specs(model.config, "CLIPModel") if recipe.trains(spec)]
         trained = {spec.name for spec in self.table}
         for name, parameter in model.named_parameters():
@@ -100,7 +100,7 @@ class Trainer:
         self._towers = self._distributed(Towers(model))
         self._parameters = {spec.name: model.get_parameter(spec.name) for spec in self.table}
         if recipe.loss == "siglip":
-            value = INITIAL_LOGIT_BIAS if state is None else float(state.tensors.get("logit_bias", INITIAL_LOGIT_BIAS))
+            value = INITIAL_LOGIT_BIAS if state is None else state.logit_bias
             bias = torch.tensor(value, dtype=model.logit_scale.dtype, device=model.logit_scale.device)
             self._parameters[LOGIT_BIAS.name] = nn.Parameter(bias)
             self.table.append(LOGIT_BIAS)
@@ -184,6 +184,9 @@ class Trainer:
         Returns:
             ``loss`` over the whole batch, ``grad_norm`` before clipping, ``logit_scale`` (the factor, after the step),
             ``learning_rate`` and, for the sigmoid loss, ``logit_bias``.
+
+        Raises:
+            ValueError: Shapes or ids do not fit the model.
         """
         loss = self._backward(batch)
         norm = self._clip()
@@ -195,16 +198,16 @@ class Trainer:
         self.steps += 1
         with torch.no_grad():
             self.model.logit_scale.clamp_(max=MAX_LOGIT_SCALE)
-        metrics = {"loss": loss, "grad_norm": norm, "logit_scale": float(self.model.logit_scale.detach().exp())}
-        metrics["learning_rate"] = rate
+        scale = float(self.model.logit_scale.detach().exp())
+        metrics = {"loss": loss, "grad_norm": norm, "logit_scale": scale, "learning_rate": rate}
         if self.logit_bias is not None:
             metrics["logit_bias"] = self.logit_bias
         return metrics
 
     def gradients(self, batch: Mapping[str, np.ndarray]) -> tuple[float, dict[str, np.ndarray]]:
-        """Returns the loss and its gradient, by canonical name and in canonical layout, without taking a step."""
+        """Returns the loss of a batch and its gradient, by canonical name in canonical layout; takes no step."""
         loss = self._backward(batch)
-        found = {name: to_numpy(_whole(parameter.grad)).copy() for name, parameter in self._parameters.items()}
+        found = {name: to_numpy(_whole(_gradient(parameter))).copy() for name, parameter in self._parameters.items()}
         self.optimizer.zero_grad()
         return loss, found
 
@@ -213,7 +216,7 @@ class Trainer:
         return {spec.name: to_numpy(_whole(self.model.get_parameter(spec.name))) for spec in self._all_specs()}
 
     def moments(self) -> dict[str, np.ndarray]:
-        """Returns AdamW's moments as `TrainingState` holds them; zeros before the first step."""
+        """Returns AdamW's moments under the names of `TrainingState.tensors`; zeros before the first step."""
         found = {}
         for name, parameter in self._parameters.items():
             state = self.optimizer.state.get(parameter, {})
@@ -228,7 +231,7 @@ class Trainer:
         return None if bias is None else float(bias.detach())
 
     def engine(self) -> Engine:
-        """Returns what encodes with the weights of this moment; it is valid until the next step."""
+        """Returns an engine with the weights of this moment; it is valid until the next step."""
         model = self.model
         if self.recipe.distributed == "fsdp":  # whose modules work only as a whole
             model = CLIPModel.from_pretrained(
@@ -236,15 +239,19 @@ class Trainer:
             )
         return Engine(model)
 
-    def _all_specs(self) -> list[Any]:
+    def _all_specs(self) -> list[Spec]:
         return specs(self.model.config, "CLIPModel")
+
+    def _inputs(self, batch: Mapping[str, np.ndarray]) -> tuple[Tensor, Tensor]:
+        """Puts the pairs of this process on its device."""
+        input_ids, pixel_values = (from_numpy(np.ascontiguousarray(batch[k])) for k in ("input_ids", "pixel_values"))
+        scale = self.model.logit_scale
+        return input_ids.to(scale.device), pixel_values.to(scale.device, scale.dtype)
 
     def _backward(self, batch: Mapping[str, np.ndarray]) -> float:
         """Leaves the gradient of the loss over the whole batch in the parameters, and returns the loss."""
         self.model.train()
-        device = self.model.logit_scale.device
-        input_ids = from_numpy(np.ascontiguousarray(batch["input_ids"])).to(device)
-        pixel_values = from_numpy(np.ascontiguousarray(batch["pixel_values"])).to(device, self.model.logit_scale.dtype)
+        input_ids, pixel_values = self._inputs(batch)
         sizes = self._sizes(len(input_ids))
         chunks = 1 if self.recipe.chunk_size is None else max(1, -(-max(sizes) // self.recipe.chunk_size))
         parts = list(zip(torch.tensor_split(input_ids, chunks), torch.tensor_split(pixel_values, chunks), strict=True))
@@ -253,8 +260,8 @@ class Trainer:
         else:
             with torch.no_grad():
                 features = [self._encode(place, *part) for place, part in enumerate(parts)]
-        whole = [torch.cat(found).detach() for found in zip(*features, strict=True)]
-        loss, gradients = self._loss(*whole, sizes)
+        text, image = (torch.cat(found).detach() for found in zip(*features, strict=True))
+        loss, gradients = self._loss(text, image, sizes)
         split = list(zip(*(torch.tensor_split(gradient, chunks) for gradient in gradients), strict=True))
         for place, part in enumerate(parts):
             with self._unsynchronised(place < chunks - 1):
@@ -285,7 +292,9 @@ class Trainer:
 
     def _unsynchronised(self, wanted: bool) -> contextlib.AbstractContextManager:
         """Lets DDP wait for the last chunk before it adds up over the processes."""
-        return self._towers.no_sync() if wanted and self.recipe.distributed == "data" else contextlib.nullcontext()
+        if wanted and isinstance(self._towers, DistributedDataParallel):
+            return self._towers.no_sync()
+        return contextlib.nullcontext()
 
     def _loss(self, text: Tensor, image: Tensor, sizes: list[int]) -> tuple[float, tuple[Tensor, Tensor]]:
         """Returns the loss over the rows of all processes and its gradient with respect to those of this one.
@@ -344,6 +353,11 @@ class Trainer:
             for gradient in gradients:
                 gradient.mul_(factor.to(gradient.dtype))
         return float(norm)
+
+
+def _gradient(parameter: nn.Parameter) -> Tensor:
+    """Returns the gradient of a parameter, which is zero where the loss does not depend on it."""
+    return torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
 
 
 def _whole(tensor: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""The TensorFlow model behind numpy: what the pipeline, the command line and verification know of it."""
+"""The TensorFlow model behind numpy."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from clipmb.tf.modeling import TFCLIPModel
 
 
 class Engine:
-    """A loaded CLIP that takes and gives numpy.
+    """A loaded CLIP that takes and returns numpy arrays, as `clipmb.backends.Engine` describes it.
 
     Args:
         model: A whole CLIP.
@@ -60,7 +60,11 @@ class Engine:
             dtype: "float32" (the default), "float16", "bfloat16" or "float64".
             device: As TensorFlow names it ("gpu", "/GPU:1"), or "cuda"; TensorFlow's own choice when None.
             compile: As in the constructor.
-            **options: As in ``from_pretrained``.
+            **options: The other options of ``from_pretrained``.
+
+        Raises:
+            CheckpointError: The files cannot be found or read, or do not fit.
+            ValueError: The dtype or the device does not exist.
         """
         with _placed(device):
             engine = cls(TFCLIPModel.from_pretrained(name_or_path, dtype=dtype, **options), compile=compile)
@@ -84,12 +88,33 @@ class Engine:
         return float(np.exp(self.model.logit_scale.numpy().astype(np.float64)))
 
     def image_features(self, pixel_values: np.ndarray) -> np.ndarray:
-        """(batch, channels, height, width) to (batch, proj), not normalised; float32, or float64 for such a model."""
+        """Encodes pictures.
+
+        Args:
+            pixel_values: (batch, channels, height, width), preprocessed.
+
+        Returns:
+            (batch, proj), not normalised; float32, or float64 for such a model.
+
+        Raises:
+            ValueError: The shape does not fit the model.
+        """
         with _placed(self._device):
             return self._numpy(self._image(self._pixels(pixel_values)))
 
     def text_features(self, input_ids: np.ndarray, attention_mask: np.ndarray | None = None) -> np.ndarray:
-        """(batch, seq) to (batch, proj), not normalised; float32, or float64 for such a model."""
+        """Encodes texts.
+
+        Args:
+            input_ids: (batch, seq) integers.
+            attention_mask: (batch, seq), 1 for tokens and 0 for padding; all are tokens when None.
+
+        Returns:
+            (batch, proj), not normalised; float32, or float64 for such a model.
+
+        Raises:
+            ValueError: An id is outside the vocabulary, or a shape does not fit the model.
+        """
         checks.check_ids(input_ids, self.config.text_config.vocab_size, "input_ids")
         with _placed(self._device):
             return self._numpy(self._text(*self._ids(input_ids, attention_mask)))
@@ -97,7 +122,16 @@ class Engine:
     def stages(
         self, input_ids: np.ndarray, attention_mask: np.ndarray | None, pixel_values: np.ndarray
     ) -> dict[str, np.ndarray]:
-        """Returns what the model computes on the way, named as by `clipmb.common.outputs.stages`."""
+        """Returns what the model computes on the way, with float32 products in float32.
+
+        Args:
+            input_ids: (texts, seq) integers.
+            attention_mask: (texts, seq) or None.
+            pixel_values: (images, channels, height, width).
+
+        Returns:
+            Stage to array, named and ordered as by `clipmb.common.outputs.stages`.
+        """
         with _placed(self._device), _exact():
             (ids, mask), pixels = self._ids(input_ids, attention_mask), self._pixels(pixel_values)
             output = self.model(ids, pixels, mask, output_hidden_states=True, return_dict=True)
@@ -109,7 +143,7 @@ class Engine:
         return self.model.to_arrays()
 
     def free(self) -> None:
-        """Lets go of the model and its memory."""
+        """Releases the model and its memory; the engine cannot be used afterwards."""
         del self.model, self._image, self._text
         gc.collect()  # Keras layers and traced functions refer to each other
 

@@ -42,9 +42,9 @@ class AdamW:
             step: () float64, the number of this step, from 1.
         """
         # In float64 whatever the parameters are: 1 - beta^step loses digits.
-        beta1, beta2 = self.recipe.betas
-        root = tf.sqrt(1 - beta2**step)
-        numbers = rate * self.recipe.weight_decay, rate * root / (1 - beta1**step), self.recipe.eps * root
+        power1, power2 = (tf.pow(tf.constant(beta, tf.float64), step) for beta in self.recipe.betas)
+        root = tf.sqrt(1 - power2)
+        numbers = rate * self.recipe.weight_decay, rate * root / (1 - power1), self.recipe.eps * root
         tf.distribute.get_replica_context().merge_call(self._apply, (dict(gradients), *numbers))
 
     def _apply(self, strategy: tf.distribute.Strategy, gradients: dict[str, Tensor], *numbers: Tensor) -> None:

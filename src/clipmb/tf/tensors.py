@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Any, cast
@@ -13,6 +13,7 @@ import keras
 import numpy as np
 import optree
 import tensorflow as tf
+from tensorflow import Tensor
 
 from clipmb.common.checkpoint import OwnArrays
 from clipmb.common.errors import bad_input
@@ -63,6 +64,23 @@ def from_numpy(array: np.ndarray, dtype: str, axes: tuple[int, ...] = ()) -> tf.
     """Copies an array into a tensor of a dtype, transposed."""
     tensor = tf.cast(tf.convert_to_tensor(array), dtype)
     return tf.transpose(tensor, axes) if axes else tensor
+
+
+def fold_in(seed: Tensor, data: int | Tensor) -> Tensor:
+    """Returns the seed, (2,) int32, that another seed and a number make; its types say less than TensorFlow takes."""
+    return cast("Tensor", tf.random.fold_in(seed, cast("int", data)))
+
+
+def gradients_of(tape: tf.GradientTape, target: Any, sources: Sequence[Any], weights: Any = None) -> list[Tensor]:
+    """Returns the gradients of a target with respect to sources that it depends on, an embedding's as dense tensors.
+
+    Args:
+        tape: What recorded the computation.
+        target: A tensor, or several.
+        sources: Tensors or variables.
+        weights: The gradients with respect to the target; 1 when None.
+    """
+    return [tf.convert_to_tensor(gradient) for gradient in tape.gradient(target, sources, weights)]
 
 
 @contextmanager

@@ -36,7 +36,7 @@ from clipmb.tf.engine import Engine
 from clipmb.tf.losses import clip_loss, normalize, siglip_loss
 from clipmb.tf.modeling import TFCLIPModel
 from clipmb.tf.optimizer import AdamW
-from clipmb.tf.tensors import seeds
+from clipmb.tf.tensors import fold_in, gradients_of, seeds
 
 POLICIES = {"float32": "float32", "bfloat16": "mixed_bfloat16", "float64": "float64"}  # of Keras, by precision
 _SCALARS = ("logit_scale", LOGIT_BIAS.name)  # the parameters of the loss, which no tower has
@@ -55,7 +55,7 @@ def start_processes(recipe: Recipe) -> Processes:
     global _strategy
     if recipe.distributed == "fsdp":
         raise bad_input(
-            "TensorFlow cannot divide parameters among devices",
+            "FSDP is not available in TensorFlow",
             "distributed='fsdp'",
             "Use distributed='data', or the backend pt or flax",
             shown=True,
@@ -77,12 +77,12 @@ def _new_strategy(several_processes: bool) -> tf.distribute.Strategy:
     try:
         return tf.distribute.MultiWorkerMirroredStrategy()
     except RuntimeError as error:
-        if "program startup" not in str(error):  # another trouble than that TensorFlow is in use already
+        if "program startup" not in str(error):  # something else went wrong
             raise
         raise bad_input(
-            "A process joins the others before it uses TensorFlow for anything else",
+            "start_processes() must be called before any other use of TensorFlow",
             "a process with devices in use",
-            "Call start_processes, or clipmb.train, first of all",
+            "Call start_processes or clipmb.train first",
             shown=True,
         ) from error
 
@@ -93,7 +93,7 @@ def scope() -> contextlib.AbstractContextManager:
 
 
 class Trainer:
-    """A model and its optimizer.
+    """A model and its optimizer, as `clipmb.backends.Trainer` describes it.
 
     Args:
         model: A whole CLIP, made within `scope`; one with another dtype policy than the precision needs, or made
@@ -119,7 +119,7 @@ class Trainer:
             model.gradient_checkpointing_enable()
         self._parameters = {spec.name: model.parameter(spec) for spec in self.table}
         if recipe.loss == "siglip":
-            value = INITIAL_LOGIT_BIAS if state is None else state.tensors.get("logit_bias", INITIAL_LOGIT_BIAS)
+            value = INITIAL_LOGIT_BIAS if state is None else state.logit_bias
             with self.strategy.scope():
                 bias = keras.Variable(np.array(value, np.float64), dtype=model.logit_scale.dtype, name="logit_bias")
             self._parameters[LOGIT_BIAS.name] = bias
@@ -200,20 +200,22 @@ class Trainer:
         Returns:
             ``loss`` over the whole batch, ``grad_norm`` before clipping, ``logit_scale`` (the factor, after the step),
             ``learning_rate`` and, for the sigmoid loss, ``logit_bias``.
+
+        Raises:
+            ValueError: Shapes or ids do not fit the model.
         """
         rate = self.recipe.rate(self.steps)
         schedule = tf.constant((rate, self.steps + 1), tf.float64)
         loss, norm = self._traced_step(schedule, *self._inputs(batch))
         self.steps += 1
-        metrics = {"loss": float(loss), "grad_norm": float(norm)}
-        metrics["logit_scale"] = float(np.exp(self.model.logit_scale.numpy()))
-        metrics["learning_rate"] = rate
+        scale = float(np.exp(self.model.logit_scale.numpy()))
+        metrics = {"loss": float(loss), "grad_norm": float(norm), "logit_scale": scale, "learning_rate": rate}
         if self.logit_bias is not None:
             metrics["logit_bias"] = self.logit_bias
         return metrics
 
     def gradients(self, batch: Mapping[str, np.ndarray]) -> tuple[float, dict[str, np.ndarray]]:
-        """Returns the loss and its gradient, by canonical name and in canonical layout, without taking a step."""
+        """Returns the loss of a batch and its gradient, by canonical name in canonical layout; takes no step."""
         loss, gradients = self._traced_gradients(*self._inputs(batch))
         return float(loss), {
             spec.name: KINDS[spec.kind].to_canonical(gradients[spec.name].numpy()) for spec in self.table
@@ -224,7 +226,7 @@ class Trainer:
         return self.model.to_arrays()
 
     def moments(self) -> dict[str, np.ndarray]:
-        """Returns AdamW's moments as `TrainingState` holds them; zeros before the first step."""
+        """Returns AdamW's moments under the names of `TrainingState.tensors`; zeros before the first step."""
         found = {}
         for part, moments in zip((FIRST, SECOND), (self.optimizer.first, self.optimizer.second), strict=True):
             for spec in self.table:
@@ -238,7 +240,7 @@ class Trainer:
         return None if bias is None else float(bias.numpy())
 
     def engine(self) -> Engine:
-        """Returns what encodes with the weights of this moment; it is valid until the next step."""
+        """Returns an engine with the weights of this moment; it is valid until the next step."""
         model = self.model
         if self.recipe.precision == "bfloat16":  # whose layers cannot compute in float32
             model = TFCLIPModel.from_pretrained(None, config=model.config, state_dict=self.weights(), dtype="float32")
@@ -316,16 +318,15 @@ class Trainer:
         def encode(place: int | Tensor) -> tuple[Tensor, Tensor]:
             return self._encode(place, rows(place, input_ids), rows(place, pixel_values), seed)
 
-        def pulled(tape: tf.GradientTape, place: int | Tensor, outputs: Any, gradients: Any) -> list[Tensor]:
-            weights = [tf.cast(rows(place, g), o.dtype) for o, g in zip(outputs, gradients, strict=True)]
-            found = tape.gradient(outputs, variables, weights)
-            return [tf.convert_to_tensor(gradient) for gradient in found]  # an embedding's are sparse
+        def pulled(tape: tf.GradientTape, place: int | Tensor, outputs: Any, features: Any) -> list[Tensor]:
+            weights = [tf.cast(rows(place, g), o.dtype) for o, g in zip(outputs, features, strict=True)]
+            return gradients_of(tape, outputs, variables, weights)
 
         if chunk is None:
             with _watching(variables) as tape:
                 features = encode(0)
-            loss, gradients, scalars = self._loss(*features, valid)
-            found = pulled(tape, 0, features, gradients)
+            loss, split, scalars = self._loss(*features, valid)
+            found = pulled(tape, 0, features, split)
         else:
             chunks = -(-tf.shape(input_ids)[0] // chunk)
             shape = (None, self.model.config.projection_dim)
@@ -337,19 +338,20 @@ class Trainer:
             def second(place: Tensor, *sums: Tensor) -> tuple[Any, ...]:
                 with _watching(variables) as tape:
                     outputs = encode(place)
-                return place + 1, *map(tf.add, sums, pulled(tape, place, outputs, gradients))
+                return place + 1, *map(tf.add, sums, pulled(tape, place, outputs, split))
 
             def more(place: Tensor, *_: Any) -> Tensor:
                 return place < chunks
 
             _, *kept = tf.while_loop(more, first, (0, *empty), parallel_iterations=1)
-            loss, gradients, scalars = self._loss(*(array.concat() for array in kept), valid)
+            text, image = (array.concat() for array in kept)
+            loss, split, scalars = self._loss(text, image, valid)
             zeros = [tf.zeros_like(variable) for variable in variables]
             _, *found = tf.while_loop(more, second, (0, *zeros), parallel_iterations=1)
         if self._replicas > 1:
             found = tf.distribute.get_replica_context().all_reduce(tf.distribute.ReduceOp.SUM, found)
-        gradients = dict(zip([name for name in self._parameters if name not in _SCALARS], found, strict=True))
-        return loss, {**gradients, **scalars}
+        names = [name for name in self._parameters if name not in _SCALARS]
+        return loss, {**dict(zip(names, found, strict=True)), **scalars}
 
     def _own(self, input_ids: Tensor, pixel_values: Tensor, size: Tensor, seed: Tensor) -> tuple[Any, ...]:
         """Returns the rows of this device, which of them are real (None for all), and its seed."""
@@ -361,15 +363,14 @@ class Trainer:
                 own = slice(place * rows, (place + 1) * rows)
                 input_ids, pixel_values = input_ids[own], pixel_values[own]
         valid = None if self._replicas == 1 else place * rows + tf.range(rows) < size
-        return input_ids, pixel_values, valid, tf.random.experimental.stateless_fold_in(seed, place)
+        return input_ids, pixel_values, valid, fold_in(seed, place)
 
     def _encode(
         self, chunk: int | Tensor, input_ids: Tensor, pixel_values: Tensor, seed: Tensor
     ) -> tuple[Tensor, Tensor]:
         """Returns the features of a chunk; the same ones, with the same dropout, each time in a step."""
-        fold = tf.random.experimental.stateless_fold_in
-        key, draws = fold(seed, chunk), itertools.count()
-        with seeds(lambda: fold(key, next(draws))):  # the generators of the towers are variables: devices share none
+        key, draws = fold_in(seed, chunk), itertools.count()
+        with seeds(lambda: fold_in(key, next(draws))):  # the generators of the towers are variables: devices share none
             text = self.model.get_text_features(input_ids, training=True)
             return text, self.model.get_image_features(pixel_values, training=True)
 
@@ -400,11 +401,10 @@ class Trainer:
                 embeds = [tf.where(valid[:, None], leaf, 1) for leaf in embeds]
             embeds = [normalize(leaf) for leaf in embeds]
             loss = loss_of(*embeds, *leaves[2:], valid=valid, rows=own if local else None)
-        gradients = tape.gradient(loss, leaves)
+        text, image, *rest = gradients_of(tape, loss, leaves)
         if local:
             context = tf.distribute.get_replica_context()
-            loss, *gradients = context.all_reduce(tf.distribute.ReduceOp.SUM, [loss, *gradients])
-        text, image, *rest = gradients
+            loss, text, image, *rest = context.all_reduce(tf.distribute.ReduceOp.SUM, [loss, text, image, *rest])
         return loss, (text[own], image[own]), dict(zip(scalars, rest, strict=True))
 
     def _rows(self, valid: Tensor | None) -> tuple[slice, Tensor | None]:

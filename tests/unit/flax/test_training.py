@@ -317,5 +317,5 @@ def test_processes(monkeypatch):
         start_processes(recipe(distributed="data"))
     monkeypatch.setenv("JAX_NUM_PROCESSES", "2")
     jax.devices()
-    with pytest.raises(ValueError, match="before it uses JAX"):
+    with pytest.raises(ValueError, match="before any other use of JAX"):
         start_processes(recipe(distributed="data"))

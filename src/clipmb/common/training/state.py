@@ -20,7 +20,7 @@ from clipmb.common.checkpoint.tensors import lazy
 from clipmb.common.errors import CheckpointError
 from clipmb.common.parameters import Spec
 from clipmb.common.saving import Transaction, finish
-from clipmb.common.training.recipe import Recipe
+from clipmb.common.training.recipe import INITIAL_LOGIT_BIAS, LOGIT_BIAS, Recipe
 
 STATE_NAME = "training_state.safetensors"
 FIRST, SECOND = "first_moment.", "second_moment."
@@ -85,6 +85,11 @@ class TrainingState:
         except (KeyError, TypeError, ValueError) as error:
             raise CheckpointError(f"{path} is not a training state of version {_VERSION}: {error}") from error
         return state
+
+    @property
+    def logit_bias(self) -> float:
+        """The bias of the sigmoid loss; its initial value where the run has none yet."""
+        return float(self.tensors.get(LOGIT_BIAS.name, INITIAL_LOGIT_BIAS))
 
     def moments(self, table: list[Spec]) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
         """Returns the first and the second moment by canonical name.
