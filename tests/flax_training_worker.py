@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import pickle
 import sys
+from dataclasses import astuple
 from pathlib import Path
 from typing import Any
 
@@ -183,9 +184,9 @@ def two(rank: int, port: int) -> dict[str, Any]:
         JAX_COORDINATOR_ADDRESS=f"127.0.0.1:{port}", JAX_NUM_PROCESSES="2", JAX_PROCESS_ID=str(rank)
     )  # fmt: skip
     changed = {"distributed": "fsdp", "local_loss": True, "chunk_size": 2}
-    processes = start_processes(chosen(**changed))
+    processes = astuple(start_processes(chosen(**changed)))
     made = trainer(**changed)
-    found = {"processes": tuple(processes), "steps": steps(made, *processes), "shards": shards(made)}
+    found = {"processes": processes, "steps": steps(made, *processes), "shards": shards(made)}
     found["engine"] = made.engine().text_features(batch(3)["input_ids"])
     return found
 

@@ -6,6 +6,7 @@ Run by torchrun; arguments: the mode ("data" or "fsdp") and the folder for the r
 from __future__ import annotations
 
 import sys
+from dataclasses import astuple
 from pathlib import Path
 
 import numpy as np
@@ -18,7 +19,7 @@ from clipmb.pt.training import Trainer, start_processes
 
 def main() -> None:
     mode, folder = sys.argv[1], Path(sys.argv[2])
-    rank, count = start_processes(recipe(distributed=mode))
+    rank, count = astuple(start_processes(recipe(distributed=mode)))
     found: dict[str, np.ndarray] = {}
     for variant, changed in VARIANTS.items():
         arrays = random_arrays(CONFIG, "CLIPModel")

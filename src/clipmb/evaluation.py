@@ -177,9 +177,7 @@ def _opened(data: str | os.PathLike[str] | Pairs, columns: dict[str, Any]) -> Pa
     if isinstance(data, str | os.PathLike):
         data = Pairs.open(data, **columns)
     elif given := [name for name, value in columns.items() if value is not None]:
-        raise bad_input(
-            "Columns can only be named when the data are opened here", given, "Pass them to Pairs.open, or pass a path"
-        )
+        raise bad_input("Columns are chosen when the data are opened", given, "Pass them to Pairs.open, or pass a path")
     if not len(data):
         raise bad_input("Evaluation needs at least one item", "empty data", "Pass other data", shown=True)
     return data

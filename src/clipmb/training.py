@@ -213,7 +213,7 @@ def _opened(data: Paths | Pairs, held_out: Paths | Pairs | None, columns: dict[s
     if label is not None and (held_out is None or isinstance(held_out, Pairs)):
         raise bad_input("label_column applies to the file of evaluation_data", label, "Leave it out, or pass a path")
     if both and isinstance(data, Pairs) and (held_out is None or isinstance(held_out, Pairs)):
-        raise bad_input("Columns are chosen when data are opened", both, "Pass them to Pairs.open, or pass a path")
+        raise bad_input("Columns are chosen when the data are opened", both, "Pass them to Pairs.open, or pass a path")
     if held_out is not None and not isinstance(held_out, Pairs):
         # A misspelt name is found in the training data; where these are open already, in the evaluation data.
         optional = () if isinstance(data, Pairs) else ("image", "caption")

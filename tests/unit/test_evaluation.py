@@ -271,7 +271,7 @@ def test_only_the_pictures_of_a_batch_are_open_at_once():
         ([(0, [], "a")], {"templates": "a photo"}, "template"),
         ([(0, [], "a")], {"batch_size": 0}, "batch_size"),
         ([(0, [], "a")], {"backend": "pt"}, "backend, dtype and device are fixed when the pipeline is created"),
-        ([(0, [], "a")], {"image_column": "path"}, "when data are opened"),
+        ([(0, [], "a")], {"image_column": "path"}, "when the data are opened"),
     ],
 )
 def test_errors_come_before_any_picture_is_opened(items, options, words):
@@ -309,7 +309,7 @@ def test_files_of_labels(tmp_path):
     assert clipmb.evaluate(Lookup(images, texts), data, labels=str(path))["zero_shot"]["top1"] == 1
     names = {"n2": "dog", "n1": "cat"}
     assert clipmb.evaluate(Lookup(images, texts), data, labels=names)["zero_shot"]["top1"] == 1
-    for content, words in (("n1\tcat\nn2\n", "a tab"), ("n1\tcat\nn1\tdog", "differ"), (" \n", "non-empty")):
+    for content, words in (("n1\tcat\nn2\n", "a tab"), ("n1\tcat\nn1\tdog", "distinct"), (" \n", "non-empty")):
         path.write_text(content, encoding="utf-8")
         with pytest.raises(ValueError, match=words):
             clipmb.evaluate(Lookup(images, texts), data, labels=path)

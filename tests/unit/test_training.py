@@ -223,7 +223,7 @@ def test_columns_apply_to_evaluation_data_as_far_as_they_have_them(files, tmp_pa
     ):
         with pytest.raises(ValueError, match=message):
             train(data, files / "model", tmp_path / "no", evaluation_data=evaluation_data, columns=columns, **options)
-    with pytest.raises(ValueError, match="Columns are chosen when data are opened"):
+    with pytest.raises(ValueError, match="Columns are chosen when the data are opened"):
         train(opened, files / "model", tmp_path / "no", columns={"separator": ";"}, **options)
     assert not (tmp_path / "no").exists()
 

@@ -19,7 +19,7 @@ from training_cases import batch, largest_difference, recipe
 
 from clipmb import CheckpointError
 from clipmb.common.parameters import specs
-from clipmb.common.training.recipe import MAX_LOGIT_SCALE, decays
+from clipmb.common.training.recipe import MAX_LOGIT_SCALE, Processes, decays
 from clipmb.common.training.state import FIRST, SECOND, TrainingState
 from clipmb.flax.losses import clip_loss, siglip_loss
 from clipmb.flax.training import start_processes
@@ -306,8 +306,8 @@ def test_bad_batches():
 
 
 def test_processes(monkeypatch):
-    assert start_processes(recipe()) == (0, 1)
-    assert start_processes(recipe(distributed="data")) == (0, 1)
+    assert start_processes(recipe()) == Processes()
+    assert start_processes(recipe(distributed="data")) == Processes()
     monkeypatch.setenv("JAX_COORDINATOR_ADDRESS", "127.0.0.1:1")
     with pytest.raises(ValueError, match="need all of JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES, JAX_PROCESS_ID"):
         start_processes(recipe(distributed="data"))
