@@ -23,6 +23,8 @@ from clipmb import (
     small_model,
     train,
 )
+from clipmb.evaluation import Evaluation
+from clipmb.training import TrainingResult
 
 clipmb.NoSuchName  # noqa: B018  # pyright: ignore[reportAttributeAccessIssue]
 
@@ -50,5 +52,5 @@ assert_type(clip.config, CLIPConfig)
 
 # Conversion, evaluation, training.
 assert_type(convert("folder", "other", to="safetensors"), Conversion)
-assert_type(evaluate("folder", "captions.csv"), dict[str, Any])
-assert_type(train(Pairs.open("captions.csv"), "folder", "out", recipe=Recipe(steps=100)), dict[str, Any])
+assert_type(evaluate("folder", "captions.csv"), Evaluation)
+assert_type(train(Pairs.open("captions.csv"), "folder", "out", recipe=Recipe(steps=100)), TrainingResult)

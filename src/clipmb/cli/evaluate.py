@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -76,7 +77,7 @@ def run(
         common.table(*parts)
 
 
-def _report(found: dict[str, Any], title: str) -> list[tuple[str, list[str], list[list[str]], tuple[int, ...]]]:
+def _report(found: Mapping[str, Any], title: str) -> list[tuple[str, list[str], list[list[str]], tuple[int, ...]]]:
     """Returns the tables of an evaluation, each as title, columns, rows and the columns aligned to the right."""
     tables = []
     if scores := found.get("zero_shot"):

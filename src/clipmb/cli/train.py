@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+from collections.abc import Mapping
 from typing import Annotated, Any
 
 import typer
@@ -152,7 +153,7 @@ def _recipe(context: typer.Context) -> dict[str, Any]:
     return recipe
 
 
-def _flat(values: dict[str, Any], prefix: str = "") -> list[tuple[str, float]]:
+def _flat(values: Mapping[str, Any], prefix: str = "") -> list[tuple[str, float]]:
     """Returns the fractions in a nested evaluation, by their paths."""
     found: list[tuple[str, float]] = []
     for name, value in values.items():
