@@ -53,4 +53,5 @@ assert_type(clip.config, CLIPConfig)
 # Conversion, evaluation, training.
 assert_type(convert("folder", "other", to="safetensors"), Conversion)
 assert_type(evaluate("folder", "captions.csv"), Evaluation)
-assert_type(train(Pairs.open("captions.csv"), "folder", "out", recipe=Recipe(steps=100)), TrainingResult)
+assert_type(Recipe(steps=100), Recipe)
+assert_type(train(Pairs.open("captions.csv"), "folder", "out", steps=100), TrainingResult)
