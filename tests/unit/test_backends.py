@@ -87,7 +87,7 @@ def test_the_commands_take_it(files, tmp_path):
     )
     assert found["backend"] == "toy"
     assert {label["label"] for label in found["images"][0]["labels"]} == {"red", "blue"}
-    assert "agree with" in run("verify", model, "--backend", "toy", "--against", model)
+    assert "on toy agrees with" in run("verify", model, "--backend", "toy", "--against", model)
     assert json.loads(run("evaluate", pairs, "-m", model, "--backend", "toy", "--json"))["backend"] == "toy"
     assert json.loads(run("doctor", "--backend", "toy", "--json"))["ok"]
 
