@@ -12,17 +12,21 @@ from collections.abc import Collection, Iterable, Iterator, Sequence
 from functools import cached_property
 from hashlib import sha256
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol, cast
 
 import numpy as np
-from PIL import Image
+from PIL import Image, ImageOps
 
+from clipmb.common.data import layouts
 from clipmb.common.data.shards import Shard
-from clipmb.common.data.tables import SUFFIXES, Columns, Table
+from clipmb.common.data.tables import SUFFIXES, Columns, open_table
 from clipmb.common.errors import bad_input, logger
 from clipmb.common.image import pixels as px
 
-_KNOWN = (*SUFFIXES, ".tar")
+_OPENED = {
+    **dict.fromkeys(SUFFIXES, open_table), ".json": layouts.open_coco, ".token": layouts.open_token, ".tar": Shard,
+}  # fmt: skip
+_SPLIT = re.compile(r"(.+)-\d+-of-\d+")  # the parts of a split of Hugging Face's data sets
 _MOST_FILES = 1_000_000
 _BRACES = re.compile(r"\{([^{}]*)\}")
 
@@ -37,7 +41,7 @@ class _Source(Protocol):
     def id(self, index: int) -> str: ...
     def captions(self, index: int) -> list[str]: ...
     def label(self, index: int) -> str | None: ...
-    def image(self, index: int) -> bytes | Path: ...
+    def image(self, index: int) -> bytes | Path | Image.Image: ...
     def digest(self) -> bytes: ...
 
 
@@ -60,31 +64,38 @@ class Pairs:
     @classmethod
     def open(
         cls,
-        path: str | os.PathLike[str] | Sequence[str | os.PathLike[str]],
+        path: Any,
         *,
         image_column: str | None = None,
         caption_column: str | None = None,
         label_column: str | None = None,
         separator: str | None = None,
+        image_root: str | os.PathLike[str] | None = None,
         optional: Collection[str] = (),
     ) -> Pairs:
-        """Opens tables and shards, and indexes what they hold.
+        """Opens tables, shards and folders of pictures, and indexes what they hold.
 
         Rows of one picture and label become one pair with several captions. A pair needs a picture and at least one
         caption or a label; everything else goes into ``left_out``, and the log says how much.
 
         Args:
-            path: One or several of: a table (.csv, .tsv, .jsonl, .parquet); a WebDataset shard (.tar, not compressed);
-                a folder with shards, or with one table called captions or metadata, or with one table of any name; a
-                pattern, for example ``shards-{000..009}.tar`` or ``*.tar``.
+            path: One or several of: a table (.csv, .tsv, .jsonl, .parquet); COCO's captions (.json) or Flickr30k's
+                (.token); a WebDataset shard (.tar, not compressed); a ``datasets.Dataset``; a pattern of files, for
+                example ``shards-{000..009}.tar`` or ``*.tar``; or a folder. A folder holds one table called captions
+                or metadata, or shards, or one table of any name, or the parts of one Parquet table (also in its folder
+                data/), or what ``save_to_disk`` of Hugging Face's datasets wrote, or pictures with a text beside each,
+                or a folder of pictures for each class.
             image_column: Column with the paths of the pictures, relative to the table. Default: the first of image,
-                file_name, filename, filepath, path, image_path. In Parquet files the column may hold the pictures
-                themselves.
+                file_name, filename, filepath, path, image_path, image_name, img, jpg. In Parquet files the column may
+                hold the pictures themselves.
             caption_column: Column, or field of .json members, with the captions. Default: in shards the .txt member;
-                then the first of caption, captions, text, title, sentence, sentences.
+                then the first of caption, captions, text, title, sentence, sentences, comment, txt.
             label_column: Column, or field of .json members, with the labels. Default: in shards the .cls member; then
                 label or class.
-            separator: Column separator in text tables. Default: a comma in .csv, a tab in .tsv.
+            separator: Column separator in text tables. Default: a tab in .tsv; in .csv the comma, tab, bar or
+                semicolon that makes names of columns out of the first line.
+            image_root: The folder that paths of pictures are relative to. Default: the table's own, or where COCO and
+                Flickr30k keep their pictures beside it.
             optional: Which of "image", "caption" and "label" may lack the column named for them; the default names
                 serve in such files.
 
@@ -94,24 +105,28 @@ class Pairs:
         Raises:
             FileNotFoundError: There is no such file, or no file matches a pattern.
             ValueError: A file is damaged, a column is missing, a file is given twice, or there is no pair.
-            TypeError: ``path`` is not a path.
+            TypeError: ``path`` is neither a path nor a data set.
             ImportError: There is a Parquet file, and pyarrow is not installed.
 
         Source: shards follow the layout of WebDataset, https://github.com/webdataset/webdataset.
         """
-        columns = Columns(image_column, caption_column, label_column, separator, tuple(optional))
-        given = list(path) if isinstance(path, Iterable) and not isinstance(path, str) else [path]
-        files = [file for each in given for file in _files(each)]
-        if not files:
+        columns = Columns(image_column, caption_column, label_column, separator, image_root, tuple(optional))
+        several_given = isinstance(path, Iterable) and not isinstance(path, str) and not layouts.is_dataset(path)
+        given = list(path) if several_given else [path]
+        sets = [layouts.Rows(each, columns) for each in given if layouts.is_dataset(each)]
+        files = [file for each in given if not layouts.is_dataset(each) for file in _files(cast("str", each))]
+        if not files and not sets:
             raise bad_input("There must be at least one file of pairs", path, "Pass a path")
         twice = [str(file) for file, times in Counter(os.path.realpath(file) for file in files).items() if times > 1]
         if twice:
             raise bad_input("A file may be given only once", twice[0], "Remove the repetition", shown=True)
-        several = len(files) > 1
-        pairs = cls([
-            Shard(file, name, columns) if file.suffix.lower() == ".tar" else Table(file, name, columns, prefix=several)
+        several = len(files) + len(sets) > 1
+        opened = [
+            _open_folder(file, name, columns, several) if file.is_dir()
+            else _OPENED[file.suffix.lower()](file, name, columns, prefix=several)
             for file, name in zip(files, _names(files), strict=True)
-        ])  # fmt: skip
+        ]  # fmt: skip
+        pairs = cls([*opened, *sets])
         if pairs.left_out:
             count, (first, why) = len(pairs.left_out), pairs.left_out[0]
             if not len(pairs):
@@ -187,7 +202,10 @@ class Pairs:
             IndexError: There is no pair of this number.
         """
         source, place = self._at(index)
-        return px.open_image(f"The picture of {source.id(place)}", source.image(place))
+        picture = source.image(place)
+        if isinstance(picture, Image.Image):
+            return ImageOps.exif_transpose(picture).convert("RGB")
+        return px.open_image(f"The picture of {source.id(place)}", picture)
 
     @cached_property
     def fingerprint(self) -> str:
@@ -232,33 +250,62 @@ def _files(path: str | os.PathLike[str]) -> list[Path]:
 
 
 def _known(path: Path) -> Path:
-    if path.suffix.lower() not in _KNOWN or not path.is_file():
-        raise bad_input(
-            f"Expected a {', '.join(SUFFIXES)} or uncompressed .tar file",
-            str(path),
-            "Convert or unpack it",
-            shown=True,
-        )
+    if path.suffix.lower() not in _OPENED or not path.is_file():
+        *others, last = _OPENED
+        rule = f"Expected a {', '.join(others)} or uncompressed {last} file"
+        raise bad_input(rule, str(path), "Convert or unpack it", shown=True)
     return path
 
 
 def _in_folder(folder: Path) -> list[Path]:
+    """Returns the files of pairs in a folder, or the folder itself where pictures or a saved data set lie in it."""
     files = sorted(file for file in folder.iterdir() if file.is_file() and not file.name.startswith("."))
     tables = [file for file in files if file.suffix.lower() in SUFFIXES]
     named = [file for file in tables if file.stem.lower() in ("captions", "metadata")]
     shards = [file for file in files if file.suffix.lower() == ".tar"]
+    others = [file for file in files if file.suffix.lower() == ".token" or file.stem.startswith("captions_")]
     if not named and shards:
         return shards
-    if len(found := named or tables) == 1:
-        return found
+    if any(file.name == "state.json" for file in files) and not named:
+        return [folder]
+    if not named and tables and all((folder / file.stem).is_dir() for file in tables):
+        return [folder]  # img2dataset's "files" output: its tables describe the folders of the same names
+    if not named and _is_one_split(tables):
+        return tables
     fix = "Pass the path of the table or a pattern of files"
+    if len(found := named or tables or others) == 1:
+        return found
     if found:
-        raise bad_input(
-            "A folder must hold one table", f"{', '.join(file.name for file in found)} in {folder}", fix, shown=True
-        )
+        shown = f"{', '.join(file.name for file in found[:10])}{', …' if len(found) > 10 else ''} in {folder}"
+        raise bad_input("A folder must hold one table", shown, fix, shown=True)
+    if (folder / "data").is_dir() and (parts := sorted((folder / "data").glob("*.parquet"))):
+        if len(parts) > 1 and not _is_one_split(parts):
+            splits = sorted({match[1] for part in parts if (match := _SPLIT.fullmatch(part.stem))})
+            raise bad_input(
+                "A folder must hold one split",
+                f"{', '.join(splits) or len(parts)} in {folder / 'data'}",
+                f"Pass a pattern, for example {folder / 'data' / f'{splits[0] if splits else str()}-*.parquet'}",
+                shown=True,
+            )
+        return parts
+    if any(entry.is_dir() for entry in folder.iterdir()) or any(f.suffix.lower() in layouts.PICTURES for f in files):
+        return [folder]
     listed = ", ".join(file.name for file in files[:10]) or "no files"
-    rule = "A folder of pairs must hold a table (captions.csv, .tsv, .jsonl, .parquet) or .tar shards"
+    rule = "A folder of pairs must hold a table (captions.csv, .tsv, .jsonl, .parquet), .tar shards or pictures"
     raise bad_input(rule, f"{listed} in {folder}", fix, FileNotFoundError, shown=True)
+
+
+def _is_one_split(tables: list[Path]) -> bool:
+    """Whether several Parquet files are the parts of one table, as Hugging Face and img2dataset number them."""
+    if not tables or any(file.suffix.lower() != ".parquet" for file in tables):
+        return False
+    splits = {match[1] if (match := _SPLIT.fullmatch(file.stem)) else None for file in tables}
+    return len(splits) == 1 and (None not in splits or all(file.stem.isdecimal() for file in tables))
+
+
+def _open_folder(folder: Path, name: str, columns: Columns, several: bool) -> _Source:
+    opened = layouts.open_saved if (folder / "state.json").is_file() else layouts.open_folder
+    return opened(folder, name, columns, prefix=several)
 
 
 def _expanded(pattern: str) -> list[str]:

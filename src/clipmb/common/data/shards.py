@@ -42,6 +42,7 @@ class Shard:
         path: The file.
         name: Name of the file in ids.
         columns: Which fields of .json members hold captions and labels.
+        prefix: Without effect: all ids begin with ``name``.
 
     Attributes:
         left_out: (id, reason) of the unusable members.
@@ -50,7 +51,7 @@ class Shard:
         ValueError: The file is not an uncompressed tar file, or it is truncated or damaged.
     """
 
-    def __init__(self, path: Path, name: str, columns: Columns) -> None:
+    def __init__(self, path: Path, name: str, columns: Columns, *, prefix: bool = True) -> None:
         self.path, self.name, self._columns = path, name, columns
         self.left_out: list[tuple[str, str]] = []
         keys, table, others = self._scan()

@@ -5,14 +5,15 @@ from __future__ import annotations
 import contextlib
 import csv
 import json
+import os
 import threading
 from array import array
-from collections import OrderedDict
-from collections.abc import Collection, Iterator
+from collections import OrderedDict, deque
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -22,8 +23,8 @@ from clipmb.common.errors import bad_input, logger, one_of
 SUFFIXES = (".csv", ".tsv", ".jsonl", ".parquet")
 # Known names of columns and fields, in any case; the first match wins.
 NAMES = {
-    "image": ("image", "file_name", "filename", "filepath", "path", "image_path"),
-    "caption": ("caption", "captions", "text", "title", "sentence", "sentences"),
+    "image": ("image", "file_name", "filename", "filepath", "path", "image_path", "image_name", "img", "jpg"),
+    "caption": ("caption", "captions", "text", "title", "sentence", "sentences", "comment", "txt"),
     "label": ("label", "class"),
 }
 _REMOTE = ("http://", "https://")
@@ -39,7 +40,9 @@ class Columns:
         image: Column of the pictures' paths.
         caption: Column of the captions.
         label: Column of the names of classes.
-        separator: Column separator in text tables; None for a comma in .csv and a tab in .tsv.
+        separator: Column separator in text tables; None for a tab in .tsv, and in .csv for the one that makes known
+            names of columns out of the first line, which is a comma where none does.
+        root: The folder that paths of pictures are relative to; None for the table's own, or a usual one beside it.
         optional: Which of "image", "caption" and "label" a file may lack under the name given; known names serve then.
     """
 
@@ -47,6 +50,7 @@ class Columns:
     caption: str | None = None
     label: str | None = None
     separator: str | None = None
+    root: str | os.PathLike[str] | None = None
     optional: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
@@ -59,6 +63,8 @@ class Columns:
             isinstance(separator, str) and len(separator) == 1 and separator not in '"\r\n'
         ):
             raise bad_input("separator must be one character", separator, "Pass for example ';'")
+        if self.root is not None and not (isinstance(self.root, str | os.PathLike) and os.path.isdir(self.root)):
+            raise bad_input("image_root must be a folder", self.root, "Pass the folder of the pictures")
         if unknown := [kind for kind in self.optional if kind not in NAMES]:
             raise one_of("optional", unknown[0], tuple(NAMES))
 
@@ -86,7 +92,7 @@ class Columns:
             if getattr(self, kind) is not None and kind not in found and kind not in self.optional:
                 raise bad_input(
                     f"{kind}_column must name a column", f"{getattr(self, kind)!r}; there are {shown}",
-                    "Correct the name", shown=True,
+                    f"Correct {kind}_column= (--{kind}-column)", shown=True,
                 )  # fmt: skip
         if "image" not in found:
             if urls := [name for name in available if name.strip().lower() in ("url", "image_url")]:
@@ -96,45 +102,64 @@ class Columns:
                 )  # fmt: skip
             raise bad_input(
                 f"A table needs a column of pictures, called {', '.join(NAMES['image'])}", f"the columns {shown}",
-                "Rename it, or pass image_column=; the first line must hold the names", shown=True,
+                "Rename it, or pass image_column= (--image-column), or separator= (--separator); the first line must "
+                "hold the names", shown=True,
             )  # fmt: skip
         if "caption" not in found and "label" not in found:
             raise bad_input(
                 f"A table needs a column of captions, called {', '.join(NAMES['caption'])}", f"the columns {shown}",
-                "Rename it, or pass caption_column=", shown=True,
+                "Rename it, or pass caption_column= (--caption-column)", shown=True,
             )  # fmt: skip
         return found
 
 
+Row = tuple[str, dict[str, Any] | str]  # its place, and its image, caption and label, or why it is unusable
+
+
+class Pictures(Protocol):
+    """Pictures that lie inside a file of rows."""
+
+    def __getitem__(self, row: int) -> bytes | str: ...
+
+
 class Table:
-    """One table with the captions or the label of each picture.
+    """Rows with the captions or the label of each picture, from whatever they were read.
 
     Rows of the same picture and label are one pair with several captions. Rows without both are left out.
 
     Args:
-        path: The file.
         name: Name of the file in ids and reasons.
-        columns: Which columns to read.
+        rows: The place of each row in the file, with its image, caption and label, or why it is unusable.
+        roots: Folders that the paths of pictures may be relative to; the first that has the first picture is taken.
+        pictures: The pictures by row, where they lie in the file itself.
         prefix: Begin all ids with ``name``, because there are several files.
+        stamp: What tells versions of the file apart besides its rows.
 
     Attributes:
         left_out: (id, reason) of the unusable rows.
 
     Raises:
-        ValueError: The file does not hold what its suffix says, or a column is missing.
-        ImportError: It is a Parquet file and pyarrow is not installed.
+        ValueError: There are no rows.
     """
 
-    def __init__(self, path: Path, name: str, columns: Columns, prefix: bool = False) -> None:
-        self.path, self.name, self._prefix = path, name, prefix
+    def __init__(
+        self,
+        name: str,
+        rows: Iterable[Row],
+        roots: Sequence[Path] = (),
+        *,
+        pictures: Pictures | None = None,
+        prefix: bool = False,
+        stamp: str = "",
+    ) -> None:
+        self.name, self._prefix, self._embedded, self._stamp = name, prefix, pictures, stamp
         self.left_out: list[tuple[str, str]] = []
         self._pictures, self._captions, self._labels = Strings(), Strings(), Strings()
-        self._embedded: _Embedded | None = None
         self._rows = array("q")  # of embedded pictures: their numbers in the file
         owners = array("q")  # the pair of each caption
         pairs: dict[tuple[str, str], int] = {}
-        rows = 0
-        for rows, (where, row) in enumerate(self._read(columns), 1):
+        count = 0
+        for count, (where, row) in enumerate(rows, 1):
             try:
                 picture, captions, label = self._checked(row)
             except ValueError as error:
@@ -144,20 +169,25 @@ class Table:
             if self._embedded is None:
                 pair = pairs.setdefault((picture, label), pair)
             else:
-                self._rows.append(rows - 1)
+                self._rows.append(count - 1)
             if pair == len(self):
                 self._pictures.append(_packed(picture))
                 self._labels.append(_packed(label))
             for caption in captions:
                 self._captions.append(_packed(caption))
                 owners.append(pair)
-        if not rows:
-            raise bad_input(f"{path} must have at least one row", "none", "Pass a table that is not empty", shown=True)
+        if not count:
+            raise bad_input(f"{name} must have at least one row", "none", "Pass a table that is not empty", shown=True)
         of = np.array(owners, np.int64)
         self._order = np.argsort(of, kind="stable")
         self._starts = np.searchsorted(of[self._order], np.arange(len(self) + 1))
-        if len(self) < rows - len(self.left_out):
-            logger.info("%s: %d rows are %d pictures", path, rows - len(self.left_out), len(self))
+        self._root = self._found(roots)
+        if len(self) < count - len(self.left_out):
+            logger.info("%s: %d rows are %d pictures", name, count - len(self.left_out), len(self))
+
+    def _found(self, roots: Sequence[Path]) -> Path:
+        first = _unpacked(self._pictures[0]) if len(self) else ""
+        return next((root for root in roots if _at(root, first).exists()), *roots[:1] or (Path(),))
 
     def __len__(self) -> int:
         return len(self._labels)
@@ -181,7 +211,7 @@ class Table:
     def image(self, index: int) -> bytes | Path:
         """The bytes or the path of the picture."""
         picture = _unpacked(self._pictures[index]) if self._embedded is None else self._embedded[self._rows[index]]
-        return picture if isinstance(picture, bytes) else self.path.parent / picture
+        return picture if isinstance(picture, bytes) else _at(self._root, picture)
 
     def digest(self) -> bytes:
         """SHA-256 over pictures, captions and labels."""
@@ -189,8 +219,7 @@ class Table:
         hashed = sha256(b"".join(part.digest() for part in parts))
         for numbers in (np.array(self._rows, "<i8"), self._order.astype("<i8"), self._starts.astype("<i8")):
             hashed.update(numbers.tobytes())
-        if self._embedded is not None:
-            hashed.update(str(self.path.stat().st_size).encode())
+        hashed.update(self._stamp.encode())
         return hashed.digest()
 
     def _checked(self, row: dict[str, Any] | str) -> tuple[str, list[str], str]:
@@ -212,46 +241,91 @@ class Table:
             raise bad_input("A row needs a caption", row.get("caption"), "Fill it in, or remove the row")
         return picture or "", captions, label or ""
 
-    def _read(self, columns: Columns) -> Iterator[tuple[str, dict[str, Any] | str]]:
-        """Yields the place of each row, and its image, caption and label, or why it is unusable."""
-        if self.path.suffix.lower() == ".parquet":
-            yield from self._read_parquet(columns)
-            return
-        read = _read_json if self.path.suffix.lower() == ".jsonl" else _read_cells
-        separator = columns.separator or ("\t" if self.path.suffix.lower() == ".tsv" else ",")
-        names: dict[str, str] = {}
-        keys: list[str] = []
-        try:
-            for line, row in read(self.path, separator):
-                if isinstance(row, dict):
-                    if not names:
-                        names = columns.find(self.path, row)
-                    elif keys != list(row):  # JSON objects need not be alike
-                        names = {kind: name for kind in NAMES if (name := columns.first(kind, row)) is not None}
-                    keys = list(row)
-                    row = {kind: row[name] for kind, name in names.items()}
-                yield f":{line}", row
-        except UnicodeDecodeError as error:
-            raise bad_input(f"{self.path} must be UTF-8", f"{error}", "Save it as UTF-8", shown=True) from error
 
-    def _read_parquet(self, columns: Columns) -> Iterator[tuple[str, dict[str, Any] | str]]:
-        with _parquet(self.path) as file:
-            schema = file.schema_arrow
-            _distinct(self.path, schema.names)
-            names = columns.find(self.path, schema.names)
-            if _holds_bytes(schema.field(names["image"]).type):
-                self._embedded = _Embedded(self.path, names.pop("image"), file.metadata)
-            classes = _class_names(schema, names.get("label"))
+def open_table(path: Path, name: str, columns: Columns, *, prefix: bool = False) -> Table:
+    """Opens a text table, a JSON Lines file or a Parquet file.
+
+    Args:
+        path: The file.
+        name: Name of the file in ids and reasons.
+        columns: Which columns to read.
+        prefix: Begin all ids with ``name``, because there are several files.
+
+    Raises:
+        ValueError: The file does not hold what its suffix says, or a column is missing.
+        ImportError: It is a Parquet file and pyarrow is not installed.
+    """
+    roots = roots_of(path, columns)
+    if path.suffix.lower() == ".parquet":
+        pictures, rows = _parquet_rows(path, columns)
+        stamp = "" if pictures is None else str(path.stat().st_size)
+        return Table(name, rows, roots, pictures=pictures, prefix=prefix, stamp=stamp)
+    lines = _json_lines(path) if path.suffix.lower() == ".jsonl" else _cells(path, columns)
+    return Table(name, _text_rows(path, lines, columns), roots, prefix=prefix)
+
+
+def roots_of(path: Path, columns: Columns) -> list[Path]:
+    """Returns the folders that the pictures of a table may be relative to, the likeliest first.
+
+    Beside the table itself: the folders in which Flickr30k, COCO and open_clip's examples keep theirs.
+    """
+    if columns.root is not None:
+        return [Path(columns.root)]
+    split = path.stem.rpartition("_")[2]  # captions_val2017.json: val2017/
+    inside = [path.parent / name for name in (split, "images", "Images", "flickr30k-images", "flickr30k_images")]
+    return [path.parent, *inside, path.parent.parent / split, path.parent.parent / "images", path.parent.parent]
+
+
+def _at(root: Path, picture: str) -> Path:
+    """Returns where a picture is; a path that Windows wrote is read with its backslashes as slashes."""
+    path = root / picture
+    return root / picture.replace("\\", "/") if "\\" in picture and not path.exists() else path
+
+
+def _text_rows(path: Path, lines: Iterator[tuple[int, dict[str, Any] | str]], columns: Columns) -> Iterator[Row]:
+    names: dict[str, str] = {}
+    keys: list[str] = []
+    for line, row in lines:
+        if isinstance(row, dict):
+            if not names:
+                names = columns.find(path, row)
+            elif keys != list(row):  # JSON objects need not be alike
+                names = {kind: name for kind in NAMES if (name := columns.first(kind, row)) is not None}
+            keys = list(row)
+            row = {kind: row[name] for kind, name in names.items()}
+        yield f":{line}", row
+
+
+def _parquet_rows(path: Path, columns: Columns) -> tuple[Pictures | None, Iterator[Row]]:
+    with _parquet(path) as file:
+        schema, metadata = file.schema_arrow, file.metadata
+    distinct(path, schema.names)
+    names = columns.find(path, schema.names)
+    pictures = None
+    if holds_bytes(schema.field(names["image"]).type):
+        pictures = _Embedded(path, names.pop("image"), metadata)
+    classes = class_names(schema.metadata, names.get("label"))
+
+    def rows() -> Iterator[Row]:
+        with _parquet(path, metadata) as file:
             row = 0
             for batch in file.iter_batches(batch_size=1 << 14, columns=list(names.values())):
-                values = {kind: batch.column(name).to_pylist() for kind, name in names.items()}
-                for i in range(batch.num_rows):
-                    found = {kind: value[i] for kind, value in values.items()}
-                    label = found.get("label")
-                    if isinstance(label, int) and 0 <= label < len(classes):
-                        found["label"] = classes[label]
+                for found in rows_of(batch, names, classes):
                     yield f"/{row}", found
                     row += 1
+
+    return pictures, rows()
+
+
+def rows_of(batch: Any, names: Mapping[str, str], classes: Sequence[str]) -> Iterator[dict[str, Any]]:
+    """Yields the rows of an Arrow record batch by kind of content, numbered labels by the names of their classes."""
+    values = {kind: batch.column(name).to_pylist() for kind, name in names.items()}
+    for i in range(batch.num_rows):
+        found = {kind: value[i] for kind, value in values.items()}
+        label = found.get("label")
+        if isinstance(label, int) and 0 <= label < len(classes):
+            found["label"] = classes[label]
+        yield found
 
 
 class _Embedded:
@@ -291,16 +365,24 @@ class _Embedded:
                 while self._kept and pictures.nbytes + sum(part.nbytes for part in self._kept.values()) > _KEPT:
                     self._kept.popitem(last=False)  # the least recently used
             self._kept[group] = pictures
-        value = pictures[row - int(self._starts[group])].as_py()
-        if isinstance(value, dict):
-            value = value.get("bytes") or value.get("path")
-        if not value:
-            raise bad_input("A row needs a picture", value, "Fill it in, or remove the row")
-        return value
+        return picture_of(pictures[row - int(self._starts[group])].as_py())
 
     def _load(self, group: int) -> Any:
         with _parquet(self._path, self._metadata) as file:
             return file.read_row_group(group, columns=[self._column]).column(self._column)
+
+
+def picture_of(value: Any) -> bytes | str:
+    """Returns the bytes or the path of a picture in a cell: itself, or a struct of bytes and path.
+
+    Raises:
+        ValueError: There is none.
+    """
+    if isinstance(value, Mapping):
+        value = value.get("bytes") or value.get("path")
+    if not value:
+        raise bad_input("A row needs a picture", value, "Fill it in, or remove the row")
+    return value
 
 
 def texts_of(name: str, value: Any) -> list[str]:
@@ -342,52 +424,154 @@ def _unpacked(packed: bytes) -> str:
     return packed.decode("utf-8", "surrogatepass")
 
 
-def _distinct(path: Path, names: list[str]) -> None:
+def distinct(path: Path, names: list[str]) -> None:
+    """Checks that the columns of a table have different names.
+
+    Raises:
+        ValueError: Two have the same.
+    """
     if len(set(names)) < len(names):
         raise bad_input(f"The columns of {path} must have different names", names, "Rename some")
 
 
-def _read_cells(path: Path, separator: str) -> Iterator[tuple[int, dict[str, Any] | str]]:
-    """Yields the rows of a text table, whose first line holds the names."""
-    with open(path, encoding="utf-8-sig", newline="") as file:
-        reader = csv.reader(file, delimiter=separator, strict=True)
+def _cells(path: Path, columns: Columns) -> Iterator[tuple[int, dict[str, Any] | str]]:
+    """Yields the rows of a text table, whose first line holds the names. A broken row costs no other."""
+    with Lines(path) as lines:
+        separator = columns.separator or _separator(path, lines.first(), columns)
+        plain = (
+            separator == "|" and columns.separator is None
+        )  # Flickr30k's: padded cells, in which quotes are only text
         names: list[str] = []
-        try:
-            for cells in reader:
-                if not cells:
-                    continue
+        while True:
+            start = lines.number + 1
+            reader = csv.reader(
+                lines, delimiter=separator, strict=True, quoting=csv.QUOTE_NONE if plain else csv.QUOTE_MINIMAL
+            )
+            try:
+                for cells in reader:
+                    where, start = lines.number, lines.number + 1
+                    lines.done()
+                    if plain:
+                        cells = [cell.strip() for cell in cells]
+                    if not cells:
+                        continue
+                    if not names:
+                        names = cells
+                        distinct(path, names)
+                    elif len(cells) != len(names):
+                        rule = f"A row must have as many cells as the first line, {len(names)}"
+                        fix = "Quote captions that contain a separator, or pass separator= (--separator)"
+                        yield where, str(bad_input(rule, f"{len(cells)}: {cells}", fix, shown=True))
+                    elif problem := next(filter(None, map(_undecoded, cells)), None):
+                        yield where, problem
+                    else:
+                        yield where, dict(zip(names, cells, strict=True))
+                return
+            except csv.Error as error:
+                problem = bad_input(
+                    "A row must be valid",
+                    f"line {lines.number}: {error}",
+                    'Enclose cells that contain " in double quotes, and double each " inside them',
+                    shown=True,
+                )
                 if not names:
-                    names = cells
-                    _distinct(path, names)
-                elif len(cells) == len(names):
-                    yield reader.line_num, dict(zip(names, cells, strict=True))
-                else:
-                    rule = f"A row must have as many cells as the first line, {len(names)}"
-                    fix = "Enclose captions that contain a separator in double quotes"
-                    yield reader.line_num, str(bad_input(rule, f"{len(cells)}: {cells}", fix, shown=True))
-        except csv.Error as error:
-            raise bad_input(
-                f"{path} must be a valid table",
-                f"line {reader.line_num}: {error}",
-                'Enclose cells that contain " in double quotes, and double each " inside them',
-                shown=True,
-            ) from error
+                    raise bad_input(f"{path} must be a valid table", str(problem), "Correct it", shown=True) from error
+                yield start, str(problem)
+                lines.again(start + 1)  # the row may have swallowed lines that are rows of their own
 
 
-def _read_json(path: Path, separator: str) -> Iterator[tuple[int, dict[str, Any] | str]]:
+def _separator(path: Path, first: str, columns: Columns) -> str:
+    """Returns the separator that makes known names of columns out of the first line of a table."""
+    usual = "\t" if path.suffix.lower() == ".tsv" else ","
+    for separator in dict.fromkeys((usual, ",", "\t", "|", ";")):
+        names = [name.strip().strip('"') for name in first.split(separator)]
+        if columns.first("image", names) and (columns.first("caption", names) or columns.first("label", names)):
+            return separator
+    return usual
+
+
+def _undecoded(text: str) -> str | None:
+    """Returns what is wrong with a text whose bytes were not UTF-8; None where nothing is."""
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError:
+        raw = text.encode("utf-8", "surrogateescape")
+        return str(bad_input("A row must be UTF-8", raw, "Save the table as UTF-8"))
+    return None
+
+
+class Lines:
+    """The lines of a text file, from which some may be read again. Bytes that are not UTF-8 are kept as surrogates.
+
+    Attributes:
+        number: That of the last line, from 1.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._file = open(path, encoding="utf-8-sig", errors="surrogateescape", newline="")  # noqa: SIM115
+        self._waiting: deque[str] = deque()
+        self._taken: list[str] = []  # since the last finished row
+        self.number = 0
+
+    def first(self) -> str:
+        """Returns the first line, and leaves it to be read.
+
+        Raises:
+            ValueError: It is not UTF-8.
+        """
+        line = next(self, "")
+        if line:
+            if problem := _undecoded(line):
+                raise bad_input(f"{self._path} must be UTF-8", problem, "Save it as UTF-8", shown=True)
+            self.again(1)
+        return line.rstrip("\r\n")
+
+    def done(self) -> None:
+        """Says that the lines up to here need not be read again."""
+        self._taken.clear()
+
+    def again(self, number: int) -> None:
+        """Goes back to a line that came after the last `done`."""
+        kept = self._taken[len(self._taken) - (self.number + 1 - number) :] if number <= self.number else []
+        self._waiting.extendleft(reversed(kept))
+        self.number -= len(kept)
+        self._taken.clear()
+
+    def __enter__(self) -> Lines:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._file.close()
+
+    def __iter__(self) -> Lines:
+        return self
+
+    def __next__(self) -> str:
+        line = self._waiting.popleft() if self._waiting else self._file.readline()
+        if not line:
+            raise StopIteration
+        self.number += 1
+        self._taken.append(line)
+        return line
+
+
+def _json_lines(path: Path) -> Iterator[tuple[int, dict[str, Any] | str]]:
     """Yields the objects of a JSON Lines file, without blank lines."""
-    with open(path, encoding="utf-8-sig") as file:
-        for number, line in enumerate(file, 1):
+    with Lines(path) as lines:
+        lines.first()
+        for line in lines:
+            lines.done()
             if not line.strip():
                 continue
             try:
                 row = json.loads(line.strip())
-                problem = None if isinstance(row, dict) else type(row).__name__
+                problem = _undecoded(line) or (None if isinstance(row, dict) else type(row).__name__)
             except (ValueError, RecursionError) as error:
                 row, problem = {}, str(error)
             if problem:
                 row = str(bad_input("A line must be a JSON object", problem, "Correct or remove it", shown=True))
-            yield number, row
+            yield lines.number, row
 
 
 @contextlib.contextmanager
@@ -412,7 +596,7 @@ def _parquet(path: Path, metadata: Any = None) -> Iterator[Any]:
         ) from error
 
 
-def _holds_bytes(kind: Any) -> bool:
+def holds_bytes(kind: Any) -> bool:
     """Whether a column of this Arrow type holds pictures rather than paths."""
     from pyarrow import types
 
@@ -421,10 +605,10 @@ def _holds_bytes(kind: Any) -> bool:
     return types.is_binary(kind) or types.is_large_binary(kind)
 
 
-def _class_names(schema: Any, label: str | None) -> list[str]:
-    """Returns the names of numbered labels from the metadata of Hugging Face's datasets; none without it."""
+def class_names(metadata: Mapping[bytes, bytes] | None, label: str | None) -> list[str]:
+    """Returns the names of numbered labels from the Arrow metadata of Hugging Face's datasets; none without it."""
     try:
-        features = json.loads((schema.metadata or {}).get(b"huggingface", b"{}"))["info"]["features"]
+        features = json.loads((metadata or {}).get(b"huggingface", b"{}"))["info"]["features"]
         return [str(name) for name in features[label]["names"]]
     except (KeyError, TypeError, ValueError):
         return []
