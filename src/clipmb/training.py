@@ -110,7 +110,7 @@ def train(
         workers: Threads that decode pictures; as many as processors (at most 8) when None.
         device: Where to compute, in the framework's own words; its own choice when None.
         progress: Show a progress bar, when there is a terminal.
-        columns: ``image_column``, ``caption_column`` and ``separator`` of data and evaluation_data, and
+        columns: ``image_column``, ``caption_column``, ``separator`` and ``image_root`` of data and evaluation_data, and
             ``label_column`` of evaluation_data, as `Pairs.open` takes them. Evaluation data that lack a column of the
             training data are read by the default names.
         **recipe: The other fields of `Recipe`: ``batch_size``, ``learning_rate`` ….

@@ -83,8 +83,12 @@ LabelColumn = Annotated[
 ]
 Separator = Annotated[
     str | None,
+    typer.Option("--separator", metavar="TEXT", help="Column separator in text files.", show_default="by the file"),
+]
+ImageRoot = Annotated[
+    str | None,
     typer.Option(
-        "--separator", metavar="TEXT", help="Column separator in text files.", show_default="by the file's suffix"
+        "--image-root", metavar="DIR", help="Folder that image paths are relative to.", show_default="the table's"
     ),
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]

@@ -38,6 +38,7 @@ def run(
     caption_column: common.CaptionColumn = None,
     label_column: common.LabelColumn = None,
     separator: common.Separator = None,
+    image_root: common.ImageRoot = None,
     dtype: common.Dtype = "float32",
     device: common.Device = None,
     batch_size: common.BatchSize = 32,
@@ -67,6 +68,7 @@ def run(
         caption_column=caption_column,
         label_column=label_column,
         separator=separator,
+        image_root=image_root,
     )
     if template and "zero_shot" not in found:
         typer.echo("--template had no effect: the data has no labels.", err=True)

@@ -86,6 +86,7 @@ def run(
     caption_column: common.CaptionColumn = None,
     label_column: common.LabelColumn = None,
     separator: common.Separator = None,
+    image_root: common.ImageRoot = None,
     evaluation_data: Annotated[
         str | None, typer.Option("--eval", metavar="DATA", help="Held-out images with labels or captions.")
     ] = None,
@@ -128,6 +129,7 @@ def run(
             "caption_column": caption_column,
             "label_column": label_column,
             "separator": separator,
+            "image_root": image_root,
         },
         **_recipe(context),
     )

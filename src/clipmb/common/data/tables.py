@@ -269,11 +269,12 @@ def roots_of(path: Path, columns: Columns) -> list[Path]:
 
     Beside the table itself: the folders in which Flickr30k, COCO and open_clip's examples keep theirs.
     """
-    if columns.root is not None:
-        return [Path(columns.root)]
+    given = [] if columns.root is None else [Path(columns.root)]
+    if given and "image" not in columns.optional:
+        return given
     split = path.stem.rpartition("_")[2]  # captions_val2017.json: val2017/
     inside = [path.parent / name for name in (split, "images", "Images", "flickr30k-images", "flickr30k_images")]
-    return [path.parent, *inside, path.parent.parent / split, path.parent.parent / "images", path.parent.parent]
+    return [*given, path.parent, *inside, path.parent.parent / split, path.parent.parent / "images", path.parent.parent]
 
 
 def _at(root: Path, picture: str) -> Path:
