@@ -135,8 +135,8 @@ def evaluate(
         dtype: "float32" (the default), "float16", "bfloat16" or "float64", for a model that is loaded here.
         device: Where to compute, in the framework's own words, for a model that is loaded here.
         progress: Show progress bars, when there is a terminal.
-        **columns: ``image_column``, ``caption_column``, ``label_column``, ``separator``, ``image_root``: as ``Pairs.open``
-            takes them.
+        **columns: ``image_column``, ``caption_column``, ``label_column``, ``separator`` and ``image_root``, as in
+            `Pairs.open`.
 
     Returns:
         An `Evaluation`; "zero_shot" and "retrieval" are there when the data allow them.
