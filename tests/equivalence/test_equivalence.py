@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import itertools
+import math
 
 import numpy as np
 import pytest
@@ -182,6 +183,27 @@ def test_interpolated_positions(folders, backend, head, size, dtype):
 
     expected, found = of(STANDARD, "float64"), of(backend, dtype)
     assert not differences(found, expected, lambda field: bound(field, dtype))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("size", [(0, 20), (20, 0), (0, 0), (3, 20)])
+def test_pictures_without_a_patch(folders, backend, size):
+    inputs = image_inputs(CONFIGS["stress"], 2, size)
+    refused = pytest.raises(ValueError, match=r"at least one patch.* Received: \(2, 3, ")
+    with loaded(backend, "CLIPVisionModel", folders["CLIPVisionModel", "stress"], "float32") as model, refused:
+        outputs(backend, model, inputs, interpolate_pos_encoding=True)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("head", ALL_HEADS)
+def test_numbers_of_parameters(folders, backend, head):
+    """All are trainable, those that the loss does not depend on too: a classifier's post_layernorm."""
+    table = specs(config_of(head, CONFIGS["plain"]), head)
+    total = sum(math.prod(spec.shape) for spec in table)
+    embeddings = sum(math.prod(spec.shape) for spec in table if spec.kind == "embedding")
+    with loaded(backend, head, folders[head, "plain"], "float32") as model:
+        assert model.num_parameters() == model.num_parameters(only_trainable=True) == total
+        assert model.num_parameters(exclude_embeddings=True) == total - embeddings
 
 
 @pytest.mark.parametrize("backend", OTHERS)

@@ -7,16 +7,27 @@ models computed silently with several of these inputs.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 
 from clipmb.common.config import CLIPConfig, CLIPTextConfig, CLIPVisionConfig
 from clipmb.common.errors import bad_input
 
+Array = TypeVar("Array", bound=Any)  # of any framework, with shape and dtype
 
-def check_text(ids: Any, mask: Any, positions: Any, config: CLIPTextConfig) -> None:
-    """Checks the shapes of ``input_ids``, ``attention_mask`` and ``position_ids``.
+
+def check_text(ids: Array | None, mask: Any, positions: Any, config: CLIPTextConfig) -> Array:
+    """Checks the shapes of ``input_ids``, ``attention_mask`` and ``position_ids``, arrays or tensors of any framework.
+
+    Args:
+        ids: (batch, seq).
+        mask: The same shape; None for none.
+        positions: (batch or 1, seq); None for none.
+        config: Of the text tower.
+
+    Returns:
+        The ids.
 
     Raises:
         ValueError: A shape does not fit, or the text is longer than the model's context.
@@ -50,10 +61,19 @@ def check_text(ids: Any, mask: Any, positions: Any, config: CLIPTextConfig) -> N
             "Pass positions of that shape",
             shown=True,
         )
+    return ids
 
 
-def check_pixels(pixels: Any, config: CLIPVisionConfig, interpolate: bool) -> None:
-    """Checks the shape of ``pixel_values``.
+def check_pixels(pixels: Array | None, config: CLIPVisionConfig, interpolate: bool) -> Array:
+    """Checks the shape of ``pixel_values``, an array or tensor of any framework.
+
+    Args:
+        pixels: (batch, channels, height, width).
+        config: Of the vision tower.
+        interpolate: Whether the model accepts pictures of any size.
+
+    Returns:
+        The pixels.
 
     Raises:
         ValueError: It does not fit.
@@ -78,13 +98,14 @@ def check_pixels(pixels: Any, config: CLIPVisionConfig, interpolate: bool) -> No
             "Resize the pictures, or pass interpolate_pos_encoding=True",
             shown=True,
         )
-    if min(height or size, width or size) < config.patch_size:
+    if any(side is not None and side < config.patch_size for side in (height, width)):
         raise bad_input(
             f"A picture must hold at least one patch of {config.patch_size}*{config.patch_size}",
             _shape(pixels),
             "Pass larger pictures",
             shown=True,
         )
+    return pixels
 
 
 _FIXES = {

@@ -75,6 +75,9 @@ class ModelOutput(OrderedDict[str, Any], Generic[Array]):
         return type(self), (dict(self),)
 
 
+Output = TypeVar("Output", bound=ModelOutput)
+
+
 class BaseModelOutput(ModelOutput[Array]):
     """Output of an encoder.
 
@@ -197,3 +200,19 @@ def stages(output: CLIPOutput[Array], text_features: Array, image_features: Arra
         found[f"{tower}.projected"] = features
     found["logits"] = output.logits_per_image
     return found
+
+
+def default(value: bool | None, otherwise: bool) -> bool:
+    """Returns an argument of a model, or what its config says where it is None."""
+    return otherwise if value is None else value
+
+
+def returned(output: Output, return_dict: bool | None, otherwise: bool) -> Output | tuple[Any, ...]:
+    """Returns an output as the caller wants it: as it is, or as a tuple of what is not None.
+
+    Args:
+        output: What a head computed.
+        return_dict: Whether it is wanted as it is.
+        otherwise: What the config says, for a ``return_dict`` of None.
+    """
+    return output if default(return_dict, otherwise) else output.to_tuple()

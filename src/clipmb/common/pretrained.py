@@ -15,7 +15,7 @@ from clipmb.common.dtypes import DTYPES, dtype_name
 from clipmb.common.errors import CheckpointError, bad_input, log_once, logger, one_of
 from clipmb.common.former import check_saving, drop_unneeded
 from clipmb.common.hub import Source
-from clipmb.common.parameters import Spec, specs
+from clipmb.common.parameters import specs
 from clipmb.common.saving import Transaction
 
 
@@ -32,21 +32,18 @@ class PretrainedMixin:
     config: Any
 
     @classmethod
-    def from_arrays(
-        cls, config: Any, arrays: dict[str, np.ndarray], initialised: list[Spec], dtype: str | None, **options: Any
-    ) -> Any:
+    def from_arrays(cls, *args: Any, **options: Any) -> Any:
         """Builds the model around canonical arrays, and draws the parameters that have none.
 
         Args:
-            config: The head's config.
-            arrays: Canonical name to array in canonical layout.
-            initialised: The parameters that have no array and are drawn from their initial distribution.
-            dtype: Name of the dtype of the parameters; the framework's default when None.
+            *args: ``config``, that of the head; ``arrays``, canonical name to array in canonical layout; ``initialised``,
+                the parameters that have no array and are drawn from their initial distribution; ``dtype``, the name of
+                the dtype of the parameters, or None for the framework's default.
             **options: Those of ``load_options``.
         """
         raise NotImplementedError
 
-    def to_arrays(self, **options: Any) -> dict[str, np.ndarray]:
+    def to_arrays(self, *args: Any, **options: Any) -> dict[str, np.ndarray]:
         """Returns every parameter by its canonical name, in canonical layout."""
         raise NotImplementedError
 

@@ -1,4 +1,4 @@
-"""The building blocks of the Flax models that are no part of CLIP itself."""
+"""What the Flax models are made of: activations, layers, look-ups, interpolation of positions and attention."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
 from jax import Array
+from jax.core import Tracer
 
 from clipmb.common import checks
 from clipmb.common.config import BaseConfig, CLIPConfig, CLIPTextConfig
@@ -18,24 +19,39 @@ from clipmb.common.parameters import specs
 
 
 def statistics_dtype(dtype: Any) -> Any:
-    """Returns the dtype of softmax and norm statistics: float32 for 16 bits, else the dtype itself."""
+    """Returns the dtype of softmax and of sums over many numbers: float32 for 16 bits, else the dtype itself."""
     return jnp.promote_types(dtype, jnp.float32)
 
 
+def quick_gelu(x: Array) -> Array:
+    """Sigmoid approximation of GELU, ``x * sigmoid(1.702 * x)``; (…) to the same."""
+    return x * jax.nn.sigmoid(1.702 * x)
+
+
+def gelu(x: Array) -> Array:
+    """GELU, ``x`` times the normal distribution function; (…) to the same."""
+    return jax.nn.gelu(x, approximate=False)
+
+
+def gelu_tanh(x: Array) -> Array:
+    """Approximation of GELU by the hyperbolic tangent; (…) to the same."""
+    return jax.nn.gelu(x, approximate=True)
+
+
 ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
-    "gelu": lambda x: jax.nn.gelu(x, approximate=False),
-    "gelu_10": lambda x: jax.nn.gelu(x, approximate=False).clip(-10, 10),
-    "gelu_accurate": lambda x: jax.nn.gelu(x, approximate=True),
+    "gelu": gelu,
+    "gelu_10": lambda x: gelu(x).clip(-10, 10),
+    "gelu_accurate": gelu_tanh,
     "gelu_fast": lambda x: 0.5 * x * (1 + jnp.tanh(x * 0.7978845608 * (1 + 0.044715 * x * x))),
-    "gelu_new": lambda x: jax.nn.gelu(x, approximate=True),
-    "gelu_python": lambda x: jax.nn.gelu(x, approximate=False),
-    "gelu_python_tanh": lambda x: jax.nn.gelu(x, approximate=True),
-    "gelu_pytorch_tanh": lambda x: jax.nn.gelu(x, approximate=True),
+    "gelu_new": gelu_tanh,
+    "gelu_python": gelu,
+    "gelu_python_tanh": gelu_tanh,
+    "gelu_pytorch_tanh": gelu_tanh,
     "laplace": lambda x: 0.5 * (1 + jax.lax.erf((x - 0.707107) / (0.282095 * 2.0**0.5))),
     "leaky_relu": jax.nn.leaky_relu,
     "linear": lambda x: x,
     "mish": jax.nn.mish,
-    "quick_gelu": lambda x: x * jax.nn.sigmoid(1.702 * x),
+    "quick_gelu": quick_gelu,
     "relu": jax.nn.relu,
     "relu2": lambda x: jnp.square(jax.nn.relu(x)),
     "relu6": jax.nn.relu6,
@@ -62,7 +78,7 @@ def initial(config: BaseConfig, name: str) -> Callable[..., Array]:
     return draw
 
 
-class FlaxCLIPLayerNorm(nn.Module):
+class LayerNorm(nn.Module):
     """Layer normalisation with PyTorch's arithmetic: two passes over the row, statistics in at least float32."""
 
     epsilon: float
@@ -122,20 +138,6 @@ def patch_product(pixel_values: Array, kernel: Array, *_: Any, precision: Any, *
     return jnp.dot(flat, kernel.reshape(flat.shape[1], -1), precision=precision).reshape(batch, rows, columns, -1)
 
 
-def checked_ids(ids: Array, size: int, field: str) -> Array:
-    """Returns ids for a table of ``size`` rows; under a transformation those outside of it are at ``size`` or above.
-
-    Raises:
-        TypeError: They are not integers.
-        ValueError: Some lie outside, and this is not under a transformation.
-    """
-    checks.check_integers(ids, field)
-    if not isinstance(ids, jax.core.Tracer):
-        checks.check_ids(np.asarray(ids), size, field)  # JAX's operations would be traced, where this is inside a jit
-        return jnp.asarray(ids)
-    return jnp.where(ids < 0, size, ids)  # JAX would count negative ones from the end
-
-
 def look_up(table: nn.Embed, ids: Array, field: str) -> Array:
     """Looks ids up in a table of embeddings.
 
@@ -153,6 +155,20 @@ def look_up(table: nn.Embed, ids: Array, field: str) -> Array:
     """
     ids = checked_ids(ids, table.num_embeddings, field)
     return jnp.take(table.embedding, ids, axis=0, mode="fill", fill_value=jnp.nan).astype(table.dtype)
+
+
+def checked_ids(ids: Array, size: int, field: str) -> Array:
+    """Returns ids for a table of ``size`` rows; under a transformation those outside of it are at ``size`` or above.
+
+    Raises:
+        TypeError: They are not integers.
+        ValueError: Some lie outside, and this is not under a transformation.
+    """
+    checks.check_integers(ids, field)
+    if not isinstance(ids, Tracer):
+        checks.check_ids(np.asarray(ids), size, field)  # JAX's operations would be traced, where this is inside a jit
+        return jnp.asarray(ids)
+    return jnp.where(ids < 0, size, ids)  # JAX would count negative ones from the end
 
 
 def bicubic_weights(size: int, new_size: int) -> np.ndarray:

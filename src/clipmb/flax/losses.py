@@ -1,8 +1,6 @@
-"""The losses of the Flax models and of their training."""
+"""The losses of the heads and of training, in Flax."""
 
 from __future__ import annotations
-
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -14,44 +12,79 @@ from clipmb.flax.layers import checked_ids, statistics_dtype
 
 
 def normalize(embeds: Array) -> Array:
-    """Scales rows to unit length; a row of zeros becomes NaN, as formerly."""
+    """Scales rows to unit length: (n, proj) to the same. A row of zeros becomes NaN, as in transformers."""
     return embeds / jnp.sqrt(jnp.square(embeds).sum(axis=-1, keepdims=True))
 
 
-def cross_entropy(logits: Array, targets: Array) -> Array:
-    """Mean cross-entropy of (n, classes) against (n,) class indices, of which -100 are passed over; ().
+def cross_entropy(logits: Array, labels: Array, count: int | Array | None = None) -> Array:
+    """Returns the mean cross-entropy over the labels that are not -100.
 
-    Source: torch.nn.functional.cross_entropy. Its statistics are in at least float32, its result in the dtype given.
+    Source: torch.nn.functional.cross_entropy.
+
+    Args:
+        logits: (n, classes).
+        labels: (n,) class indices, or -100 for rows that do not count.
+        count: By what the sum is divided; the number of rows that count when None.
+
+    Returns:
+        (), NaN where no row counts, and under a transformation where a label is neither a class nor -100.
+
+    Raises:
+        ValueError: A label is neither a class nor -100, and this is not under a transformation.
     """
-    counted = targets != -100
-    targets = checked_ids(jnp.where(counted, targets, 0), logits.shape[1], "labels")
+    kept = labels != -100
+    labels = checked_ids(jnp.where(kept, labels, 0), logits.shape[1], "labels")
     logarithms = jax.nn.log_softmax(logits.astype(statistics_dtype(logits.dtype)), axis=-1)
-    chosen = jnp.take_along_axis(logarithms, targets[:, None], axis=1, mode="fill", fill_value=jnp.nan)[:, 0]
-    return (-jnp.where(counted, chosen, 0).sum() / counted.sum()).astype(logits.dtype)
+    losses = -jnp.take_along_axis(logarithms, labels[:, None], axis=1, mode="fill", fill_value=jnp.nan)[:, 0]
+    count = kept.sum() if count is None else count
+    return (jnp.where(kept, losses, 0).sum() / count).astype(logits.dtype)
 
 
 def contrastive_loss(logits_per_text: Array) -> Array:
-    """Mean of the cross-entropies of text against images and image against texts; (n, n) to ().
+    """Returns the loss of `clip_loss`, given the scaled cosines.
 
-    Source: CLIP, arXiv 2103.00020, figure 3.
+    Args:
+        logits_per_text: (n, n); row i and column i are a pair.
+
+    Returns:
+        ().
+
+    Raises:
+        ValueError: There are not as many texts as images.
     """
     texts, images = logits_per_text.shape
     if texts != images:
         raise checks.not_square(texts, images)
     targets = jnp.arange(texts)
-    return (cross_entropy(logits_per_text, targets) + cross_entropy(logits_per_text.T, targets)) / 2
+    return _symmetric(logits_per_text, logits_per_text.T, targets)
 
 
 def classification_loss(logits: Array, labels: Array, config: CLIPConfig) -> Array:
-    """The loss of `clipmb.common.checks.loss_kind`; cross-entropies leave out labels of -100."""
+    """Returns the loss of an image classifier.
+
+    Source: transformers 4.57.6; `clipmb.common.checks.loss_kind` says which loss it is.
+
+    Args:
+        logits: (batch, num_labels).
+        labels: (batch,) class indices, or -100 for pictures that do not count; or numbers of the shape of ``logits``,
+            in which axes of length 1 may be left out.
+        config: The classifier's config.
+
+    Returns:
+        ().
+
+    Raises:
+        TypeError: Class indices are not integers.
+        ValueError: The shape of the labels does not fit, or a label is not a class.
+    """
     kind = checks.loss_kind(labels, logits, config)
     if kind == "single_label_classification":
         return cross_entropy(logits, labels.reshape(-1))
     dtype, statistics = logits.dtype, statistics_dtype(logits.dtype)
-    logits, labels = logits.astype(statistics), jnp.asarray(labels, dtype).astype(statistics)
+    labels = jnp.asarray(labels, dtype).reshape(logits.shape).astype(statistics)
+    logits = logits.astype(statistics)
     if kind == "regression":
-        return jnp.square(logits - labels.reshape(logits.shape)).mean().astype(dtype)
-    labels = labels.reshape(logits.shape)
+        return jnp.square(logits - labels).mean().astype(dtype)
     losses = jnp.maximum(logits, 0) - logits * labels + jnp.log1p(jnp.exp(-jnp.abs(logits)))
     return losses.mean().astype(dtype)
 
@@ -62,9 +95,9 @@ def clip_loss(
     logit_scale: Array,
     *,
     valid: Array | None = None,
-    rows: slice | tuple[Any, int] | None = None,
+    rows: slice | Array | None = None,
 ) -> Array:
-    """The mean of the cross-entropies of texts against images and of images against texts.
+    """Returns the mean of the cross-entropies of texts against images and of images against texts.
 
     Source: CLIP, arXiv 2103.00020, figure 3.
 
@@ -74,21 +107,29 @@ def clip_loss(
         logit_scale: (), the logarithm of the factor on the cosines.
         valid: (n,) booleans, False for rows that are padding and count nowhere; all count when None.
         rows: Only the terms of these rows, so that the losses of disjoint rows add up to that of all; all when None.
-            Also (start, size), of which the start may be a traced array.
+            Also their numbers, (rows,), which may be traced.
 
     Returns:
         ().
     """
-    targets = take_rows(jnp.arange(len(text_embeds)), rows)
-    terms = []
-    for ours, others in ((text_embeds, image_embeds), (image_embeds, text_embeds)):
-        logits = jnp.exp(logit_scale) * jnp.matmul(take_rows(ours, rows), others.T, precision="highest")  # (rows, n)
-        if valid is not None:
-            logits = jnp.where(valid, logits, jnp.finfo(logits.dtype).min / 2)
-        chosen = jnp.take_along_axis(logits, targets[:, None], axis=1)[:, 0]
-        losses = jax.nn.logsumexp(logits, axis=1) - chosen  # (rows,)
-        terms.append((losses if valid is None else jnp.where(take_rows(valid, rows), losses, 0)).sum())
-    return (terms[0] + terms[1]) / (2 * _count(text_embeds, valid))
+    rows = slice(None) if rows is None else rows
+    scale, count = jnp.exp(logit_scale), len(text_embeds)
+    logits_per_text = scale * jnp.matmul(text_embeds[rows], image_embeds.T, precision="highest")  # (rows, n)
+    logits_per_image = scale * jnp.matmul(image_embeds[rows], text_embeds.T, precision="highest")  # (rows, n)
+    targets = jnp.arange(count)
+    if valid is not None:
+        lowest = jnp.finfo(logits_per_text.dtype).min / 2
+        logits_per_text = jnp.where(valid, logits_per_text, lowest)
+        logits_per_image = jnp.where(valid, logits_per_image, lowest)
+        targets, count = jnp.where(valid, targets, -100), valid.sum()
+    return _symmetric(logits_per_text, logits_per_image, targets[rows], count)
+
+
+def _symmetric(
+    logits_per_text: Array, logits_per_image: Array, targets: Array, count: int | Array | None = None
+) -> Array:
+    """The formula of figure 3: (rows, n) twice and (rows,) to ()."""
+    return (cross_entropy(logits_per_text, targets, count) + cross_entropy(logits_per_image, targets, count)) / 2
 
 
 def siglip_loss(
@@ -98,39 +139,30 @@ def siglip_loss(
     logit_bias: Array,
     *,
     valid: Array | None = None,
-    rows: slice | tuple[Any, int] | None = None,
+    rows: slice | Array | None = None,
 ) -> Array:
-    """The sigmoid loss: every text with every image is a binary decision, summed over both and divided by n.
+    """Returns the sigmoid loss: every text with every image is a binary decision, summed over both and divided by n.
 
     Source: SigLIP, arXiv 2303.15343, algorithm 1.
 
     Args:
-        text_embeds: As in `clip_loss`, like the other arguments.
-        image_embeds: As there.
-        logit_scale: As there.
+        text_embeds: (n, proj), of unit length.
+        image_embeds: (n, proj), of unit length; row i belongs to text i.
+        logit_scale: (), the logarithm of the factor on the cosines.
         logit_bias: (), added to the scaled cosines.
-        valid: As there.
-        rows: As there.
+        valid: As in `clip_loss`.
+        rows: As in `clip_loss`.
 
     Returns:
         ().
     """
-    cosines = jnp.matmul(take_rows(text_embeds, rows), image_embeds.T, precision="highest")  # (rows, n)
-    logits = jnp.exp(logit_scale) * cosines + logit_bias
-    places = jnp.arange(len(text_embeds))
-    signs = jnp.where(take_rows(places, rows)[:, None] == places, 1, -1)
+    rows = slice(None) if rows is None else rows
+    scale, count = jnp.exp(logit_scale), len(text_embeds)
+    logits = scale * jnp.matmul(text_embeds[rows], image_embeds.T, precision="highest") + logit_bias  # (rows, n)
+    places = jnp.arange(count)
+    signs = jnp.where(places[rows][:, None] == places, 1, -1)  # (rows, n)
     losses = -jax.nn.log_sigmoid(signs * logits)
     if valid is not None:
-        losses = jnp.where(take_rows(valid, rows)[:, None] & valid, losses, 0)
-    return losses.sum() / _count(text_embeds, valid)
-
-
-def take_rows(array: Array, rows: slice | tuple[Any, int] | None) -> Array:
-    """Returns rows of an array as `clip_loss` names them."""
-    if isinstance(rows, tuple):
-        return jax.lax.dynamic_slice_in_dim(array, *rows)
-    return array if rows is None else array[rows]
-
-
-def _count(embeds: Array, valid: Array | None) -> int | Array:
-    return len(embeds) if valid is None else valid.sum()
+        losses = jnp.where(valid[rows][:, None] & valid, losses, 0)
+        count = valid.sum()
+    return losses.sum() / count

@@ -12,7 +12,7 @@ import math
 import zlib
 from collections.abc import Mapping
 from functools import partial
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Self, cast
 
 import jax
 import jax.numpy as jnp
@@ -94,7 +94,7 @@ class FlaxCLIPPreTrainedModel(PretrainedMixin):
         self._params: dict[str, Any] = self.init_weights(self.key) if _do_init else {}
 
     @classmethod
-    def _from_config(cls, config: BaseConfig, **options: Any) -> FlaxCLIPPreTrainedModel:
+    def _from_config(cls, config: BaseConfig, **options: Any) -> Self:  # the name that transformers' Auto classes call
         return cls(config, **options)
 
     @classmethod
@@ -108,7 +108,7 @@ class FlaxCLIPPreTrainedModel(PretrainedMixin):
         input_shape: Any = None,
         _do_init: bool = True,
         gradient_checkpointing: bool = False,
-    ) -> Any:
+    ) -> Self | tuple[Self, dict[str, Any]]:
         """Builds the model around canonical arrays, and draws the parameters that have none.
 
         Args:
@@ -149,8 +149,8 @@ class FlaxCLIPPreTrainedModel(PretrainedMixin):
 
     def _checked(self, params: Params) -> dict[tuple[str, ...], Any]:
         """Returns the leaves of a tree by path, once it fits the model."""
-        leaves = flatten_dict(unfreeze(params))
-        expected = flatten_dict(self.params_shape_tree)
+        leaves = _leaves(params)
+        expected = _leaves(self.params_shape_tree)
         problems = [f"missing: {'.'.join(path)}" for path in expected.keys() - leaves.keys()]
         problems += [f"unexpected: {'.'.join(map(str, path))}" for path in leaves.keys() - expected.keys()]
         problems += [
@@ -174,7 +174,7 @@ class FlaxCLIPPreTrainedModel(PretrainedMixin):
         Returns:
             The whole tree, in float32 where it was drawn.
         """
-        given = {} if params is None else flatten_dict(unfreeze(params))
+        given = {} if params is None else _leaves(params)
         table = specs(self.config, self.head)
         arrays = {}
         for spec in table:
@@ -214,7 +214,7 @@ class FlaxCLIPPreTrainedModel(PretrainedMixin):
                 shown=True,
             )
         self._checked(params)
-        self._params = unfreeze(params)
+        self._params = _plain(params)
 
     @property
     def required_params(self) -> set[tuple[str, ...]]:
@@ -239,13 +239,18 @@ class FlaxCLIPPreTrainedModel(PretrainedMixin):
         """Returns the tree with its floating-point leaves in float32; ``mask`` as in `to_bf16`."""
         return _cast(params, jnp.float32, mask)
 
-    def num_parameters(self, exclude_embeddings: bool = False) -> int:
-        """Counts parameters."""
+    def num_parameters(self, only_trainable: bool = False, exclude_embeddings: bool = False) -> int:
+        """Counts parameters.
+
+        Args:
+            only_trainable: Changes nothing: what is frozen is the optimizer's choice in Flax.
+            exclude_embeddings: Leave out the tables of embeddings.
+        """
         table = specs(self.config, self.head)
         return sum(math.prod(spec.shape) for spec in table if not (exclude_embeddings and spec.kind == "embedding"))
 
     def enable_gradient_checkpointing(self) -> None:
-        """Recomputes each block in the backward pass instead of keeping its intermediate results."""
+        """Recomputes each block in the backward pass of training instead of keeping its intermediate results."""
         self.module = self.module.clone(gradient_checkpointing=True)
 
     def disable_gradient_checkpointing(self) -> None:
@@ -262,9 +267,16 @@ class FlaxCLIPPreTrainedModel(PretrainedMixin):
         self.config.attn_implementation = attn_implementation
 
     def _apply(
-        self, *inputs: Any, params: Params | None, dropout_rng: Array | None, train: bool, **options: Any
+        self,
+        inputs: tuple[Any, ...],
+        options: tuple[Any, ...],
+        params: Params | None,
+        dropout_rng: Array | None,
+        train: bool,
+        method: str | None = None,
     ) -> Any:
-        if train and dropout_rng is None and (rate := self._dropout()):
+        """Calls a method of the module, which has ``deterministic`` between its inputs and its options."""
+        if train and dropout_rng is None and (rate := self.dropout):
             raise bad_input(
                 f"train=True needs dropout_rng, since attention_dropout is {rate}",
                 None,
@@ -272,9 +284,11 @@ class FlaxCLIPPreTrainedModel(PretrainedMixin):
             )
         rngs = None if dropout_rng is None else {"dropout": dropout_rng}
         variables = {"params": self.params if params is None else params}
-        return self.module.apply(variables, *inputs, deterministic=not train, rngs=rngs, **options)
+        return self.module.apply(variables, *map(_array, inputs), not train, *options, rngs=rngs, method=method)
 
-    def _dropout(self) -> float:
+    @property
+    def dropout(self) -> float:
+        """The largest rate of attention dropout of its towers, which ``train=True`` needs a ``dropout_rng`` for."""
         towers = (getattr(self.config, name, self.config) for name in ("text_config", "vision_config"))
         return max(getattr(tower, "attention_dropout", 0.0) for tower in towers)
 
@@ -316,6 +330,16 @@ def _normal(key: Array, mean: float, std: float, shape: tuple[int, ...]) -> Arra
     return mean + std * jax.random.normal(key, shape, jnp.float32)
 
 
+def _plain(params: Params) -> dict[str, Any]:
+    """Returns a tree as plain dicts."""
+    return unfreeze(cast("dict[str, Any]", params))
+
+
+def _leaves(params: Params) -> dict[tuple[str, ...], Any]:
+    """Returns the leaves of a tree by path."""
+    return cast("dict[tuple[str, ...], Any]", flatten_dict(_plain(params)))
+
+
 def _tree(leaves: Mapping[str, Any], table: list[Spec]) -> dict[str, Any]:
     """Arranges leaves that are in the framework's layout already; keys are canonical names."""
     return unflatten_dict({spec.path("flax"): leaves[spec.name] for spec in table})
@@ -346,21 +370,28 @@ class FlaxCLIPModel(FlaxCLIPPreTrainedModel):
         output_hidden_states: bool | None = None,
         return_dict: bool | None = None,
     ) -> Array:
-        """Returns the projected text: (batch, seq) to (batch, proj), not normalised.
+        """Returns the projected texts, not normalised.
 
-        Arguments as in `FlaxCLIPModel.__call__`.
+        Args:
+            input_ids: (batch, seq) integers.
+            attention_mask: (batch, seq), 1 for tokens that may be looked at; all when None.
+            position_ids: (batch or 1, seq); 0, 1, … when None.
+            params: As in `FlaxCLIPModel.__call__`.
+            dropout_rng: As in `FlaxCLIPModel.__call__`.
+            train: As in `FlaxCLIPModel.__call__`.
+            output_attentions: Changes nothing here; part of the signature of every call.
+            output_hidden_states: Like ``output_attentions``.
+            return_dict: Like ``output_attentions``.
+
+        Returns:
+            (batch, proj).
+
+        Raises:
+            ValueError: A shape or a value does not fit.
         """
-        return self._apply(
-            _array(input_ids),
-            _array(attention_mask),
-            _array(position_ids),
-            params=params,
-            dropout_rng=dropout_rng,
-            train=train,
-            output_attentions=output_attentions,
-            output_hidden_states=output_hidden_states,
-            method="get_text_features",
-        )
+        inputs = (input_ids, attention_mask, position_ids)
+        options = (output_attentions, output_hidden_states)
+        return self._apply(inputs, options, params, dropout_rng, train, method="get_text_features")
 
     def get_image_features(
         self,
@@ -373,20 +404,28 @@ class FlaxCLIPModel(FlaxCLIPPreTrainedModel):
         interpolate_pos_encoding: bool = False,
         return_dict: bool | None = None,
     ) -> Array:
-        """Returns the projected images: (batch, channels, height, width) to (batch, proj), not normalised.
+        """Returns the projected pictures, not normalised.
 
-        Arguments as in `FlaxCLIPModel.__call__`.
+        Args:
+            pixel_values: (batch, channels, height, width).
+            params: As in `FlaxCLIPModel.__call__`.
+            dropout_rng: As in `FlaxCLIPModel.__call__`.
+            train: As in `FlaxCLIPModel.__call__`.
+            output_attentions: Changes nothing here; part of the signature of every call.
+            output_hidden_states: Like ``output_attentions``.
+            interpolate_pos_encoding: Accept pictures of any size.
+            return_dict: Like ``output_attentions``.
+
+        Returns:
+            (batch, proj).
+
+        Raises:
+            ValueError: A shape or a value does not fit.
         """
-        return self._apply(
-            self._pixels(pixel_values, interpolate_pos_encoding),
-            params=params,
-            dropout_rng=dropout_rng,
-            train=train,
-            output_attentions=output_attentions,
-            output_hidden_states=output_hidden_states,
-            interpolate_pos_encoding=interpolate_pos_encoding,
-            method="get_image_features",
-        )
+        pixels = self._pixels(pixel_values, interpolate_pos_encoding)
+        inputs = (pixels,)
+        options = (output_attentions, output_hidden_states, interpolate_pos_encoding)
+        return self._apply(inputs, options, params, dropout_rng, train, method="get_image_features")
 
     def __call__(
         self,
@@ -402,7 +441,7 @@ class FlaxCLIPModel(FlaxCLIPPreTrainedModel):
         return_dict: bool | None = None,
         return_loss: bool | None = None,
         interpolate_pos_encoding: bool = False,
-    ) -> CLIPOutput | tuple:
+    ) -> CLIPOutput[Array] | tuple[Any, ...]:
         """Compares every text with every image.
 
         Args:
@@ -422,20 +461,10 @@ class FlaxCLIPModel(FlaxCLIPPreTrainedModel):
         Raises:
             ValueError: A shape or a value does not fit.
         """
-        return self._apply(
-            _array(input_ids),
-            self._pixels(pixel_values, interpolate_pos_encoding),
-            _array(attention_mask),
-            _array(position_ids),
-            params=params,
-            dropout_rng=dropout_rng,
-            train=train,
-            output_attentions=output_attentions,
-            output_hidden_states=output_hidden_states,
-            return_dict=return_dict,
-            return_loss=return_loss,
-            interpolate_pos_encoding=interpolate_pos_encoding,
-        )
+        pixels = self._pixels(pixel_values, interpolate_pos_encoding)
+        inputs = (input_ids, pixels, attention_mask, position_ids)
+        options = (output_attentions, output_hidden_states, return_dict, return_loss, interpolate_pos_encoding)
+        return self._apply(inputs, options, params, dropout_rng, train)
 
 
 class FlaxCLIPTextPreTrainedModel(FlaxCLIPPreTrainedModel):
@@ -454,19 +483,11 @@ class FlaxCLIPTextPreTrainedModel(FlaxCLIPPreTrainedModel):
         output_attentions: bool | None = None,
         output_hidden_states: bool | None = None,
         return_dict: bool | None = None,
-    ) -> BaseModelOutputWithPooling | CLIPTextModelOutput | tuple:
-        """Encodes texts; arguments as in `FlaxCLIPModel.__call__`."""
-        return self._apply(
-            _array(input_ids),
-            _array(attention_mask),
-            _array(position_ids),
-            params=params,
-            dropout_rng=dropout_rng,
-            train=train,
-            output_attentions=output_attentions,
-            output_hidden_states=output_hidden_states,
-            return_dict=return_dict,
-        )
+    ) -> BaseModelOutputWithPooling[Array] | CLIPTextModelOutput[Array] | tuple[Any, ...]:
+        """Encodes texts; arguments and errors as in `FlaxCLIPModel.__call__`."""
+        inputs = (input_ids, attention_mask, position_ids)
+        options = (output_attentions, output_hidden_states, return_dict)
+        return self._apply(inputs, options, params, dropout_rng, train)
 
 
 class FlaxCLIPTextModel(FlaxCLIPTextPreTrainedModel):
@@ -499,18 +520,12 @@ class FlaxCLIPVisionPreTrainedModel(FlaxCLIPPreTrainedModel):
         output_hidden_states: bool | None = None,
         return_dict: bool | None = None,
         interpolate_pos_encoding: bool = False,
-    ) -> BaseModelOutputWithPooling | CLIPVisionModelOutput | tuple:
-        """Encodes pictures; arguments as in `FlaxCLIPModel.__call__`."""
-        return self._apply(
-            self._pixels(pixel_values, interpolate_pos_encoding),
-            params=params,
-            dropout_rng=dropout_rng,
-            train=train,
-            output_attentions=output_attentions,
-            output_hidden_states=output_hidden_states,
-            return_dict=return_dict,
-            interpolate_pos_encoding=interpolate_pos_encoding,
-        )
+    ) -> BaseModelOutputWithPooling[Array] | CLIPVisionModelOutput[Array] | tuple[Any, ...]:
+        """Encodes pictures; arguments and errors as in `FlaxCLIPModel.__call__`."""
+        pixels = self._pixels(pixel_values, interpolate_pos_encoding)
+        inputs = (pixels,)
+        options = (output_attentions, output_hidden_states, return_dict, interpolate_pos_encoding)
+        return self._apply(inputs, options, params, dropout_rng, train)
 
 
 class FlaxCLIPVisionModel(FlaxCLIPVisionPreTrainedModel):
@@ -545,28 +560,25 @@ class FlaxCLIPForImageClassification(FlaxCLIPPreTrainedModel):
         output_hidden_states: bool | None = None,
         return_dict: bool | None = None,
         interpolate_pos_encoding: bool = False,
-    ) -> ImageClassifierOutput | tuple:
+    ) -> ImageClassifierOutput[Array] | tuple[Any, ...]:
         """Classifies pictures.
 
         Args:
             pixel_values: (batch, channels, height, width).
             labels: (batch,) class indices, or (batch,) numbers for one label, or (batch, num_labels) numbers in [0, 1].
-            params: As in `FlaxCLIPModel.__call__`, like the arguments after it.
-            dropout_rng: As there.
-            train: As there.
-            output_attentions: As there.
-            output_hidden_states: As there.
-            return_dict: As there.
-            interpolate_pos_encoding: As there.
+            params: As in `FlaxCLIPModel.__call__`.
+            dropout_rng: As in `FlaxCLIPModel.__call__`.
+            train: As in `FlaxCLIPModel.__call__`.
+            output_attentions: As in `FlaxCLIPModel.__call__`.
+            output_hidden_states: As in `FlaxCLIPModel.__call__`.
+            return_dict: As in `FlaxCLIPModel.__call__`.
+            interpolate_pos_encoding: As in `FlaxCLIPModel.__call__`.
+
+        Raises:
+            TypeError: Class indices are not integers.
+            ValueError: A shape or a value does not fit.
         """
-        return self._apply(
-            self._pixels(pixel_values, interpolate_pos_encoding),
-            _array(labels),
-            params=params,
-            dropout_rng=dropout_rng,
-            train=train,
-            output_attentions=output_attentions,
-            output_hidden_states=output_hidden_states,
-            return_dict=return_dict,
-            interpolate_pos_encoding=interpolate_pos_encoding,
-        )
+        pixels = self._pixels(pixel_values, interpolate_pos_encoding)
+        inputs = (pixels, labels)
+        options = (output_attentions, output_hidden_states, return_dict, interpolate_pos_encoding)
+        return self._apply(inputs, options, params, dropout_rng, train)

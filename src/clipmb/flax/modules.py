@@ -32,7 +32,7 @@ from flax import linen as nn
 from jax import Array
 
 from clipmb.common import checks
-from clipmb.common.config import BaseConfig, CLIPConfig, CLIPTextConfig, CLIPVisionConfig
+from clipmb.common.config import CLIPConfig, CLIPTextConfig, CLIPVisionConfig
 from clipmb.common.errors import bad_input, warn_once
 from clipmb.common.outputs import (
     BaseModelOutput,
@@ -42,10 +42,12 @@ from clipmb.common.outputs import (
     CLIPVisionModelOutput,
     ImageClassifierOutput,
     ModelOutput,
+    default,
+    returned,
 )
 from clipmb.flax.layers import (
     ACTIVATIONS,
-    FlaxCLIPLayerNorm,
+    LayerNorm,
     attention_context,
     attention_scores,
     fused_attention,
@@ -56,14 +58,10 @@ from clipmb.flax.layers import (
     statistics_dtype,
 )
 from clipmb.flax.losses import classification_loss, contrastive_loss, normalize
+from clipmb.flax.tensors import register_output
 
 for _type in ModelOutput.types:
-    jax.tree_util.register_pytree_with_keys(
-        _type,
-        lambda output: ([(jax.tree_util.DictKey(key), value) for key, value in output.items()], tuple(output)),
-        lambda keys, values, _type=_type: _type(zip(keys, values, strict=True)),
-        lambda output: (tuple(output.values()), tuple(output)),
-    )
+    register_output(_type)
 
 
 class FlaxCLIPAttention(nn.Module):
@@ -102,7 +100,7 @@ class FlaxCLIPAttention(nn.Module):
             statistics = statistics_dtype(scores.dtype)
             weights = jax.nn.softmax(scores.astype(statistics), axis=-1).astype(query.dtype)
             weights = self.dropout(weights, deterministic)
-            context = attention_context(weights, value)
+            context = attention_context(weights, value)  # (batch, seq, heads, head_dim)
         context = context.reshape(batch, seq, width)
         return self.out_proj(context), weights
 
@@ -132,9 +130,9 @@ class FlaxCLIPEncoderLayer(nn.Module):
 
     def setup(self) -> None:
         self.self_attn = FlaxCLIPAttention(self.config, self.dtype)
-        self.layer_norm1 = FlaxCLIPLayerNorm(self.config.layer_norm_eps, self.dtype)
+        self.layer_norm1 = LayerNorm(self.config.layer_norm_eps, self.dtype)
         self.mlp = FlaxCLIPMLP(self.config, self.dtype)
-        self.layer_norm2 = FlaxCLIPLayerNorm(self.config.layer_norm_eps, self.dtype)
+        self.layer_norm2 = LayerNorm(self.config.layer_norm_eps, self.dtype)
 
     def __call__(
         self, hidden_states: Array, bias: Array | None, fused: bool, deterministic: bool
@@ -189,10 +187,10 @@ class FlaxCLIPEncoder(nn.Module):
         deterministic: bool = True,
         output_attentions: bool | None = None,
         output_hidden_states: bool | None = None,
-    ) -> BaseModelOutput:
+    ) -> BaseModelOutput[Array]:
         """Runs the blocks over (batch, seq, width)."""
-        output_attentions = _default(output_attentions, self.config.output_attentions)
-        output_hidden_states = _default(output_hidden_states, self.config.output_hidden_states)
+        output_attentions = default(output_attentions, self.config.output_attentions)
+        output_hidden_states = default(output_hidden_states, self.config.output_hidden_states)
         fused = self.config.attn_implementation != "eager"
         if fused and output_attentions:
             fused = False
@@ -210,19 +208,7 @@ class FlaxCLIPEncoder(nn.Module):
 
 
 def attention_bias(attention_mask: Array | None, hidden_states: Array) -> Array:
-    """Returns what is added to the scores: 0 where a token may look, the dtype's minimum where it may not.
-
-    The minimum of the causal part and that of the padding are added, so that a key hidden by both is at minus infinity:
-    a row in which everything before it is padding shares its weight among the keys that only one of the two hides.
-    Source: transformers 4.57.6, PyTorch; its other frameworks differ from it at such rows.
-
-    Args:
-        attention_mask: (batch, seq), 1 for tokens that may be looked at; None for all.
-        hidden_states: (batch, seq, width), for the dtype.
-
-    Returns:
-        (batch or 1, 1, seq, seq) in the dtype of ``hidden_states``.
-    """
+    """Returns what is added to the scores, (batch or 1, 1, seq, seq): see `clipmb.pt.modeling.attention_bias`."""
     dtype, seq = hidden_states.dtype, hidden_states.shape[1]
     lowest = jnp.array(jnp.finfo(dtype).min, dtype)
     steps = jnp.arange(seq)
@@ -298,7 +284,7 @@ class FlaxCLIPTextTransformer(nn.Module):
     def setup(self) -> None:
         self.embeddings = FlaxCLIPTextEmbeddings(self.config, self.dtype)
         self.encoder = FlaxCLIPEncoder(self.config, self.dtype, self.gradient_checkpointing)
-        self.final_layer_norm = FlaxCLIPLayerNorm(self.config.layer_norm_eps, self.dtype)
+        self.final_layer_norm = LayerNorm(self.config.layer_norm_eps, self.dtype)
 
     def __call__(
         self,
@@ -308,9 +294,9 @@ class FlaxCLIPTextTransformer(nn.Module):
         deterministic: bool = True,
         output_attentions: bool | None = None,
         output_hidden_states: bool | None = None,
-    ) -> BaseModelOutputWithPooling:
+    ) -> BaseModelOutputWithPooling[Array]:
         """Runs the tower over (batch, seq)."""
-        checks.check_text(input_ids, attention_mask, position_ids, self.config)
+        input_ids = checks.check_text(input_ids, attention_mask, position_ids, self.config)
         hidden_states = self.embeddings(input_ids, position_ids)
         encoded = self.encoder(
             hidden_states, attention_mask, True, deterministic, output_attentions, output_hidden_states
@@ -325,11 +311,7 @@ class FlaxCLIPTextTransformer(nn.Module):
 
 
 def pool(last_hidden_state: Array, input_ids: Array, eos_token_id: int) -> Array:
-    """Takes the state at the end token of each row: (batch, seq, width) to (batch, width).
-
-    The end token is the first ``eos_token_id``, or the first token where there is none. The configs of the OpenAI
-    checkpoints say 2, which is not their end token: there it is the largest id of the row.
-    """
+    """Takes the state at the end token of each row, (batch, width): see `clipmb.pt.modeling.pool`."""
     chosen = input_ids if eos_token_id == 2 else input_ids == eos_token_id
     positions = jnp.argmax(chosen, axis=-1)  # (batch,)
     return last_hidden_state[jnp.arange(positions.shape[0]), positions]
@@ -344,9 +326,9 @@ class FlaxCLIPVisionTransformer(nn.Module):
 
     def setup(self) -> None:
         self.embeddings = FlaxCLIPVisionEmbeddings(self.config, self.dtype)
-        self.pre_layrnorm = FlaxCLIPLayerNorm(self.config.layer_norm_eps, self.dtype)
+        self.pre_layrnorm = LayerNorm(self.config.layer_norm_eps, self.dtype)
         self.encoder = FlaxCLIPEncoder(self.config, self.dtype, self.gradient_checkpointing)
-        self.post_layernorm = FlaxCLIPLayerNorm(self.config.layer_norm_eps, self.dtype)
+        self.post_layernorm = LayerNorm(self.config.layer_norm_eps, self.dtype)
 
     def __call__(
         self,
@@ -355,9 +337,9 @@ class FlaxCLIPVisionTransformer(nn.Module):
         output_attentions: bool | None = None,
         output_hidden_states: bool | None = None,
         interpolate_pos_encoding: bool = False,
-    ) -> BaseModelOutputWithPooling:
+    ) -> BaseModelOutputWithPooling[Array]:
         """Runs the tower over (batch, height, width, channels)."""
-        check_channels_last(pixel_values, self.config, interpolate_pos_encoding)
+        pixel_values = check_channels_last(pixel_values, self.config, interpolate_pos_encoding)
         hidden_states = self.pre_layrnorm(self.embeddings(pixel_values, interpolate_pos_encoding))
         encoded = self.encoder(hidden_states, None, False, deterministic, output_attentions, output_hidden_states)
         return BaseModelOutputWithPooling(
@@ -368,22 +350,31 @@ class FlaxCLIPVisionTransformer(nn.Module):
         )
 
 
-def check_channels_last(pixels: Any, config: CLIPVisionConfig, interpolate: bool) -> None:
+def check_channels_last(pixels: Array | None, config: CLIPVisionConfig, interpolate: bool) -> Array:
     """Checks the shape of pictures given to a linen module.
 
+    Args:
+        pixels: (batch, height, width, channels).
+        config: Of the vision tower.
+        interpolate: Whether the module accepts pictures of any size.
+
+    Returns:
+        The pixels.
+
     Raises:
-        ValueError: It does not fit.
+        ValueError: The shape does not fit.
     """
-    if pixels is not None:
-        shape = tuple(pixels.shape)
-        if len(shape) != 4 or shape[3] != config.num_channels:
-            raise bad_input(
-                f"The linen modules take pixel_values of shape (batch, height, width, {config.num_channels})",
-                shape,
-                "Transpose them, or call the model instead, which takes channels first",
-            )
-        pixels = jax.ShapeDtypeStruct((shape[0], shape[3], shape[1], shape[2]), jnp.float32)
-    checks.check_pixels(pixels, config, interpolate)
+    if pixels is None:
+        return checks.check_pixels(pixels, config, interpolate)
+    shape = tuple(pixels.shape)
+    if len(shape) != 4 or shape[3] != config.num_channels:
+        raise bad_input(
+            f"The linen modules take pixel_values of shape (batch, height, width, {config.num_channels})",
+            shape,
+            "Transpose them, or call the model instead, which takes channels first",
+        )
+    checks.check_pixels(jax.ShapeDtypeStruct((shape[0], shape[3], *shape[1:3]), jnp.float32), config, interpolate)
+    return pixels
 
 
 class FlaxCLIPModule(nn.Module):
@@ -442,7 +433,7 @@ class FlaxCLIPModule(nn.Module):
         return_dict: bool | None = None,
         return_loss: bool | None = None,
         interpolate_pos_encoding: bool = False,
-    ) -> CLIPOutput | tuple:
+    ) -> CLIPOutput[Array] | tuple[Any, ...]:
         """Compares every text with every image; arguments as in `FlaxCLIPModel.__call__`, but channels last."""
         text_output = self.text_model(
             input_ids, attention_mask, position_ids, deterministic, output_attentions, output_hidden_states
@@ -462,7 +453,7 @@ class FlaxCLIPModule(nn.Module):
             text_model_output=text_output,
             vision_model_output=vision_output,
         )
-        return _returned(output, return_dict, self.config)
+        return returned(output, return_dict, self.config.return_dict)
 
 
 def _projection(width: int, dtype: Any, kernel_init: Callable[..., Array]) -> nn.Dense:
@@ -488,12 +479,12 @@ class FlaxCLIPTextModule(nn.Module):
         output_attentions: bool | None = None,
         output_hidden_states: bool | None = None,
         return_dict: bool | None = None,
-    ) -> BaseModelOutputWithPooling | tuple:
+    ) -> BaseModelOutputWithPooling[Array] | tuple[Any, ...]:
         """Encodes texts; arguments as in `FlaxCLIPModel.__call__`."""
         output = self.text_model(
             input_ids, attention_mask, position_ids, deterministic, output_attentions, output_hidden_states
         )
-        return _returned(output, return_dict, self.config)
+        return returned(output, return_dict, self.config.return_dict)
 
 
 class FlaxCLIPTextModelWithProjectionModule(nn.Module):
@@ -517,7 +508,7 @@ class FlaxCLIPTextModelWithProjectionModule(nn.Module):
         output_attentions: bool | None = None,
         output_hidden_states: bool | None = None,
         return_dict: bool | None = None,
-    ) -> CLIPTextModelOutput | tuple:
+    ) -> CLIPTextModelOutput[Array] | tuple[Any, ...]:
         """Encodes and projects texts; arguments as in `FlaxCLIPModel.__call__`."""
         output = self.text_model(
             input_ids, attention_mask, position_ids, deterministic, output_attentions, output_hidden_states
@@ -528,7 +519,7 @@ class FlaxCLIPTextModelWithProjectionModule(nn.Module):
             hidden_states=output.hidden_states,
             attentions=output.attentions,
         )
-        return _returned(projected, return_dict, self.config)
+        return returned(projected, return_dict, self.config.return_dict)
 
 
 class FlaxCLIPVisionModule(nn.Module):
@@ -549,12 +540,12 @@ class FlaxCLIPVisionModule(nn.Module):
         output_hidden_states: bool | None = None,
         return_dict: bool | None = None,
         interpolate_pos_encoding: bool = False,
-    ) -> BaseModelOutputWithPooling | tuple:
+    ) -> BaseModelOutputWithPooling[Array] | tuple[Any, ...]:
         """Encodes pictures; arguments as in `FlaxCLIPModel.__call__`, but channels last."""
         output = self.vision_model(
             pixel_values, deterministic, output_attentions, output_hidden_states, interpolate_pos_encoding
         )
-        return _returned(output, return_dict, self.config)
+        return returned(output, return_dict, self.config.return_dict)
 
 
 class FlaxCLIPVisionModelWithProjectionModule(nn.Module):
@@ -579,7 +570,7 @@ class FlaxCLIPVisionModelWithProjectionModule(nn.Module):
         output_hidden_states: bool | None = None,
         return_dict: bool | None = None,
         interpolate_pos_encoding: bool = False,
-    ) -> CLIPVisionModelOutput | tuple:
+    ) -> CLIPVisionModelOutput[Array] | tuple[Any, ...]:
         """Encodes and projects pictures; arguments as in `FlaxCLIPModel.__call__`, but channels last."""
         output = self.vision_model(
             pixel_values, deterministic, output_attentions, output_hidden_states, interpolate_pos_encoding
@@ -590,7 +581,7 @@ class FlaxCLIPVisionModelWithProjectionModule(nn.Module):
             hidden_states=output.hidden_states,
             attentions=output.attentions,
         )
-        return _returned(projected, return_dict, self.config)
+        return returned(projected, return_dict, self.config.return_dict)
 
 
 class FlaxCLIPForImageClassificationModule(nn.Module):
@@ -620,7 +611,7 @@ class FlaxCLIPForImageClassificationModule(nn.Module):
         output_hidden_states: bool | None = None,
         return_dict: bool | None = None,
         interpolate_pos_encoding: bool = False,
-    ) -> ImageClassifierOutput | tuple:
+    ) -> ImageClassifierOutput[Array] | tuple[Any, ...]:
         """Classifies pictures; arguments as in `FlaxCLIPForImageClassification.__call__`, but channels last."""
         output = self.vision_model(
             pixel_values, deterministic, output_attentions, output_hidden_states, interpolate_pos_encoding
@@ -632,12 +623,4 @@ class FlaxCLIPForImageClassificationModule(nn.Module):
             hidden_states=output.hidden_states,
             attentions=output.attentions,
         )
-        return _returned(classified, return_dict, self.config)
-
-
-def _returned(output: ModelOutput, return_dict: bool | None, config: BaseConfig) -> Any:
-    return output if _default(return_dict, config.return_dict) else output.to_tuple()
-
-
-def _default(value: Any, default: Any) -> Any:
-    return default if value is None else value
+        return returned(classified, return_dict, self.config.return_dict)

@@ -9,6 +9,7 @@ import ml_dtypes
 import numpy as np
 
 from clipmb.common.checkpoint import OwnArrays
+from clipmb.common.outputs import ModelOutput
 from clipmb.common.parameters import KINDS, Spec
 
 _CHUNK = 2**25  # bytes that are copied before their file's pages are given back
@@ -48,3 +49,18 @@ def to_numpy(array: Any) -> np.ndarray:
         if str(array.dtype) == "torch.bfloat16":
             return array.float().numpy().astype(ml_dtypes.bfloat16)
     return np.asarray(array)
+
+
+def register_output(kind: type[ModelOutput]) -> None:
+    """Lets JAX look inside outputs of a type for arrays."""
+
+    def flatten(output: Any) -> tuple[tuple[Any, ...], tuple[str, ...]]:
+        return tuple(output.values()), tuple(output)
+
+    def flatten_with_keys(output: Any) -> tuple[list[tuple[Any, Any]], tuple[str, ...]]:
+        return [(jax.tree_util.DictKey(key), value) for key, value in output.items()], tuple(output)
+
+    def unflatten(keys: Any, values: Any) -> Any:
+        return kind(zip(keys, values, strict=True))
+
+    jax.tree_util.register_pytree_with_keys(kind, flatten_with_keys, unflatten, flatten)

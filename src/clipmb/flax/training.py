@@ -35,7 +35,7 @@ from clipmb.common.training.recipe import INITIAL_LOGIT_BIAS, LOGIT_BIAS, MAX_LO
 from clipmb.common.training.state import FIRST, SECOND, TrainingState
 from clipmb.flax.engine import Engine
 from clipmb.flax.layers import statistics_dtype
-from clipmb.flax.losses import clip_loss, normalize, siglip_loss, take_rows
+from clipmb.flax.losses import clip_loss, normalize, siglip_loss
 from clipmb.flax.modeling import FlaxCLIPModel
 
 try:
@@ -359,9 +359,8 @@ class Trainer:
     ) -> tuple[Array, Array]:
         """Returns the features of a chunk; the same ones, with the same dropout, each time in a step."""
         key = jax.random.fold_in(jax.random.wrap_key_data(key, impl="threefry2x32"), jax.lax.axis_index(AXIS))
-        config = self.model.config
         options: dict[str, Any] = {
-            "deterministic": not (config.text_config.attention_dropout or config.vision_config.attention_dropout),
+            "deterministic": not self.model.dropout,
             "rngs": {"dropout": jax.random.fold_in(key, chunk)},
         }
 
@@ -404,7 +403,7 @@ class Trainer:
             The loss, its gradient with respect to the features of this device, and that with respect to the scalars.
         """
         loss_of = siglip_loss if self.recipe.loss == "siglip" else clip_loss
-        own = (jax.lax.axis_index(AXIS) * len(valid), len(valid))
+        own = jax.lax.axis_index(AXIS) * len(valid) + jnp.arange(len(valid))
         whole = [jax.lax.all_gather(part, AXIS, tiled=True) for part in (text, image)]
         valid = jax.lax.all_gather(valid, AXIS, tiled=True)  # (n,)
 
@@ -418,7 +417,7 @@ class Trainer:
             value, of_scalars = jax.lax.psum((value, of_scalars), AXIS)
             text, image = (jax.lax.psum_scatter(part, AXIS, tiled=True) for part in split)
         else:
-            text, image = (take_rows(part, own) for part in split)
+            text, image = (part[own] for part in split)
         return value, (text, image), of_scalars
 
     def _sizes(self) -> tuple[int, int]:

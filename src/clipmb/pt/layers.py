@@ -1,4 +1,4 @@
-"""The building blocks of the PyTorch models that are no part of CLIP itself."""
+"""What the PyTorch models are made of: activations, look-ups and the interpolation of positions."""
 
 from __future__ import annotations
 
@@ -13,23 +13,41 @@ from torch.overrides import TorchFunctionMode
 from clipmb.common import checks
 
 
+def statistics_dtype(dtype: torch.dtype) -> torch.dtype:
+    """Returns the dtype of softmax and of sums over many numbers: float32 for 16 bits, else the dtype itself."""
+    return torch.float32 if dtype.itemsize < 4 else dtype
+
+
 def quick_gelu(x: Tensor) -> Tensor:
-    """X * sigmoid(1.702 x); one temporary instead of three where no gradient is needed."""
+    """Sigmoid approximation of GELU, ``x * sigmoid(1.702 * x)``; (…) to the same.
+
+    Where no gradient is needed it makes one temporary tensor instead of three.
+    """
     if x.requires_grad:
         return x * torch.sigmoid(1.702 * x)
     gate = 1.702 * x
     return gate.sigmoid_().mul_(x)
 
 
+def gelu(x: Tensor) -> Tensor:
+    """GELU, ``x`` times the normal distribution function; (…) to the same."""
+    return F.gelu(x)
+
+
+def gelu_tanh(x: Tensor) -> Tensor:
+    """Approximation of GELU by the hyperbolic tangent; (…) to the same."""
+    return F.gelu(x, approximate="tanh")
+
+
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
-    "gelu": F.gelu,
-    "gelu_10": lambda x: F.gelu(x).clamp(-10, 10),
-    "gelu_accurate": lambda x: F.gelu(x, approximate="tanh"),
+    "gelu": gelu,
+    "gelu_10": lambda x: gelu(x).clamp(-10, 10),
+    "gelu_accurate": gelu_tanh,
     "gelu_fast": lambda x: 0.5 * x * (1 + torch.tanh(x * 0.7978845608 * (1 + 0.044715 * x * x))),
-    "gelu_new": lambda x: F.gelu(x, approximate="tanh"),
-    "gelu_python": F.gelu,
-    "gelu_python_tanh": lambda x: F.gelu(x, approximate="tanh"),
-    "gelu_pytorch_tanh": lambda x: F.gelu(x, approximate="tanh"),
+    "gelu_new": gelu_tanh,
+    "gelu_python": gelu,
+    "gelu_python_tanh": gelu_tanh,
+    "gelu_pytorch_tanh": gelu_tanh,
     "laplace": lambda x: 0.5 * (1 + torch.erf((x - 0.707107) / (0.282095 * 2.0**0.5))),
     "leaky_relu": F.leaky_relu,
     "linear": lambda x: x,
@@ -43,6 +61,16 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "swish": F.silu,
     "tanh": torch.tanh,
 }
+
+
+class Uninitialised(TorchFunctionMode):
+    """Inside it, drawing initial values does nothing; on the meta device that would import half of the compiler."""
+
+    skipped = frozenset((nn.init.kaiming_uniform_, nn.init.uniform_, nn.init.normal_, Tensor.uniform_, Tensor.fill_))
+
+    def __torch_function__(self, func: Any, types: Any, args: tuple = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        return (args or (kwargs.get("tensor"),))[0] if func in self.skipped else func(*args, **kwargs)
 
 
 def look_up(table: nn.Embedding, ids: Tensor, field: str) -> Tensor:
@@ -87,13 +115,3 @@ def interpolate_positions(positions: Tensor, rows: int, columns: int) -> Tensor:
     grid = positions[1:].reshape(1, side, side, -1).permute(0, 3, 1, 2)  # (1, width, side, side)
     grid = F.interpolate(grid, size=(rows, columns), mode="bicubic", align_corners=False)
     return torch.cat([positions[:1], grid.flatten(2)[0].T])
-
-
-class Uninitialised(TorchFunctionMode):
-    """Inside it, drawing initial values does nothing; on the meta device that would import half of the compiler."""
-
-    skipped = frozenset((nn.init.kaiming_uniform_, nn.init.uniform_, nn.init.normal_, Tensor.uniform_, Tensor.fill_))
-
-    def __torch_function__(self, func: Any, types: Any, args: tuple = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        return (args or (kwargs.get("tensor"),))[0] if func in self.skipped else func(*args, **kwargs)

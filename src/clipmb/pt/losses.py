@@ -1,4 +1,4 @@
-"""The losses of the PyTorch models and of their training."""
+"""The losses of the heads and of training, in PyTorch."""
 
 from __future__ import annotations
 
@@ -11,36 +11,80 @@ from clipmb.common.config import CLIPConfig
 
 
 def normalize(embeds: Tensor) -> Tensor:
-    """Scales rows to unit length; a row of zeros becomes NaN, as formerly."""
+    """Scales rows to unit length: (n, proj) to the same. A row of zeros becomes NaN, as in transformers."""
     return embeds / embeds.square().sum(dim=-1, keepdim=True).sqrt()
 
 
-def contrastive_loss(logits_per_text: Tensor) -> Tensor:
-    """Mean of the cross-entropies of text against images and image against texts; (n, n) to ().
+def cross_entropy(logits: Tensor, labels: Tensor, count: int | Tensor | None = None) -> Tensor:
+    """Returns the mean cross-entropy over the labels that are not -100.
 
-    Source: CLIP, arXiv 2103.00020, figure 3.
+    Source: torch.nn.functional.cross_entropy.
+
+    Args:
+        logits: (n, classes).
+        labels: (n,) class indices, or -100 for rows that do not count.
+        count: By what the sum is divided; the number of rows that count when None.
+
+    Returns:
+        (), NaN where no row counts.
+
+    Raises:
+        ValueError: A label is neither a class nor -100.
+    """
+    try:
+        if count is None:
+            return F.cross_entropy(logits, labels)
+        return F.cross_entropy(logits, labels, reduction="sum") / count
+    except IndexError:
+        checks.check_ids(labels.where(labels != -100, 0).numpy(force=True), logits.shape[1], "labels")
+        raise
+
+
+def contrastive_loss(logits_per_text: Tensor) -> Tensor:
+    """Returns the loss of `clip_loss`, given the scaled cosines.
+
+    Args:
+        logits_per_text: (n, n); row i and column i are a pair.
+
+    Returns:
+        ().
+
+    Raises:
+        ValueError: There are not as many texts as images.
     """
     texts, images = logits_per_text.shape
     if texts != images:
         raise checks.not_square(texts, images)
     targets = torch.arange(texts, device=logits_per_text.device)
-    return (F.cross_entropy(logits_per_text, targets) + F.cross_entropy(logits_per_text.T, targets)) / 2
+    return _symmetric(logits_per_text, logits_per_text.T, targets)
 
 
 def classification_loss(logits: Tensor, labels: Tensor, config: CLIPConfig) -> Tensor:
-    """The loss of `clipmb.common.checks.loss_kind`; cross-entropies leave out labels of -100."""
+    """Returns the loss of an image classifier.
+
+    Source: transformers 4.57.6; `clipmb.common.checks.loss_kind` says which loss it is.
+
+    Args:
+        logits: (batch, num_labels).
+        labels: (batch,) class indices, or -100 for pictures that do not count; or numbers of the shape of ``logits``,
+            in which axes of length 1 may be left out.
+        config: The classifier's config.
+
+    Returns:
+        ().
+
+    Raises:
+        TypeError: Class indices are not integers.
+        ValueError: The shape of the labels does not fit, or a label is not a class.
+    """
     labels = labels.to(logits.device)
     kind = checks.loss_kind(labels, logits, config)
-    if kind == "regression":
-        return F.mse_loss(logits.squeeze(), labels.squeeze().to(logits.dtype))
     if kind == "single_label_classification":
-        labels = labels.reshape(-1).long()
-        try:
-            return F.cross_entropy(logits, labels)
-        except IndexError:
-            checks.check_ids(labels.where(labels != -100, 0).numpy(force=True), config.num_labels, "labels")
-            raise
-    return F.binary_cross_entropy_with_logits(logits, labels.reshape(logits.shape).to(logits.dtype))
+        return cross_entropy(logits, labels.reshape(-1).long())
+    labels = labels.reshape(logits.shape).to(logits.dtype)
+    if kind == "regression":
+        return F.mse_loss(logits, labels)
+    return F.binary_cross_entropy_with_logits(logits, labels)
 
 
 def clip_loss(
@@ -51,7 +95,7 @@ def clip_loss(
     valid: Tensor | None = None,
     rows: slice | None = None,
 ) -> Tensor:
-    """The mean of the cross-entropies of texts against images and of images against texts.
+    """Returns the mean of the cross-entropies of texts against images and of images against texts.
 
     Source: CLIP, arXiv 2103.00020, figure 3.
 
@@ -66,15 +110,23 @@ def clip_loss(
         ().
     """
     rows = slice(None) if rows is None else rows
-    targets = torch.arange(len(text_embeds), device=text_embeds.device)[rows]
-    terms = []
-    for ours, others in ((text_embeds, image_embeds), (image_embeds, text_embeds)):
-        logits = logit_scale.exp() * ours[rows] @ others.T  # (rows, n)
-        if valid is not None:
-            logits = logits.masked_fill(~valid, torch.finfo(logits.dtype).min / 2)
-        losses = F.cross_entropy(logits, targets, reduction="none")  # (rows,)
-        terms.append((losses if valid is None else torch.where(valid[rows], losses, 0)).sum())
-    return (terms[0] + terms[1]) / (2 * _count(text_embeds, valid))
+    scale, count = torch.exp(logit_scale), len(text_embeds)
+    logits_per_text = scale * text_embeds[rows] @ image_embeds.T  # (rows, n)
+    logits_per_image = scale * image_embeds[rows] @ text_embeds.T  # (rows, n)
+    targets = torch.arange(count, device=text_embeds.device)
+    if valid is not None:
+        lowest = torch.finfo(logits_per_text.dtype).min / 2
+        logits_per_text = torch.where(valid, logits_per_text, lowest)
+        logits_per_image = torch.where(valid, logits_per_image, lowest)
+        targets, count = torch.where(valid, targets, -100), valid.sum()
+    return _symmetric(logits_per_text, logits_per_image, targets[rows], count)
+
+
+def _symmetric(
+    logits_per_text: Tensor, logits_per_image: Tensor, targets: Tensor, count: int | Tensor | None = None
+) -> Tensor:
+    """The formula of figure 3: (rows, n) twice and (rows,) to ()."""
+    return (cross_entropy(logits_per_text, targets, count) + cross_entropy(logits_per_image, targets, count)) / 2
 
 
 def siglip_loss(
@@ -86,29 +138,28 @@ def siglip_loss(
     valid: Tensor | None = None,
     rows: slice | None = None,
 ) -> Tensor:
-    """The sigmoid loss: every text with every image is a binary decision, summed over both and divided by n.
+    """Returns the sigmoid loss: every text with every image is a binary decision, summed over both and divided by n.
 
     Source: SigLIP, arXiv 2303.15343, algorithm 1.
 
     Args:
-        text_embeds: As in `clip_loss`, like the other arguments.
-        image_embeds: As there.
-        logit_scale: As there.
+        text_embeds: (n, proj), of unit length.
+        image_embeds: (n, proj), of unit length; row i belongs to text i.
+        logit_scale: (), the logarithm of the factor on the cosines.
         logit_bias: (), added to the scaled cosines.
-        valid: As there.
-        rows: As there.
+        valid: As in `clip_loss`.
+        rows: As in `clip_loss`.
 
     Returns:
         ().
     """
     rows = slice(None) if rows is None else rows
-    logits = logit_scale.exp() * text_embeds[rows] @ image_embeds.T + logit_bias  # (rows, n)
-    signs = 2 * torch.eye(len(text_embeds), dtype=logits.dtype, device=logits.device)[rows] - 1
+    scale, count = torch.exp(logit_scale), len(text_embeds)
+    logits = scale * text_embeds[rows] @ image_embeds.T + logit_bias  # (rows, n)
+    places = torch.arange(count, device=text_embeds.device)
+    signs = torch.where(places[rows][:, None] == places, 1, -1)  # (rows, n)
     losses = -F.logsigmoid(signs * logits)
     if valid is not None:
-        losses = torch.where(valid[rows, None] & valid, losses, 0)
-    return losses.sum() / _count(text_embeds, valid)
-
-
-def _count(embeds: Tensor, valid: Tensor | None) -> int | Tensor:
-    return len(embeds) if valid is None else valid.sum()
+        losses = torch.where(valid[rows][:, None] & valid, losses, 0)
+        count = valid.sum()
+    return losses.sum() / count

@@ -6,13 +6,12 @@ of the checkpoints. Source of every behaviour not explained here: the PyTorch mo
 
 from __future__ import annotations
 
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Self
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils import _pytree as pytree
 from torch.utils.checkpoint import checkpoint
 
 from clipmb.common import checks
@@ -26,24 +25,17 @@ from clipmb.common.outputs import (
     CLIPVisionModelOutput,
     ImageClassifierOutput,
     ModelOutput,
+    default,
+    returned,
 )
 from clipmb.common.parameters import Spec, specs
 from clipmb.common.pretrained import PretrainedMixin
-from clipmb.pt.layers import ACTIVATIONS, Uninitialised, interpolate_positions, look_up
+from clipmb.pt.layers import ACTIVATIONS, Uninitialised, interpolate_positions, look_up, statistics_dtype
 from clipmb.pt.losses import classification_loss, contrastive_loss, normalize
-from clipmb.pt.tensors import from_numpy, to_numpy
+from clipmb.pt.tensors import from_numpy, register_output, to_numpy
 
 for _type in ModelOutput.types:
-    pytree.register_pytree_node(
-        _type,
-        lambda output: (list(output.values()), list(output)),
-        lambda values, keys, _type=_type: _type(zip(keys, values, strict=True)),
-        flatten_with_keys_fn=lambda output: (
-            [(pytree.MappingKey(key), value) for key, value in output.items()],
-            list(output),
-        ),
-        serialized_type_name=f"clipmb.{_type.__name__}",
-    )
+    register_output(_type)
 
 
 class CLIPAttention(nn.Module):
@@ -62,7 +54,7 @@ class CLIPAttention(nn.Module):
         self.out_proj = nn.Linear(width, width)
 
     def forward(
-        self, hidden_states: Tensor, bias: Tensor | None, causal: bool, fused: bool
+        self, hidden_states: Tensor, bias: Tensor | None, fused: bool, causal: bool
     ) -> tuple[Tensor, Tensor | None]:
         """Returns the context (batch, seq, width) and, unless fused, the weights (batch, heads, seq, seq)."""
         batch, seq, width = hidden_states.shape
@@ -80,10 +72,10 @@ class CLIPAttention(nn.Module):
             scores = query @ key.transpose(-1, -2) * self.scale  # (batch, heads, seq, seq)
             if bias is not None:
                 scores = scores + bias
-            statistics = torch.float32 if scores.dtype.itemsize < 4 else scores.dtype
+            statistics = statistics_dtype(scores.dtype)
             weights = torch.softmax(scores, dim=-1, dtype=statistics).to(query.dtype)
             weights = F.dropout(weights, dropout)
-            context = weights @ value
+            context = weights @ value  # (batch, heads, seq, head_dim)
         context = context.transpose(1, 2).reshape(batch, seq, width)
         return self.out_proj(context), weights
 
@@ -113,10 +105,10 @@ class CLIPEncoderLayer(nn.Module):
         self.layer_norm2 = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
 
     def forward(
-        self, hidden_states: Tensor, bias: Tensor | None, causal: bool, fused: bool
+        self, hidden_states: Tensor, bias: Tensor | None, fused: bool, causal: bool
     ) -> tuple[Tensor, Tensor | None]:
         """(batch, seq, width) to the same, and the attention weights unless fused."""
-        context, weights = self.self_attn(self.layer_norm1(hidden_states), bias, causal, fused)
+        context, weights = self.self_attn(self.layer_norm1(hidden_states), bias, fused, causal)
         hidden_states = hidden_states + context
         hidden_states = hidden_states + self.mlp(self.layer_norm2(hidden_states))
         return hidden_states, weights
@@ -138,10 +130,10 @@ class CLIPEncoder(nn.Module):
         causal: bool = False,
         output_attentions: bool | None = None,
         output_hidden_states: bool | None = None,
-    ) -> BaseModelOutput:
+    ) -> BaseModelOutput[Tensor]:
         """Runs the blocks over (batch, seq, width)."""
-        output_attentions = _default(output_attentions, self.config.output_attentions)
-        output_hidden_states = _default(output_hidden_states, self.config.output_hidden_states)
+        output_attentions = default(output_attentions, self.config.output_attentions)
+        output_hidden_states = default(output_hidden_states, self.config.output_hidden_states)
         fused = self.config.attn_implementation != "eager"
         if fused and output_attentions:
             fused = False
@@ -153,9 +145,9 @@ class CLIPEncoder(nn.Module):
         states, attentions = [hidden_states], []
         for layer in self.layers:
             if self.checkpointing is not None and self.training:
-                hidden_states, weights = checkpoint(layer, hidden_states, bias, causal, fused, **self.checkpointing)
+                hidden_states, weights = checkpoint(layer, hidden_states, bias, fused, causal, **self.checkpointing)
             else:
-                hidden_states, weights = layer(hidden_states, bias, causal, fused)
+                hidden_states, weights = layer(hidden_states, bias, fused, causal)
             states.append(hidden_states)
             attentions.append(weights)
         return BaseModelOutput(
@@ -248,9 +240,9 @@ class CLIPTextTransformer(nn.Module):
         position_ids: Tensor | None = None,
         output_attentions: bool | None = None,
         output_hidden_states: bool | None = None,
-    ) -> BaseModelOutputWithPooling:
+    ) -> BaseModelOutputWithPooling[Tensor]:
         """Runs the tower over (batch, seq)."""
-        checks.check_text(input_ids, attention_mask, position_ids, self.config)
+        input_ids = checks.check_text(input_ids, attention_mask, position_ids, self.config)
         hidden_states = self.embeddings(input_ids, position_ids)
         encoded = self.encoder(hidden_states, attention_mask, True, output_attentions, output_hidden_states)
         last_hidden_state = self.final_layer_norm(encoded.last_hidden_state)
@@ -290,9 +282,9 @@ class CLIPVisionTransformer(nn.Module):
         output_attentions: bool | None = None,
         output_hidden_states: bool | None = None,
         interpolate_pos_encoding: bool = False,
-    ) -> BaseModelOutputWithPooling:
+    ) -> BaseModelOutputWithPooling[Tensor]:
         """Runs the tower over (batch, channels, height, width)."""
-        checks.check_pixels(pixel_values, self.config, interpolate_pos_encoding)
+        pixel_values = checks.check_pixels(pixel_values, self.config, interpolate_pos_encoding)
         hidden_states = self.pre_layrnorm(self.embeddings(pixel_values, interpolate_pos_encoding))
         encoded = self.encoder(hidden_states, None, False, output_attentions, output_hidden_states)
         return BaseModelOutputWithPooling(
@@ -319,6 +311,8 @@ class CLIPPreTrainedModel(PretrainedMixin, nn.Module):
     main_input_name = "input_ids"
     supports_gradient_checkpointing = True
     load_options: ClassVar[tuple[str, ...]] = ("device", "device_map")
+    text_model: CLIPTextTransformer  # of heads that have it
+    vision_model: CLIPVisionTransformer  # of heads that have it
 
     def __init__(self, config: BaseConfig) -> None:
         super().__init__()
@@ -327,7 +321,7 @@ class CLIPPreTrainedModel(PretrainedMixin, nn.Module):
         self.config: Any = config
 
     @classmethod
-    def _from_config(cls, config: BaseConfig) -> CLIPPreTrainedModel:
+    def _from_config(cls, config: BaseConfig) -> Self:  # the name that transformers' Auto classes call
         return cls(config)
 
     @classmethod
@@ -339,7 +333,7 @@ class CLIPPreTrainedModel(PretrainedMixin, nn.Module):
         dtype: str | None,
         device: Any = None,
         device_map: Any = None,
-    ) -> CLIPPreTrainedModel:
+    ) -> Self:
         """Builds the model around canonical arrays, and draws the parameters that have none.
 
         Args:
@@ -384,7 +378,11 @@ class CLIPPreTrainedModel(PretrainedMixin, nn.Module):
 
     @torch.no_grad()
     def init_weights(self, table: list[Spec] | None = None) -> None:
-        """Draws parameters from their initial normal distributions."""
+        """Draws parameters from their initial normal distributions.
+
+        Args:
+            table: Those to draw; all when None.
+        """
         for spec in specs(self.config, self.head) if table is None else table:
             parameter = self.get_parameter(spec.name)
             if spec.std:
@@ -394,16 +392,21 @@ class CLIPPreTrainedModel(PretrainedMixin, nn.Module):
 
     @property
     def device(self) -> torch.device:
-        """Where the parameters are."""
+        """The device of the parameters."""
         return next(self.parameters()).device
 
     @property
     def dtype(self) -> torch.dtype:
-        """What the parameters are."""
+        """The dtype of the parameters."""
         return next(self.parameters()).dtype
 
     def num_parameters(self, only_trainable: bool = False, exclude_embeddings: bool = False) -> int:
-        """Counts parameters."""
+        """Counts parameters.
+
+        Args:
+            only_trainable: Leave out frozen ones.
+            exclude_embeddings: Leave out the tables of embeddings.
+        """
         skipped = {id(p) for m in self.modules() if isinstance(m, nn.Embedding) for p in m.parameters()}
         return sum(
             parameter.numel()
@@ -419,10 +422,9 @@ class CLIPPreTrainedModel(PretrainedMixin, nn.Module):
 
     def set_input_embeddings(self, value: nn.Module) -> None:
         """Replaces the module that `get_input_embeddings` returns."""
-        if hasattr(self, "text_model"):
-            self.text_model.embeddings.token_embedding = value
-        else:
-            self.vision_model.embeddings.patch_embedding = value
+        owner = self.text_model.embeddings if hasattr(self, "text_model") else self.vision_model.embeddings
+        name = "token_embedding" if hasattr(self, "text_model") else "patch_embedding"
+        setattr(owner, name, value)
 
     @torch.no_grad()
     def resize_token_embeddings(
@@ -441,7 +443,11 @@ class CLIPPreTrainedModel(PretrainedMixin, nn.Module):
             ValueError: The model has no text tower, or a number is not positive.
         """
         if not hasattr(self, "text_model"):
-            raise bad_input("Only models with a text tower have token embeddings", type(self).__name__, "Use one")
+            raise bad_input(
+                "Only models with a text tower have token embeddings",
+                type(self).__name__,
+                "Use a model with a text tower",
+            )
         old = self.text_model.embeddings.token_embedding
         size = old.num_embeddings if new_num_tokens is None else new_num_tokens
         for value in (size, pad_to_multiple_of or 1):
@@ -481,9 +487,6 @@ class CLIPPreTrainedModel(PretrainedMixin, nn.Module):
         """Chooses "eager" or "sdpa" attention, for the whole or by tower."""
         self.config.attn_implementation = attn_implementation
 
-    def _returned(self, output: ModelOutput, return_dict: bool | None) -> Any:
-        return output if _default(return_dict, self.config.return_dict) else output.to_tuple()
-
 
 class CLIPModel(CLIPPreTrainedModel):
     """Both towers, their projections, and the similarity of every text with every image."""
@@ -509,9 +512,21 @@ class CLIPModel(CLIPPreTrainedModel):
         output_hidden_states: bool | None = None,
         return_dict: bool | None = None,
     ) -> Tensor:
-        """Returns the projected text: (batch, seq) to (batch, proj), not normalised.
+        """Returns the projected texts, not normalised.
 
-        Arguments as in `CLIPModel.forward`.
+        Args:
+            input_ids: (batch, seq) integers.
+            attention_mask: (batch, seq), 1 for tokens that may be looked at; all when None.
+            position_ids: (batch or 1, seq); 0, 1, … when None.
+            output_attentions: Changes nothing here; part of the signature of every call.
+            output_hidden_states: Like ``output_attentions``.
+            return_dict: Like ``output_attentions``.
+
+        Returns:
+            (batch, proj).
+
+        Raises:
+            ValueError: A shape or a value does not fit.
         """
         output = self.text_model(input_ids, attention_mask, position_ids, output_attentions, output_hidden_states)
         return self.text_projection(output.pooler_output)
@@ -524,9 +539,20 @@ class CLIPModel(CLIPPreTrainedModel):
         interpolate_pos_encoding: bool = False,
         return_dict: bool | None = None,
     ) -> Tensor:
-        """Returns the projected images: (batch, channels, height, width) to (batch, proj), not normalised.
+        """Returns the projected pictures, not normalised.
 
-        Arguments as in `CLIPModel.forward`.
+        Args:
+            pixel_values: (batch, channels, height, width).
+            output_attentions: Changes nothing here; part of the signature of every call.
+            output_hidden_states: Like ``output_attentions``.
+            interpolate_pos_encoding: Accept pictures of any size.
+            return_dict: Like ``output_attentions``.
+
+        Returns:
+            (batch, proj).
+
+        Raises:
+            ValueError: A shape or a value does not fit.
         """
         output = self.vision_model(pixel_values, output_attentions, output_hidden_states, interpolate_pos_encoding)
         return self.visual_projection(output.pooler_output)
@@ -542,7 +568,7 @@ class CLIPModel(CLIPPreTrainedModel):
         output_hidden_states: bool | None = None,
         interpolate_pos_encoding: bool = False,
         return_dict: bool | None = None,
-    ) -> CLIPOutput | tuple:
+    ) -> CLIPOutput[Tensor] | tuple[Any, ...]:
         """Compares every text with every image.
 
         Args:
@@ -575,7 +601,7 @@ class CLIPModel(CLIPPreTrainedModel):
             text_model_output=text_output,
             vision_model_output=vision_output,
         )
-        return self._returned(output, return_dict)
+        return returned(output, return_dict, self.config.return_dict)
 
 
 class CLIPTextModel(CLIPPreTrainedModel):
@@ -597,10 +623,10 @@ class CLIPTextModel(CLIPPreTrainedModel):
         output_attentions: bool | None = None,
         output_hidden_states: bool | None = None,
         return_dict: bool | None = None,
-    ) -> BaseModelOutputWithPooling | tuple:
-        """Encodes texts; arguments as in `CLIPModel.forward`."""
+    ) -> BaseModelOutputWithPooling[Tensor] | tuple[Any, ...]:
+        """Encodes texts; arguments and errors as in `CLIPModel.forward`."""
         output = self.text_model(input_ids, attention_mask, position_ids, output_attentions, output_hidden_states)
-        return self._returned(output, return_dict)
+        return returned(output, return_dict, self.config.return_dict)
 
 
 class CLIPTextModelWithProjection(CLIPPreTrainedModel):
@@ -623,8 +649,8 @@ class CLIPTextModelWithProjection(CLIPPreTrainedModel):
         output_attentions: bool | None = None,
         output_hidden_states: bool | None = None,
         return_dict: bool | None = None,
-    ) -> CLIPTextModelOutput | tuple:
-        """Encodes and projects texts; arguments as in `CLIPModel.forward`."""
+    ) -> CLIPTextModelOutput[Tensor] | tuple[Any, ...]:
+        """Encodes and projects texts; arguments and errors as in `CLIPModel.forward`."""
         output = self.text_model(input_ids, attention_mask, position_ids, output_attentions, output_hidden_states)
         projected = CLIPTextModelOutput(
             text_embeds=self.text_projection(output.pooler_output),
@@ -632,7 +658,7 @@ class CLIPTextModelWithProjection(CLIPPreTrainedModel):
             hidden_states=output.hidden_states,
             attentions=output.attentions,
         )
-        return self._returned(projected, return_dict)
+        return returned(projected, return_dict, self.config.return_dict)
 
 
 class CLIPVisionModel(CLIPPreTrainedModel):
@@ -654,10 +680,10 @@ class CLIPVisionModel(CLIPPreTrainedModel):
         output_hidden_states: bool | None = None,
         interpolate_pos_encoding: bool = False,
         return_dict: bool | None = None,
-    ) -> BaseModelOutputWithPooling | tuple:
-        """Encodes pictures; arguments as in `CLIPModel.forward`."""
+    ) -> BaseModelOutputWithPooling[Tensor] | tuple[Any, ...]:
+        """Encodes pictures; arguments and errors as in `CLIPModel.forward`."""
         output = self.vision_model(pixel_values, output_attentions, output_hidden_states, interpolate_pos_encoding)
-        return self._returned(output, return_dict)
+        return returned(output, return_dict, self.config.return_dict)
 
 
 class CLIPVisionModelWithProjection(CLIPPreTrainedModel):
@@ -680,8 +706,8 @@ class CLIPVisionModelWithProjection(CLIPPreTrainedModel):
         output_hidden_states: bool | None = None,
         interpolate_pos_encoding: bool = False,
         return_dict: bool | None = None,
-    ) -> CLIPVisionModelOutput | tuple:
-        """Encodes and projects pictures; arguments as in `CLIPModel.forward`."""
+    ) -> CLIPVisionModelOutput[Tensor] | tuple[Any, ...]:
+        """Encodes and projects pictures; arguments and errors as in `CLIPModel.forward`."""
         output = self.vision_model(pixel_values, output_attentions, output_hidden_states, interpolate_pos_encoding)
         projected = CLIPVisionModelOutput(
             image_embeds=self.visual_projection(output.pooler_output),
@@ -689,7 +715,7 @@ class CLIPVisionModelWithProjection(CLIPPreTrainedModel):
             hidden_states=output.hidden_states,
             attentions=output.attentions,
         )
-        return self._returned(projected, return_dict)
+        return returned(projected, return_dict, self.config.return_dict)
 
 
 class CLIPForImageClassification(CLIPPreTrainedModel):
@@ -719,7 +745,7 @@ class CLIPForImageClassification(CLIPPreTrainedModel):
         output_hidden_states: bool | None = None,
         interpolate_pos_encoding: bool = False,
         return_dict: bool | None = None,
-    ) -> ImageClassifierOutput | tuple:
+    ) -> ImageClassifierOutput[Tensor] | tuple[Any, ...]:
         """Classifies pictures.
 
         Args:
@@ -729,6 +755,10 @@ class CLIPForImageClassification(CLIPPreTrainedModel):
             output_hidden_states: As in `CLIPModel.forward`.
             interpolate_pos_encoding: As in `CLIPModel.forward`.
             return_dict: As in `CLIPModel.forward`.
+
+        Raises:
+            TypeError: Class indices are not integers.
+            ValueError: A shape or a value does not fit.
         """
         output = self.vision_model(pixel_values, output_attentions, output_hidden_states, interpolate_pos_encoding)
         logits = self.classifier(output.last_hidden_state[:, 1:].mean(dim=1))  # (batch, num_labels)
@@ -738,8 +768,4 @@ class CLIPForImageClassification(CLIPPreTrainedModel):
             hidden_states=output.hidden_states,
             attentions=output.attentions,
         )
-        return self._returned(classified, return_dict)
-
-
-def _default(value: Any, default: Any) -> Any:
-    return default if value is None else value
+        return returned(classified, return_dict, self.config.return_dict)

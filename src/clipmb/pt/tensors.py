@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import ml_dtypes
 import numpy as np
 import torch
+from torch.utils import _pytree as pytree
+
+from clipmb.common.outputs import ModelOutput
 
 
 def from_numpy(array: np.ndarray) -> torch.Tensor:
@@ -22,3 +27,21 @@ def to_numpy(tensor: torch.Tensor) -> np.ndarray:
     if tensor.dtype == torch.bfloat16:
         return tensor.contiguous().view(torch.int16).numpy().view(ml_dtypes.bfloat16)
     return tensor.numpy()
+
+
+def register_output(kind: type[ModelOutput]) -> None:
+    """Lets PyTorch look inside outputs of a type for tensors, as torch.export and torch.func do."""
+
+    def flatten(output: Any) -> tuple[list[Any], list[str]]:
+        return list(output.values()), list(output)
+
+    def flatten_with_keys(output: Any) -> tuple[list[tuple[Any, Any]], list[str]]:
+        return [(pytree.MappingKey(key), value) for key, value in output.items()], list(output)
+
+    def unflatten(values: Any, keys: Any) -> Any:
+        return kind(zip(keys, values, strict=True))
+
+    name = f"clipmb.{kind.__name__}"
+    pytree.register_pytree_node(
+        kind, flatten, unflatten, flatten_with_keys_fn=flatten_with_keys, serialized_type_name=name
+    )
