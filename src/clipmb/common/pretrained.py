@@ -36,9 +36,9 @@ class PretrainedMixin:
         """Builds the model around canonical arrays, and draws the parameters that have none.
 
         Args:
-            *args: ``config``, that of the head; ``arrays``, canonical name to array in canonical layout; ``initialised``,
-                the parameters that have no array and are drawn from their initial distribution; ``dtype``, the name of
-                the dtype of the parameters, or None for the framework's default.
+            *args: ``config``, that of the head; ``arrays``, canonical name to array in canonical layout;
+                ``initialised``, the parameters that have no array and are drawn from their initial distribution;
+                ``dtype``, the name of the dtype of the parameters, or None for the framework's default.
             **options: Those of ``load_options``.
         """
         raise NotImplementedError
