@@ -1,8 +1,9 @@
-"""CLIP in Flax: the former models, each a linen module with its config, its parameters and its files.
+"""CLIP in Flax: the classes of transformers 4, each a linen module with its config, its parameters and its files.
 
-Parameters are the nested dicts of the former msgpack files. ``dtype`` is what a model computes in; its parameters keep
-the dtype of the file (`to_bf16`, `to_fp16`, `to_fp32` change it) and are cast where they are used. Source of every
-behaviour not explained here: the Flax models of transformers 4.57.6 for the interface, its PyTorch models for values.
+Parameters are the nested dicts of the msgpack files of transformers 4. ``dtype`` is what a model computes in; its
+parameters keep the dtype of the file (`to_bf16`, `to_fp16`, `to_fp32` change it) and are cast where they are used.
+Source of every behaviour not explained here: the Flax models of transformers 4.57.6 for the interface, its PyTorch
+models for values.
 `clipmb.flax.modules` says what becomes of ids outside the vocabulary under ``jax.jit``, and how to use NNX.
 """
 

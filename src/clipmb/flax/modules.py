@@ -1,12 +1,12 @@
 # ruff: noqa: D102  (setup is what linen calls a constructor)
-"""The linen modules of CLIP: what computes. `clipmb.flax.modeling` wraps them in the former facade.
+"""The linen modules of CLIP: what computes. `clipmb.flax.modeling` wraps each in a model.
 
 Shapes: batch, seq (tokens, or patches + 1), width, heads, head_dim, patches, proj. Module and parameter names are those
 of the checkpoints. Source of every behaviour not explained here: the PyTorch models of transformers 4.57.6.
 
 Every module computes in its ``dtype``, whatever the dtype of its parameters, which are cast where they are used:
 ``dtype=jnp.bfloat16`` gives what PyTorch gives for a model in bfloat16. Pictures are channels last here, as linen's
-convolution takes them and as the former modules did; the models of `clipmb.flax.modeling` take channels first.
+convolution takes them, as did those of transformers 4; the models of `clipmb.flax.modeling` take channels first.
 
 Ids outside an embedding table raise a ValueError where their values are known. Under ``jax.jit`` and the other
 transformations they are not: there such an id makes its whole row NaN, never a plausible number, and JAX's own check of
