@@ -26,7 +26,7 @@ from clipmb.common.parameters import initial_weights, specs
 from clipmb.common.pretrained import config_text
 from clipmb.common.processor import CLIPProcessor
 from clipmb.common.progress import progress_bar
-from clipmb.common.saving import Transaction, finish
+from clipmb.common.saving import Transaction
 from clipmb.common.training.metrics import METRICS_NAME, Metrics
 from clipmb.common.training.plots import CURVES_NAME, draw
 from clipmb.common.training.recipe import Recipe
@@ -231,7 +231,6 @@ def _saved_state(folder: Path, resume: bool, overwrite: bool) -> TrainingState |
         if folder.exists():
             raise bad_input("out must be a folder", str(folder), "Pass a folder, not a file")
         return None
-    finish(folder)
     if resume:
         return TrainingState.read(folder) if (folder / STATE_NAME).is_file() else None
     if not overwrite and ((folder / CONFIG_NAME).exists() or (folder / STATE_NAME).exists()):

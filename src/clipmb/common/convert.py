@@ -36,7 +36,7 @@ from clipmb.common.processor import (
     tokenizer_of,
 )
 from clipmb.common.progress import Advance, progress_bar
-from clipmb.common.saving import Transaction, finish
+from clipmb.common.saving import Transaction
 
 RECORD_NAME = "conversion.json"
 DTYPES = ("float32", "float16", "bfloat16")
@@ -198,7 +198,6 @@ def _require_free(folder: Path, source: Source, overwrite: bool) -> None:
         return  # missing, or a file, which the transaction refuses
     if source.folder is not None and source.folder.is_dir() and os.path.samefile(source.folder, folder):
         raise bad_input("Source and destination must be different folders", str(folder), "Pass another destination")
-    finish(folder)
     if not overwrite and (names := sorted(p.name for p in folder.iterdir() if not p.name.startswith(".clipmb-"))):
         raise bad_input(
             "The destination must be new or empty",

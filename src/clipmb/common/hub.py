@@ -9,8 +9,8 @@ from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
+from clipmb.common import saving
 from clipmb.common.errors import CheckpointError, bad_input
-from clipmb.common.saving import finish
 
 _ATTEMPTS = 4  # of a download whose connection breaks
 _OR_OFFLINE = " (or local_files_only or HF_HUB_OFFLINE is set). Connect once, or pass a local folder."
@@ -106,10 +106,7 @@ class Source:
         """
         folder = self.folder
         if folder is not None:
-            if folder.is_dir():
-                finish(folder)
-            path = folder / name
-            return path if path.is_file() and (self.file is None or name == self.file.name) else None
+            return saving.current(folder, name) if self.file is None or name == self.file.name else None
         self._require_hub_id()
         if "/" not in name and self._found.names is not None and name not in self._found.names:
             return None
@@ -131,10 +128,7 @@ class Source:
             return [self.file.name]
         folder = self.folder
         if folder is not None:
-            if not folder.is_dir():
-                return []
-            finish(folder)
-            return sorted(path.name for path in folder.iterdir() if path.is_file())
+            return saving.names(folder) if folder.is_dir() else []
         self._require_hub_id()
         if self._found.names is None:
             self._found.names = self._listed()

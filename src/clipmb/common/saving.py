@@ -1,116 +1,317 @@
-"""Writing files so that a kill at any moment leaves the old set of files or the new one."""
+"""Files of one folder that are replaced together, whoever else reads or writes it, and whenever a process is killed.
+
+A save is prepared in a hidden folder beside the files, and one rename commits it; then its files are moved into place.
+Readers change nothing and take no lock: until all files are moved, `current` finds the rest of them where they still
+lie, and `read_whole` repeats what was read while a save took place. Writers hold a lock on the folder, and the next
+writer finishes or clears away what a killed one left. docs/saving.md states the protocol and why it holds.
+"""
 
 from __future__ import annotations
 
+import errno
 import json
 import os
+import re
 import shutil
+import stat
 import tempfile
 import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import TracebackType
+from typing import NamedTuple, TypeVar
 
-from clipmb.common.errors import CheckpointError, bad_input
+try:
+    import fcntl
+except ImportError:  # pragma: no cover - Windows has no such locks, and there writers are on their own
+    fcntl = None
+
+from clipmb.common.errors import CheckpointError, bad_input, logger
 
 _COMMITTED = ".clipmb-save"
 _PLAN = "clipmb-save.json"
 _STAGING = ".clipmb-staging-"
-_LEFTOVER_SECONDS = 3600
+_OWN = re.compile(r"[^./\\\0][^/\\\0]*\.(?:json|safetensors|bin|h5|msgpack|pt|txt)")  # what a save may consist of
+_OPTIMISTIC = 3  # attempts at reading before the readers' lock is taken
+_UNLOCKED_SECONDS = 3600  # without locks, a younger staging folder may belong to a save that is still running
+_NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+T = TypeVar("T")
+
+
+class _Plan(NamedTuple):
+    """What a committed save consists of: the names that it writes and those that it removes."""
+
+    written: frozenset[str]
+    removed: frozenset[str]
+
+
+# -- reading ----------------------------------------------------------------------------------------------------------
+
+
+def current(folder: Path, name: str) -> Path | None:
+    """Returns where a file of the last committed save of a folder is; None when there is no such file."""
+    plan = _plan_of(folder)
+    if plan is not None and name in plan.removed:
+        return None
+    if plan is not None and name in plan.written and _is_plain_file(folder / _COMMITTED / name):
+        return folder / _COMMITTED / name
+    path = folder / name
+    return path if path.is_file() else None
+
+
+def names(folder: Path) -> list[str]:
+    """Lists the files of a folder as of its last committed save, those of its subfolders not included."""
+    plan = _plan_of(folder) or _Plan(frozenset(), frozenset())
+    present = {path.name for path in folder.iterdir() if path.is_file()} - plan.removed
+    return sorted(present | {name for name in plan.written if current(folder, name) is not None})
+
+
+def read_whole(folder: Path | None, read: Callable[[], T]) -> T:
+    """Calls ``read`` until no save took place while it ran, so that what it read belongs together.
+
+    Args:
+        folder: What it reads from; None for what nobody saves into, which is read once.
+        read: May be called several times. What it returns must not read the folder's files later by their names.
+
+    Returns:
+        What ``read`` returned.
+    """
+    if folder is None or not folder.is_dir():
+        return read()
+    for _ in range(_OPTIMISTIC):
+        before = _version(folder)
+        try:
+            result = read()
+        except Exception:
+            if _version(folder) == before:
+                raise
+        else:
+            if _version(folder) == before:
+                return result
+    with _locked(folder, shared=True):  # somebody saves faster than this can be read
+        return read()
+
+
+def _version(folder: Path) -> list[tuple[Path, int, int, int]]:
+    """What tells the saves of a folder apart: where each file is, and which file that is."""
+    found = []
+    with suppress(FileNotFoundError):  # a file that is moved between its listing and here: not the version of before
+        for name in names(folder):
+            if _OWN.fullmatch(name) and (path := current(folder, name)) is not None:
+                about = path.stat()
+                found.append((path, about.st_ino, about.st_size, about.st_mtime_ns))
+        return found
+    return [*found, (folder, time.monotonic_ns(), 0, 0)]
+
+
+def _plan_of(folder: Path) -> _Plan | None:
+    """Returns the plan of a committed save whose files are not all in place; None where there is no valid one."""
+    committed = folder / _COMMITTED
+    try:
+        if not stat.S_ISDIR(committed.lstat().st_mode) or not _is_plain_file(committed / _PLAN):
+            return None
+        content = json.loads((committed / _PLAN).read_bytes())
+        plan = _Plan(*(frozenset(content[field]) for field in _Plan._fields))
+        return plan if all(_OWN.fullmatch(name) for name in plan.written | plan.removed) else None
+    except (OSError, ValueError, TypeError, KeyError, RecursionError):
+        return None
+
+
+def _is_plain_file(path: Path) -> bool:
+    """Whether there is a file of this name that is no link."""
+    try:
+        return stat.S_ISREG(path.lstat().st_mode)
+    except OSError:
+        return False
+
+
+# -- writing ----------------------------------------------------------------------------------------------------------
 
 
 class Transaction:
-    """A set of files that replaces others in one folder, all or nothing.
-
-    The new files are written into a hidden folder beside the old ones and synced to disk. Renaming that folder to its
-    committed name is the one moment at which the save happens; afterwards the files are moved into place. A process
-    killed before that rename leaves the old files, one killed after it leaves the new ones: `finish` moves what was
-    not yet moved, and every reader and writer of clipmb calls it first.
+    """A set of files that replaces others in one folder, all or nothing. Waits for other writers of the folder.
 
     >>> with Transaction(folder) as save:
     ...     save.write("config.json", "{}")
     ...     save.remove("model.safetensors.index.json")
+
+    Args:
+        folder: Where the files go; made when it is missing.
+
+    Raises:
+        ValueError: ``folder`` is a file, or something that is no file bears the name of one that is written.
+        CheckpointError: The folder holds a `.clipmb-save` that no save of clipmb made.
+        OSError: The files cannot be written; a full disk is reported with the room that is needed.
     """
 
     def __init__(self, folder: str | os.PathLike[str]) -> None:
         self.folder = Path(folder)
-        self._removed: list[str] = []
+        self._removed: set[str] = set()
 
     def __enter__(self) -> Transaction:
         if self.folder.exists() and not self.folder.is_dir():
-            raise bad_input("A model is saved into a folder", str(self.folder), "Pass a folder, not a file")
-        self.folder.mkdir(parents=True, exist_ok=True)
-        finish(self.folder)
-        self._clear_leftovers()
-        self._staging = Path(tempfile.mkdtemp(prefix=_STAGING, dir=self.folder))
+            raise bad_input("The destination must be a folder", str(self.folder), "Pass a folder, not a file")
+        self._lock = _locked(self.folder)
+        self._lock.__enter__()
+        try:
+            _repair(self.folder)
+            self._staging = Path(tempfile.mkdtemp(prefix=_STAGING, dir=self.folder))
+        except BaseException:
+            self._lock.__exit__(None, None, None)
+            raise
         return self
-
-    def _clear_leftovers(self) -> None:
-        """Removes what killed saves left behind; young folders may belong to a save that is still running."""
-        for path in self.folder.glob(f"{_STAGING}*"):
-            if time.time() - path.stat().st_mtime > _LEFTOVER_SECONDS:
-                shutil.rmtree(path, ignore_errors=True)
 
     def path(self, name: str) -> Path:
         """Returns where to write the file that will be called ``name``."""
         return self._staging / name
 
     def write(self, name: str, content: str | bytes) -> None:
-        """Writes a small file whole."""
+        """Writes a small file."""
         self.path(name).write_bytes(content.encode("utf-8") if isinstance(content, str) else content)
 
     def remove(self, *names: str) -> None:
-        """Removes files of an earlier save, if they exist and this save does not replace them."""
-        self._removed.extend(names)
+        """Removes files of an earlier save, when they exist and this save does not write them."""
+        self._removed.update(names)
+
+    def reserve(self, size: int) -> None:
+        """Checks that there is room for files of this many bytes in all, before any is written.
+
+        Raises:
+            OSError: There is not.
+        """
+        if (free := shutil.disk_usage(self.folder).free) < size:
+            raise OSError(errno.ENOSPC, f"The save needs {size:,} bytes, and the disk has {free:,} left", self.folder)
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if kind is not None:
-            shutil.rmtree(self._staging, ignore_errors=True)
-            return
         try:
-            written = sorted(path.name for path in self._staging.iterdir())
-            for name in written:
-                self._staging.joinpath(name).chmod(0o666 & ~_umask())
-                _sync(self._staging / name)
-            self.write(_PLAN, json.dumps({"removed": sorted(set(self._removed) - set(written))}))
-            _sync(self._staging / _PLAN)
-            _sync(self._staging)
-            os.replace(self._staging, self.folder / _COMMITTED)
-            _sync(self.folder)
-        except BaseException:
-            shutil.rmtree(self._staging, ignore_errors=True)
+            if error is None:
+                self._commit()
+            elif isinstance(error, OSError) and error.errno in _NO_ROOM and error.filename != self.folder:
+                raise self._no_room(error) from error
+        except OSError as failure:
+            if failure.errno in _NO_ROOM and failure.filename != self.folder:
+                raise self._no_room(failure) from failure
             raise
-        finish(self.folder)
+        finally:
+            shutil.rmtree(self._staging, ignore_errors=True)
+            self._lock.__exit__(None, None, None)
+
+    def _commit(self) -> None:
+        written = sorted(path.name for path in self._staging.iterdir())
+        removed = sorted(self._removed - set(written))
+        for name in (*written, *removed):  # what can fail, fails now
+            if not _OWN.fullmatch(name):
+                raise bad_input("A save consists of files of a checkpoint", name, "Choose another name")
+            if (self.folder / name).is_dir() and not (self.folder / name).is_symlink():
+                raise bad_input(f"A save writes a file called {name}", f"{self.folder} with a folder of this name",
+                                "Move that folder away", shown=True)  # fmt: skip
+        now = time.time_ns()  # finer than the file system's own clock, so that two saves never look alike
+        for name in written:
+            self._staging.joinpath(name).chmod(0o666 & ~_umask())
+            os.utime(self._staging / name, ns=(now, now))
+            _sync(self._staging / name)
+        self.path(_PLAN).write_text(json.dumps({"written": written, "removed": removed}))
+        _sync(self._staging / _PLAN)
+        _sync(self._staging)
+        os.rename(self._staging, self.folder / _COMMITTED)
+        _sync(self.folder)
+        _finish(self.folder, _Plan(frozenset(written), frozenset(removed)))
+
+    def _no_room(self, error: OSError) -> OSError:
+        size = sum(path.stat().st_size for path in self._staging.iterdir()) if self._staging.is_dir() else 0
+        free = shutil.disk_usage(self.folder).free
+        rule = f"There is no room for the save: more than {size:,} bytes are needed beside the files that are there"
+        return OSError(error.errno, f"{rule}, and {free:,} are free", self.folder)
 
 
-def finish(folder: Path) -> None:
-    """Moves the files of a committed but interrupted save into place; does nothing when there is none.
+def write_atomically(path: Path, content: bytes) -> None:
+    """Replaces one file so that a kill at any moment leaves the old content or the new one."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        with open(temporary, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _repair(folder: Path) -> None:
+    """Finishes a save whose writer was killed after it was committed, and clears away those killed before.
 
     Raises:
-        CheckpointError: There is such a save and the folder cannot be written to.
+        CheckpointError: The committed save is none of clipmb's.
     """
     committed = folder / _COMMITTED
-    if not committed.is_dir():
+    if committed.is_symlink() or committed.exists():
+        plan = _plan_of(folder)
+        if plan is None and not (committed.is_symlink() or committed.is_file() or any(committed.iterdir())):
+            committed.rmdir()  # everything was moved
+        elif plan is None:
+            raise CheckpointError(
+                f"{committed} is not what a save of clipmb leaves behind. Look at it, and move it away to save here."
+            )
+        else:
+            _finish(folder, plan)
+    for path in folder.glob(f"{_STAGING}*"):
+        if not path.is_symlink() and (fcntl or time.time() - path.stat().st_mtime > _UNLOCKED_SECONDS):
+            shutil.rmtree(path, ignore_errors=True)
+
+
+def _finish(folder: Path, plan: _Plan) -> None:
+    """Moves the files of a committed save into place."""
+    committed = folder / _COMMITTED
+    for name in sorted(plan.written):
+        if _is_plain_file(committed / name):
+            os.replace(committed / name, folder / name)
+    for name in sorted(plan.removed):
+        (folder / name).unlink(missing_ok=True)
+    _sync(folder)
+    (committed / _PLAN).unlink()
+    shutil.rmtree(committed, ignore_errors=True)
+    _sync(folder)
+
+
+@contextmanager
+def _locked(folder: Path, *, shared: bool = False) -> Iterator[None]:
+    """Holds the lock of a folder: alone, or with other readers. It ends with the process, and leaves no file.
+
+    Where the file system has no locks, there is none.
+    """
+    if fcntl is None:  # pragma: no cover
+        folder.mkdir(parents=True, exist_ok=True)
+        yield
         return
+    how = fcntl.LOCK_SH if shared else fcntl.LOCK_EX
+    while True:
+        if not shared:
+            folder.mkdir(parents=True, exist_ok=True)
+        handle = os.open(folder, os.O_RDONLY)
+        try:
+            try:
+                fcntl.flock(handle, how | fcntl.LOCK_NB)
+            except BlockingIOError:
+                logger.info("%s: waiting for another process that saves into it", folder)
+                fcntl.flock(handle, how)
+            except OSError:  # such as on a network file system without locks
+                pass
+            if _is_still(folder, handle):  # and was not removed and made again while this waited
+                yield
+                return
+        finally:
+            fcntl.flock(handle, fcntl.LOCK_UN)  # a child that was forked meanwhile has the handle too
+            os.close(handle)
+
+
+def _is_still(folder: Path, handle: int) -> bool:
     try:
-        plan = committed / _PLAN
-        if plan.exists():  # the plan goes last, so without it everything was moved
-            removed = json.loads(plan.read_text("utf-8"))["removed"]
-            for path in committed.iterdir():
-                if path.name != _PLAN:
-                    os.replace(path, folder / path.name)
-            for name in removed:
-                (folder / Path(name).name).unlink(missing_ok=True)
-            _sync(folder)
-            plan.unlink()
-        committed.rmdir()
-        _sync(folder)
-    except OSError as error:
-        raise CheckpointError(
-            f"An interrupted save in {folder} has to be finished first, which failed: {error}. "
-            f"Make the folder writable and load it once, or move the files of {committed} into it by hand."
-        ) from error
+        return os.path.samestat(os.fstat(handle), folder.stat())
+    except FileNotFoundError:
+        return False
 
 
 def _sync(path: Path) -> None:
@@ -127,16 +328,3 @@ def _umask() -> int:
     mask = os.umask(0)
     os.umask(mask)
     return mask
-
-
-def write_atomically(path: Path, content: bytes) -> None:
-    """Replaces one file so that a kill at any moment leaves the old content or the new one."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        with open(temporary, "wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)

@@ -19,7 +19,7 @@ from clipmb.common.checkpoint.safetensors import map_file, write_file
 from clipmb.common.checkpoint.tensors import lazy
 from clipmb.common.errors import CheckpointError
 from clipmb.common.parameters import Spec
-from clipmb.common.saving import Transaction, finish
+from clipmb.common.saving import Transaction
 from clipmb.common.training.recipe import INITIAL_LOGIT_BIAS, LOGIT_BIAS, Recipe
 
 STATE_NAME = "training_state.safetensors"
@@ -67,7 +67,6 @@ class TrainingState:
         Raises:
             CheckpointError: It is missing, damaged, or not of this version.
         """
-        finish(folder)
         path = folder / STATE_NAME
         if not path.is_file():
             raise CheckpointError(f"{folder} has no {STATE_NAME}. Resume in the folder of a training run.")
