@@ -36,7 +36,7 @@ from clipmb.common.processor import (
     tokenizer_of,
 )
 from clipmb.common.progress import Advance, progress_bar
-from clipmb.common.saving import Transaction
+from clipmb.common.saving import Transaction, version
 
 RECORD_NAME = "conversion.json"
 DTYPES = ("float32", "float16", "bfloat16")
@@ -110,9 +110,10 @@ def convert(
         )
     if dry_run:
         return done
-    created = not folder.exists()
+    before = _version(source)
     try:
         with ThreadPoolExecutor(1) as aside, Transaction(folder) as save:
+            _require_free(folder, source, overwrite)  # again, now that nobody else writes into it
             hashes = aside.submit(_hashes, source, sorted(loaded.files))  # while the weights are written and compared
             if overwrite:
                 save.remove(*(path.name for path in folder.iterdir() if _belongs(path.name)))
@@ -149,15 +150,14 @@ def convert(
                 "packages": _versions({*loaded.packages, *written.packages}),
             }
             save.write(RECORD_NAME, json_text(done.record))
+            if _version(source) != before:
+                raise CheckpointError(f"{source} changed while it was converted. Convert it again.")
     except (ClipmbError, ValueError, TypeError, ImportError):
         raise
     except Exception as error:  # of the file system, or of a format's library
         raise CheckpointError(
             f"{folder} could not be written and was left unchanged: {type(error).__name__}: {error}"
         ) from error
-    finally:
-        if created and not done.record and folder.is_dir() and not any(folder.iterdir()):
-            folder.rmdir()
     return done
 
 
@@ -205,6 +205,10 @@ def _require_free(folder: Path, source: Source, overwrite: bool) -> None:
             "Pass another folder, or overwrite=True (--overwrite) to replace the checkpoint in it",
             shown=True,
         )
+
+
+def _version(source: Source) -> object:
+    return None if source.folder is None else version(source.folder)
 
 
 def _belongs(name: str) -> bool:

@@ -80,21 +80,21 @@ def read_whole(folder: Path | None, read: Callable[[], T]) -> T:
     if folder is None or not folder.is_dir():
         return read()
     for _ in range(_OPTIMISTIC):
-        before = _version(folder)
+        before = version(folder)
         try:
             result = read()
         except Exception:
-            if _version(folder) == before:
+            if version(folder) == before:
                 raise
         else:
-            if _version(folder) == before:
+            if version(folder) == before:
                 return result
     with _locked(folder, shared=True):  # somebody saves faster than this can be read
         return read()
 
 
-def _version(folder: Path) -> list[tuple[Path, int, int, int]]:
-    """What tells the saves of a folder apart: where each file is, and which file that is."""
+def version(folder: Path) -> list[tuple[Path, int, int, int]]:
+    """Returns what tells the saves of a folder apart: where each file is, and which file that is."""
     found = []
     with suppress(FileNotFoundError):  # a file that is moved between its listing and here: not the version of before
         for name in names(folder):
@@ -152,6 +152,7 @@ class Transaction:
     def __enter__(self) -> Transaction:
         if self.folder.exists() and not self.folder.is_dir():
             raise bad_input("The destination must be a folder", str(self.folder), "Pass a folder, not a file")
+        self._made = not self.folder.exists()
         self._lock = _locked(self.folder)
         self._lock.__enter__()
         try:
@@ -197,6 +198,9 @@ class Transaction:
             raise
         finally:
             shutil.rmtree(self._staging, ignore_errors=True)
+            if self._made:
+                with suppress(OSError):  # unless something was saved
+                    self.folder.rmdir()
             self._lock.__exit__(None, None, None)
 
     def _commit(self) -> None:
