@@ -6,10 +6,11 @@ BIN    := $(VENV)/bin
 
 export CLIPMB_TEST_BACKENDS       ?= pt,tf,flax
 export CLIPMB_REQUIRE_REFERENCE   ?= 1
+export CLIPMB_REQUIRE_KERNEL      ?= 1
 export CLIPMB_TRANSFORMERS5_PYTHON ?= $(CURDIR)/$(V5)/bin/python
 export TF_CPP_MIN_LOG_LEVEL       ?= 3
 
-.PHONY: demo test fuzz lint format bench docs clean
+.PHONY: demo test test-without-compiler fuzz lint format bench docs clean
 
 demo: $(VENV)/.installed
 	$(BIN)/python -m clipmb demo --out build/demo.png
@@ -18,7 +19,16 @@ demo: $(VENV)/.installed
 test: $(VENV)/.installed $(V5)/.installed
 	$(BIN)/python -m pytest $(or $(ARGS),-n 2 --dist loadfile --durations=25)
 
+# The image processor in an installation without the compiled kernel.
+test-without-compiler: $(VENV)/.installed
+	rm -rf build/without-compiler build/lib* build/bdist*
+	CC=false $(BIN)/python -m pip install --quiet --no-deps --target build/without-compiler .
+	test ! -e build/without-compiler/clipmb/common/image/_resize*
+	CLIPMB_REQUIRE_KERNEL=0 PYTHONPATH=build/without-compiler $(BIN)/python -m pytest -q tests/unit/common/image \
+		tests/reference/test_image_processor.py
+
 fuzz: $(VENV)/.installed
+	$(BIN)/python tests/fuzz/fuzz_resize.py
 	$(BIN)/python tests/fuzz/fuzz_readers.py $(ARGS)
 
 lint: $(VENV)/.installed
@@ -37,7 +47,7 @@ docs: $(VENV)/.installed
 	$(BIN)/python -m mkdocs build --strict --quiet
 	@echo "docs: build/site/index.html"
 
-$(VENV)/.installed: constraints.txt
+$(VENV)/.installed: constraints.txt setup.py src/clipmb/common/image/_resize.c
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet "pip>=25.1"
 	$(BIN)/python -m pip install --quiet -c constraints.txt -e ".[all,dev]" --group reference
@@ -50,4 +60,4 @@ $(V5)/.installed: constraints-transformers5.txt
 	@touch $@
 
 clean:
-	rm -rf $(VENV) $(V5) build dist .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(V5) build dist src/*.egg-info src/clipmb/common/image/_resize*.so .pytest_cache .ruff_cache .hypothesis

@@ -13,6 +13,7 @@ from safetensors.numpy import load_file
 
 from clipmb import backends as known
 from clipmb.common.image.processor import CLIPImageProcessor
+from clipmb.common.image.resampling import rule_of
 from clipmb.common.text.tokenizer import CLIPTokenizerFast
 from clipmb.verification import bound_of, relative_difference
 
@@ -24,7 +25,8 @@ def examine(backends: Sequence[str] | None = None) -> dict[str, Any]:
         backends: Which must work; None examines every installed one and lists the others as not installed.
 
     Returns:
-        ``ok``; ``tokens`` and ``pixels``: whether the shared parts give the recorded bits; ``backends``: for each
+        ``ok``; ``tokens`` and ``pixels``: whether the shared parts give the recorded bits; ``resizing``: "kernel", or
+        "Pillow" where the compiled kernel is missing or has other bits; ``backends``: for each
         ``installed``, ``versions``, ``precision`` of float32 matrix products, ``device``, and ``correct``, ``stages``,
         ``difference`` and ``first`` (the first wrong stage), or ``error``.
     """
@@ -40,6 +42,7 @@ def examine(backends: Sequence[str] | None = None) -> dict[str, Any]:
     found: dict[str, Any] = {
         "tokens": tokens == list(recorded.values()),
         "pixels": np.array_equal(pixels, vectors["pixel_values"]),
+        "resizing": "Pillow" if rule_of("auto", "installed") is None else "kernel",
         "backends": {},
     }
     for name in known.BACKENDS if backends is None else backends:

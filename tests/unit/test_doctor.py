@@ -18,6 +18,7 @@ def test_doctor_finds_every_tested_backend_correct():
     assert found["ok"]
     assert found["tokens"]
     assert found["pixels"]
+    assert found["resizing"] in ("kernel", "Pillow")
     for backend in BACKENDS:
         entry = found["backends"][backend]
         assert entry["correct"]

@@ -31,7 +31,7 @@ def run(
         typer.echo("  ".join(f"{key} {value}" for key, value in system.items()))
         rows = [
             ["shared", "", "tokens", "equal" if found["tokens"] else "DIFFERENT", ""],
-            ["shared", "", "pixels", "equal" if found["pixels"] else "DIFFERENT", ""],
+            ["shared", f"resized by {found['resizing']}", "pixels", "equal" if found["pixels"] else "DIFFERENT", ""],
         ]
         for name, entry in found["backends"].items():
             rows.append([name, _versions(entry), *_verdict(entry), entry.get("precision", "")])

@@ -13,13 +13,15 @@ import functools
 import io
 import os
 from collections.abc import Callable, Iterator
-from typing import Any, cast
+from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from PIL import Image, ImageOps
 
 from clipmb.common.errors import bad_input, log_once, one_of
 from clipmb.common.features import to_numpy
+from clipmb.common.image.resampling import FILTERS, MOST, Window, resize_pillow, rule_of
 
 FIRST, LAST = "channels_first", "channels_last"
 _STRAIGHT = {"La": "LA"}  # modes that Pillow cannot convert to RGB directly
@@ -170,25 +172,74 @@ def is_scaled(array: np.ndarray) -> bool:
 # ---- geometry: [channels, height, width] in and out ------------------------------------------------------------------
 
 
-def resize_pillow(name: str, image: Image.Image, target: tuple[int, int], resample: int) -> Image.Image:
-    """Resizes to (height, width) with one of Pillow's filters."""
-    height, width = target
-    with _readable(name, image):
-        _check_pixels((width, height), tolerance=2)  # a sliver of one pixel by thousands grows by its square
-        return image.resize((width, height), cast(Image.Resampling, resample))
+@dataclass(frozen=True)
+class Resizing:
+    """How pictures are resized and cropped.
+
+    Attributes:
+        resample: Pillow's filter.
+        backend: One of `resampling.BACKENDS`.
+        order: One of `resampling.ORDERS`.
+        crop: (height, width) to which the result is cut or padded around its centre; None for all of it.
+    """
+
+    resample: int
+    backend: str = "auto"
+    order: str = "installed"
+    crop: tuple[int, int] | None = None
+
+    def __call__(self, name: str, picture: Image.Image | np.ndarray, target: tuple[int, int]) -> np.ndarray | Window:
+        """Resizes to (height, width), and crops.
+
+        Args:
+            name: What the image is called in messages.
+            picture: A Pillow image, or [height, width, channels] uint8 with 1 to 4 channels.
+            target: (height, width) of the result before it is cropped.
+
+        Returns:
+            [channels, height, width], or a window of this shape that is yet to be computed.
+
+        Raises:
+            ValueError: The result has too many pixels.
+        """
+        height, width = target
+        size = picture.size if isinstance(picture, Image.Image) else picture.shape[1::-1]
+        with _readable(name, picture):
+            _check_pixels((width, height), tolerance=2)  # a sliver of one pixel by thousands grows by its square
+            changed, kernel = size != (width, height), None
+            if changed and max(*size, width, height) <= MOST and self.resample in FILTERS:
+                kernel = rule_of(self.backend, self.order)
+            if changed and kernel is not None:
+                window = self._window(height, width)
+                part = Window(picture, (width, height), self.resample, kernel, window)
+                return part if window or self.crop is None else crop(part.pixels(), *self.crop)
+            if changed or isinstance(picture, Image.Image):
+                image = picture if isinstance(picture, Image.Image) else _image(picture.transpose(2, 0, 1))
+                picture = np.asarray(resize_pillow(image, (width, height), self.resample, self.order))
+        pixels = picture[None] if picture.ndim == 2 else picture.transpose(2, 0, 1)
+        return pixels if self.crop is None else crop(pixels, *self.crop)
+
+    def _window(self, height: int, width: int) -> tuple[int, int, int, int] | None:
+        """Returns (left, top, width, height) of what the crop keeps; None when it keeps or pads everything."""
+        if self.crop is None or self.crop[0] > height or self.crop[1] > width:
+            return None
+        return (width - self.crop[1]) // 2, (height - self.crop[0]) // 2, self.crop[1], self.crop[0]
 
 
-def resize(name: str, pixels: np.ndarray, target: tuple[int, int], resample: int) -> tuple[np.ndarray, bool]:
-    """Resizes 8-bit values, or values that can be converted to 8 bits.
+def resize(
+    name: str, pixels: np.ndarray, target: tuple[int, int], resizing: Resizing
+) -> tuple[np.ndarray | Window, bool]:
+    """Resizes and crops 8-bit values, or values that can be converted to 8 bits.
 
     Args:
         name: What the image is called in messages.
         pixels: [channels, height, width], at most 4 channels.
-        target: (height, width) of the result.
-        resample: Pillow's filter.
+        target: (height, width) of the result before it is cropped.
+        resizing: How.
 
     Returns:
-        The resized values, [channels, height, width] uint8, and whether they represent floats in [0, 1].
+        The resized values, [channels, height, width] uint8, perhaps yet to be computed; and whether they represent
+        floats in [0, 1].
 
     Raises:
         ValueError: There are too many channels or pixels, or the values have no 8-bit form.
@@ -202,13 +253,16 @@ def resize(name: str, pixels: np.ndarray, target: tuple[int, int], resample: int
         )
     pixels, quantised = _to_8_bit(name, pixels)
     rows = pixels.transpose(1, 2, 0)
+    return resizing(name, rows if rows.flags.c_contiguous else _image(pixels), target), quantised
+
+
+def _image(pixels: np.ndarray) -> Image.Image:
+    """Makes a Pillow image of [channels, height, width] uint8 with 1 to 4 channels."""
+    rows = pixels.transpose(1, 2, 0)
     if len(pixels) > 1 and rows.flags.c_contiguous:
-        image = Image.fromarray(rows)
-    else:  # Pillow interleaves planes faster than numpy does
-        planes = [Image.fromarray(plane) for plane in pixels]
-        image = planes[0] if len(planes) == 1 else Image.merge(("LA", "RGB", "RGBA")[len(planes) - 2], planes)
-    resized = np.asarray(resize_pillow(name, image, target, resample))
-    return (resized[None] if resized.ndim == 2 else resized.transpose(2, 0, 1)), quantised
+        return Image.fromarray(rows)
+    planes = [Image.fromarray(plane) for plane in pixels]  # Pillow interleaves planes faster than numpy does
+    return planes[0] if len(planes) == 1 else Image.merge(("LA", "RGB", "RGBA")[len(planes) - 2], planes)
 
 
 def _to_8_bit(name: str, pixels: np.ndarray) -> tuple[np.ndarray, bool]:

@@ -25,6 +25,7 @@ from clipmb.common.features import BatchFeature, check_tensor_type
 from clipmb.common.former import check_saving
 from clipmb.common.hub import Source
 from clipmb.common.image import pixels as px
+from clipmb.common.image.resampling import Window, check_backend, check_order
 from clipmb.common.json_files import json_text, read_json
 from clipmb.common.saving import Transaction, write_atomically
 from clipmb.common.workers import default_workers
@@ -61,6 +62,11 @@ class CLIPImageProcessor:
         image_mean: One number, or one per channel. Default: CLIP's, ``OPENAI_CLIP_MEAN``.
         image_std: One number, or one per channel. Default: CLIP's, ``OPENAI_CLIP_STD``.
         do_convert_rgb: Convert Pillow images to RGB. Arrays are never converted.
+        resize_backend: What resizes: "native" is the compiled kernel, several times as fast; "pillow" is Pillow; "auto"
+            is the kernel where it was compiled and has the bits of the installed Pillow. It is not saved.
+        pass_order: The bits of resized pictures: "installed" gives those of the installed Pillow, which takes the
+            vertical pass first for tall pictures since 12.2, and for more of them since 13.0; "horizontal" gives the
+            same bits with every version, which are those of Pillow before 12.2.
         **kwargs: Kept as attributes and written back by `save_pretrained`, so that unknown entries of a file survive.
 
     Raises:
@@ -85,6 +91,9 @@ class CLIPImageProcessor:
         image_mean: float | list[float] | None = None,
         image_std: float | list[float] | None = None,
         do_convert_rgb: bool = True,
+        *,
+        resize_backend: str = "auto",
+        pass_order: str = "installed",
         **kwargs: Any,
     ) -> None:
         kwargs.pop("feature_extractor_type", None)  # in files older than image processors
@@ -107,6 +116,8 @@ class CLIPImageProcessor:
         self.image_mean = OPENAI_CLIP_MEAN.copy() if image_mean is None else image_mean
         self.image_std = OPENAI_CLIP_STD.copy() if image_std is None else image_std
         self.do_convert_rgb = do_convert_rgb
+        self.resize_backend = check_backend(resize_backend)
+        self.pass_order = check_order(pass_order)
 
     def __call__(self, images: Any, **kwargs: Any) -> BatchFeature:
         """Calls `preprocess`."""
@@ -178,11 +189,12 @@ class CLIPImageProcessor:
         )
         size = _size_dict("size", _or(size, self.size), square=False)
         crop_size = _size_dict("crop_size", _or(crop_size, self.crop_size), square=True)
+        crop = _height_width("crop_size", crop_size) if _or(do_center_crop, self.do_center_crop) else None
         normalize = _or(do_normalize, self.do_normalize)
         work = _Work(
             size=_Target(size) if _or(do_resize, self.do_resize) else None,
-            resample=_or(resample, self.resample),
-            crop=_height_width("crop_size", crop_size) if _or(do_center_crop, self.do_center_crop) else None,
+            resizing=self._resizing(_or(resample, self.resample), crop),
+            crop=crop,
             factor=_factor(_or(rescale_factor, self.rescale_factor)) if _or(do_rescale, self.do_rescale) else None,
             mean=_numbers("image_mean", _or(image_mean, self.image_mean)) if normalize else None,
             std=_numbers("image_std", _or(image_std, self.image_std)) if normalize else None,
@@ -192,12 +204,13 @@ class CLIPImageProcessor:
         if not items:
             raise bad_input("images must hold at least one image", images, "Pass an image or a list of images")
         ambiguous = px.layout_of_first(items[0])
-        batch = work.allocate(len(items))
+        planar = layout_out != px.LAST
+        batch = work.allocate(len(items), planar)
 
         def run(index: int) -> np.ndarray:
             pixels, layout, quantised = work.geometry(index, items[index], layout_in, ambiguous)
-            done = work.values(index, pixels, quantised, None if batch is None else batch[index])
-            return done if (layout_out or layout) == px.FIRST else done.transpose(1, 2, 0)
+            done = work.values(index, pixels, quantised, planar, None if batch is None else batch[index])
+            return done if planar == ((layout_out or layout) == px.FIRST) else done.transpose(1, 2, 0)
 
         workers = _workers(num_workers, items)
         if workers == 1:
@@ -206,8 +219,7 @@ class CLIPImageProcessor:
             with ThreadPoolExecutor(workers, thread_name_prefix="clipmb-images") as pool:
                 rows = list(pool.map(run, range(len(items))))
         if return_tensors and batch is not None and layout_out and all(row.base is batch for row in rows):
-            whole = batch if layout_out == px.FIRST else np.ascontiguousarray(batch.transpose(0, 2, 3, 1))
-            return BatchFeature({"pixel_values": whole}, return_tensors)
+            return BatchFeature({"pixel_values": batch}, return_tensors)
         return BatchFeature({"pixel_values": rows}, return_tensors)
 
     def resize(
@@ -240,8 +252,9 @@ class CLIPImageProcessor:
 
         def work(pixels: np.ndarray) -> np.ndarray:
             target = _Target(_size_dict("size", size, square=False))
-            pixels, quantised = px.resize("The image", pixels, target(*pixels.shape[1:]), resample)
-            return px.rescale(pixels, 1 / 255) if quantised else pixels
+            resized, quantised = px.resize("The image", pixels, target(*pixels.shape[1:]), self._resizing(resample))
+            resized = resized.pixels() if isinstance(resized, Window) else resized
+            return px.rescale(resized, 1 / 255) if quantised else resized
 
         return px.in_layout(image, data_format, input_data_format, work)
 
@@ -326,6 +339,9 @@ class CLIPImageProcessor:
 
         return px.in_layout(image, data_format, input_data_format, work)
 
+    def _resizing(self, resample: int, crop: tuple[int, int] | None = None) -> px.Resizing:
+        return px.Resizing(resample, check_backend(self.resize_backend), check_order(self.pass_order), crop)
+
     def fetch_images(self, images: Any) -> Any:
         """Reads paths, bytes and base64 strings as upright RGB Pillow images; lists stay nested, other items stay."""
         if isinstance(images, list | tuple):
@@ -335,6 +351,9 @@ class CLIPImageProcessor:
     def to_dict(self) -> dict[str, Any]:
         """Returns the settings, as they are written to preprocessor_config.json."""
         settings = copy.deepcopy(vars(self))
+        del settings["resize_backend"]  # which changes no pixel, and is not there everywhere
+        if settings["pass_order"] == "installed":
+            del settings["pass_order"]
         name = settings.pop("_processor_class")
         if name is not None:
             settings["processor_class"] = name
@@ -497,7 +516,7 @@ class _Work:
     """The checked options of one call and its steps; a step that is off is None."""
 
     size: _Target | None
-    resample: int
+    resizing: px.Resizing
     crop: tuple[int, int] | None
     factor: float | None
     mean: tuple[float, ...] | float | None
@@ -505,57 +524,77 @@ class _Work:
     rgb: bool
 
     def __post_init__(self) -> None:
-        if self.size is not None and self.resample not in list(Image.Resampling):
-            raise one_of("resample", self.resample, [int(filter_) for filter_ in Image.Resampling])
+        if self.size is not None and self.resizing.resample not in list(Image.Resampling):
+            raise one_of("resample", self.resizing.resample, [int(filter_) for filter_ in Image.Resampling])
         if self.std is not None and not np.all(self.std):
             raise bad_input("image_std must not hold zeros", self.std, "Pass other values, or do_normalize=False")
 
-    def allocate(self, count: int) -> np.ndarray | None:
+    def allocate(self, count: int, planar: bool) -> np.ndarray | None:
         """Allocates the memory of the batch when the options alone determine the shape of an RGB image."""
         fixed = self.crop or (self.size.fixed if self.size else None)
+        if fixed is None:
+            return None
         plain = self.factor is None and self.mean is None
-        return None if fixed is None else np.empty((count, 3, *fixed), np.uint8 if plain else np.float32)
+        return np.empty((count, 3, *fixed) if planar else (count, *fixed, 3), np.uint8 if plain else np.float32)
 
-    def geometry(self, index: int, item: Any, layout: str | None, ambiguous: str) -> tuple[np.ndarray, str, bool]:
+    def geometry(
+        self, index: int, item: Any, layout: str | None, ambiguous: str
+    ) -> tuple[np.ndarray | Window, str, bool]:
         """Reads, resizes and crops one image.
 
         Returns:
-            The pixels, [channels, height, width]; the layout of the input; and whether they are 8-bit values that
-            represent floats in [0, 1].
+            The pixels, [channels, height, width], perhaps yet to be computed; the layout of the input; and whether they
+            are 8-bit values that represent floats in [0, 1].
         """
-        name, quantised = f"Image {index}", False
+        name = f"Image {index}"
         if isinstance(item, str | os.PathLike | bytes):
             item = px.open_image(name, item)
         if isinstance(item, Image.Image):
             layout, item = px.LAST, px.decode(name, item, self.rgb)
         if isinstance(item, Image.Image) and item.mode == "RGB" and self.size is not None:
-            item = px.resize_pillow(name, item, self.size(item.height, item.width), self.resample)
-            pixels = np.asarray(item).transpose(2, 0, 1)
-        else:
-            array = px.to_array(name, item)
-            layout = layout or px.infer(name, array.shape, ambiguous)
-            pixels = array if layout == px.FIRST else array.transpose(2, 0, 1)
-            if index == 0 and self.factor is not None and px.is_scaled(array):
-                log_once(
-                    "The values of the first image lie between 0 and 1, as if they were rescaled already. "
-                    "If so, pass do_rescale=False."
-                )
-            if self.size is not None:
-                pixels, quantised = px.resize(name, pixels, self.size(*pixels.shape[1:]), self.resample)
-        if self.crop is not None:
-            pixels = px.crop(pixels, *self.crop)
-        return pixels, layout or px.LAST, quantised
+            return self.resizing(name, item, self.size(item.height, item.width)), px.LAST, False
+        array = px.to_array(name, item)
+        layout = layout or px.infer(name, array.shape, ambiguous)
+        pixels = array if layout == px.FIRST else array.transpose(2, 0, 1)
+        if index == 0 and self.factor is not None and px.is_scaled(array):
+            log_once(
+                "The values of the first image lie between 0 and 1, as if they were rescaled already. "
+                "If so, pass do_rescale=False."
+            )
+        if self.size is not None:
+            resized, quantised = px.resize(name, pixels, self.size(*pixels.shape[1:]), self.resizing)
+            return resized, layout, quantised
+        return pixels if self.crop is None else px.crop(pixels, *self.crop), layout, False
 
-    def values(self, index: int, pixels: np.ndarray, quantised: bool, out: np.ndarray | None) -> np.ndarray:
-        """Rescales and normalises [channels, height, width]; writes into ``out`` where shape and dtype agree."""
-        px.check_channels(f"Image {index}", len(pixels), self.mean, self.std)
-        if pixels.dtype != np.uint8:
-            return px.arithmetic(pixels, self.factor, self.mean, self.std)
-        table = px.lookup_table(len(pixels), quantised, self.factor, self.mean, self.std)
-        if out is None or out.shape != pixels.shape or out.dtype != table.dtype:
-            out = np.empty(pixels.shape, table.dtype)
+    def values(
+        self, index: int, pixels: np.ndarray | Window, quantised: bool, planar: bool, out: np.ndarray | None
+    ) -> np.ndarray:
+        """Rescales and normalises one image.
+
+        Args:
+            index: The number of the image, for messages.
+            pixels: [channels, height, width], or a window that is yet to be computed.
+            quantised: The pixels are 8-bit values that represent floats in [0, 1].
+            planar: Return [channels, height, width]; otherwise [height, width, channels].
+            out: The memory of the result, used where shape and dtype agree.
+        """
+        channels, height, width = pixels.shape
+        px.check_channels(f"Image {index}", channels, self.mean, self.std)
+        if isinstance(pixels, np.ndarray) and pixels.dtype != np.uint8:
+            done = px.arithmetic(pixels, self.factor, self.mean, self.std)
+            return done if planar else done.transpose(1, 2, 0)
+        table = px.lookup_table(channels, quantised, self.factor, self.mean, self.std)
+        shape = (channels, height, width) if planar else (height, width, channels)
+        if out is None or out.shape != shape or out.dtype != table.dtype:
+            out = np.empty(shape, table.dtype)
+        if isinstance(pixels, Window):
+            if table.dtype == np.float32:
+                pixels.write(out, table, planar)
+                return out
+            pixels = pixels.pixels()
+        planes = out if planar else out.transpose(2, 0, 1)
         for channel, plane in enumerate(pixels):
-            np.take(table[channel], plane, out=out[channel], mode="clip")  # "raise" would go through a buffer
+            np.take(table[channel], plane, out=planes[channel], mode="clip")  # "raise" would go through a buffer
         return out
 
 
