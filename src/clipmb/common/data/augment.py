@@ -8,6 +8,8 @@ from collections.abc import Callable
 import numpy as np
 from PIL import Image
 
+from clipmb.common.image.resampling import resize_image
+
 Augment = Callable[[Image.Image, np.random.Generator], Image.Image]
 
 
@@ -17,26 +19,52 @@ def random_resized_crop(
     size: tuple[int, int],
     scale: tuple[float, float] = (0.9, 1.0),
     ratio: tuple[float, float] = (3 / 4, 4 / 3),
+    *,
+    resize_backend: str = "auto",
+    pass_order: str = "installed",
 ) -> Image.Image:
     """Cuts a random part out of a picture and resizes it with Pillow's bicubic filter.
 
-    The part's share of the area and the logarithm of its ratio are drawn uniformly. After ten parts that are larger
-    than the picture, it is the largest central part with an allowed ratio. The filter also reads the pixels next to the
-    part, as it does in Pillow.
+    The filter also reads the pixels next to the part, as it does in Pillow.
 
     Args:
         image: RGB.
         generator: Source of the random numbers.
         size: (height, width) of the result, in pixels.
-        scale: Smallest and largest share of the picture's area. The default is open_clip's.
-        ratio: Smallest and largest width / height.
+        scale: As in `random_part`.
+        ratio: As in `random_part`.
+        resize_backend: As in `CLIPImageProcessor`.
+        pass_order: As in `CLIPImageProcessor`.
 
     Returns:
         The part, RGB, of the size asked for.
 
     Source: "Going Deeper with Convolutions" (Szegedy et al., arXiv 1409.4842), section 6.
     """
-    width, height = image.size
+    box = random_part(image.size, generator, scale, ratio)
+    return resize_image(image, (size[1], size[0]), Image.Resampling.BICUBIC, resize_backend, pass_order, box)
+
+
+def random_part(
+    picture: tuple[int, int],
+    generator: np.random.Generator,
+    scale: tuple[float, float] = (0.9, 1.0),
+    ratio: tuple[float, float] = (3 / 4, 4 / 3),
+) -> tuple[int, int, int, int]:
+    """Draws a part of a picture: its share of the area and the logarithm of its ratio are uniform.
+
+    After ten parts that are larger than the picture, it is the largest central part with an allowed ratio.
+
+    Args:
+        picture: (width, height) of the picture, in pixels.
+        generator: Source of the random numbers.
+        scale: Smallest and largest share of the picture's area. The default is open_clip's.
+        ratio: Smallest and largest width / height.
+
+    Returns:
+        (left, top, right, bottom) of the part, in pixels.
+    """
+    width, height = picture
     for _ in range(10):
         area = width * height * (scale[0] + (scale[1] - scale[0]) * generator.random())
         low, high = math.log(ratio[0]), math.log(ratio[1])
@@ -50,5 +78,4 @@ def random_resized_crop(
         wide = min(width, max(round(height * ratio[1]), 1))
         tall = min(height, max(round(width / ratio[0]), 1))
         left, top = (width - wide) // 2, (height - tall) // 2
-    box = (left, top, left + wide, top + tall)
-    return image.resize((size[1], size[0]), Image.Resampling.BICUBIC, box=box)
+    return left, top, left + wide, top + tall

@@ -261,7 +261,10 @@ class Batches:
             if callable(self.augment):
                 image = self._augmented(self.augment, image, generator, index)
             else:
-                image = random_resized_crop(image, generator, self.size)
+                images = self.processor.image_processor
+                image = random_resized_crop(
+                    image, generator, self.size, resize_backend=images.resize_backend, pass_order=images.pass_order
+                )
                 options = {"do_resize": False, "do_center_crop": False}
         try:
             out[:] = self.processor.image_processor(image, return_tensors="np", **options)["pixel_values"][0]

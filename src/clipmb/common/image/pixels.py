@@ -21,7 +21,7 @@ from PIL import Image, ImageOps
 
 from clipmb.common.errors import bad_input, log_once, one_of
 from clipmb.common.features import to_numpy
-from clipmb.common.image.resampling import FILTERS, MOST, Window, resize_pillow, rule_of
+from clipmb.common.image.resampling import Window, resize_pillow, rule_of, serves
 
 FIRST, LAST = "channels_first", "channels_last"
 _STRAIGHT = {"La": "LA"}  # modes that Pillow cannot convert to RGB directly
@@ -207,7 +207,7 @@ class Resizing:
         with _readable(name, picture):
             _check_pixels((width, height), tolerance=2)  # a sliver of one pixel by thousands grows by its square
             changed, kernel = size != (width, height), None
-            if changed and max(*size, width, height) <= MOST and self.resample in FILTERS:
+            if changed and serves((*size, width, height), self.resample):
                 kernel = rule_of(self.backend, self.order)
             if changed and kernel is not None:
                 window = self._window(height, width)

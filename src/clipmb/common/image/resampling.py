@@ -83,6 +83,11 @@ def installed_rule() -> str | None:
     return None
 
 
+def serves(sizes: tuple[int, ...], resample: int) -> bool:
+    """Whether the kernel takes pictures with these sides, and has one of Pillow's filters."""
+    return max(sizes) <= MOST and resample in FILTERS
+
+
 def rule_of(backend: str, order: str) -> Rule | None:
     """Returns the pass order in which the kernel resizes; None where Pillow does it."""
     if backend == "pillow" or ((installed := installed_rule()) is None and backend != "native"):
@@ -117,6 +122,31 @@ def resize_pillow(
     work = work.resize((target[0], image.height), filter_, box=(left, 0, right, image.height))
     work = work.resize(target, filter_, box=(0, top, target[0], bottom))
     return work.convert(image.mode) if opaque else work
+
+
+def resize_image(
+    image: Image.Image,
+    target: tuple[int, int],
+    resample: int,
+    backend: str,
+    order: str,
+    box: tuple[float, float, float, float] | None = None,
+) -> Image.Image:
+    """Resizes a picture, or a part of it, by the kernel where it serves.
+
+    Args:
+        image: A picture of any mode.
+        target: (width, height) of the result.
+        resample: Pillow's filter.
+        backend: One of ``BACKENDS``.
+        order: One of ``ORDERS``.
+        box: The part of the picture to resize, (left, top, right, bottom) in pixels; all of it when None.
+    """
+    rule = rule_of(backend, order) if image.mode in _CHANNELS and serves((*image.size, *target), resample) else None
+    if rule is None:
+        return resize_pillow(image, target, resample, order, box)
+    pixels = Window(image, target, resample, rule, box=box).pixels().transpose(1, 2, 0)
+    return Image.fromarray(pixels[..., 0] if image.mode == "L" else pixels)
 
 
 class Window:

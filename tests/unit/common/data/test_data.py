@@ -23,7 +23,7 @@ from PIL import Image
 from processes import python
 
 from clipmb import CLIPImageProcessor, CLIPProcessor, CLIPTokenizerFast
-from clipmb.common.data.augment import random_resized_crop
+from clipmb.common.data.augment import random_part, random_resized_crop
 from clipmb.common.data.batches import Batches
 from clipmb.common.data.pairs import Pairs
 
@@ -962,25 +962,26 @@ def test_the_crop_is_resized_once_then_rescaled_and_normalised(tmp_path):
     assert not np.array_equal(later.pixel_values[rows], batch.pixel_values)
 
 
-class Spy:
-    """A picture that notes how it is resized."""
-
-    def __init__(self, width, height):
-        self.size = (width, height)
-        self.resized = []
-
-    def resize(self, size, resample=None, box=None, reducing_gap=None):
-        self.resized.append((size, resample, box))
+@pytest.mark.parametrize("order", ["installed", "horizontal"])
+@pytest.mark.parametrize("size", [(64, 48), (30, 95), (700, 2)])
+def test_the_part_is_resized_as_pillow_does(size, order):
+    image = Image.open(io.BytesIO(jpeg(0, size)))
+    for seed in range(5):
+        random = [np.random.default_rng(seed) for _ in range(2)]
+        found = random_resized_crop(image, random[0], SIZE, (0.1, 1.0), pass_order=order)
+        left, top, right, bottom = box = random_part(image.size, random[1], (0.1, 1.0))
+        if order == "installed":
+            expected = image.resize(SIZE[::-1], Image.Resampling.BICUBIC, box=box)
+        else:
+            across = image.resize((SIZE[1], size[1]), Image.Resampling.BICUBIC, box=(left, 0, right, size[1]))
+            expected = across.resize(SIZE[::-1], Image.Resampling.BICUBIC, box=(0, top, SIZE[1], bottom))
+        np.testing.assert_array_equal(np.asarray(found), np.asarray(expected))
 
 
 @given(st.integers(1, 400), st.integers(1, 400), st.integers(0, 2**32), st.floats(0.05, 1.0))
 @settings(max_examples=200, deadline=None)
 def test_crops_lie_inside_and_keep_scale_and_ratio(width, height, seed, least):
-    spy = Spy(width, height)
-    random_resized_crop(spy, np.random.default_rng(seed), (7, 5), scale=(least, 1.0))
-    ((size, resample, (left, top, right, bottom)),) = spy.resized
-    assert size == (5, 7)
-    assert resample == Image.Resampling.BICUBIC
+    left, top, right, bottom = random_part((width, height), np.random.default_rng(seed), scale=(least, 1.0))
     assert 0 <= left < right <= width
     assert 0 <= top < bottom <= height
     wide, tall = right - left, bottom - top
@@ -989,10 +990,8 @@ def test_crops_lie_inside_and_keep_scale_and_ratio(width, height, seed, least):
 
 
 def test_area_and_place_of_crops_are_uniform():
-    spy, generator = Spy(40, 40), np.random.default_rng(0)
-    for _ in range(4000):
-        random_resized_crop(spy, generator, (7, 5), scale=(0.3, 0.5))
-    left, top, right, bottom = np.array([box for _, _, box in spy.resized]).T
+    generator = np.random.default_rng(0)
+    left, top, right, bottom = np.array([random_part((40, 40), generator, scale=(0.3, 0.5)) for _ in range(4000)]).T
     areas = (right - left) * (bottom - top) / 1600
     counts = np.histogram(areas, 4, (0.3, 0.5))[0]
     assert counts.min() > 850
