@@ -73,6 +73,8 @@ def one(kernel: Any, random: np.random.Generator, number: int) -> None:
     width, height, wide, tall = (int(random.integers(1, most + 1)) for most in largest)
     if random.random() < 0.05:
         width, height = (int(random.integers(1, 20_000)), 1) if random.random() < 0.5 else (2, int(width * 50))
+    if random.random() < 0.05:
+        wide, tall = width, height
     channels = int(random.integers(1, 5))
     resample = int(random.integers(6))
     pixels = random.integers(0, 256, (height, width, channels), np.uint8)

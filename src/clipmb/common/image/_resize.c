@@ -48,7 +48,6 @@ typedef struct {
     float box[4];                        /* left, top, right, bottom of the part of the source that is resized */
     int left, top, out_width, out_height; /* the window of the target that is computed */
     int vertical_first, wide;            /* wide: AVX2 may be used */
-    int opacity;                         /* the last channel weighs the others */
     const float *table;                  /* [channels][256], or NULL for 8-bit output */
     int planar;                          /* with a table: [channels][height][width], else [height][width][channels] */
     void *out;
@@ -315,9 +314,8 @@ static void unpremultiply(uint8_t *pixels, size_t count, int channels) {
 }
 
 /* Writes row y of the window from a line with `step` bytes a pixel. */
-static void emit(const Job *job, int y, uint8_t *line, int step) {
+static void emit(const Job *job, int y, const uint8_t *line, int step) {
     size_t width = job->out_width, channels = job->channels;
-    if (job->opacity) unpremultiply(line, width, channels);
     if (!job->table) {
         uint8_t *out = (uint8_t *)job->out + y * width * channels;
         for (size_t x = 0; x < width; x++) {
@@ -334,6 +332,14 @@ static void emit(const Job *job, int y, uint8_t *line, int step) {
         for (size_t x = 0; x < width; x++) {
             for (size_t channel = 0; channel < channels; channel++) *out++ = job->table[channel * 256 + line[x * step + channel]];
         }
+    }
+}
+
+/* Takes the pixels as they are, where no size changes. */
+static void copied(const Job *job) {
+    for (int y = 0; y < job->out_height; y++) {
+        size_t first = (size_t)(job->top + y) * job->width + job->left;
+        emit(job, y, job->source + first * job->pixel, job->pixel);
     }
 }
 
@@ -378,6 +384,7 @@ static void ends(const Axis *axis, int *first, int *last) {
 static int resample(Job *job) {
     Axis across = {0}, down = {0};
     int pixel = job->pixel, step = job->channels, enough = 0;
+    int opacity = job->channels % 2 == 0; /* the last channel is, and weighs the others */
     int x0, x1, y0, y1; /* the part of the source that is read */
     uint8_t *copy = NULL, *middle = NULL, *line = NULL, *last_row = NULL;
 #ifdef HAVE_AVX2
@@ -393,7 +400,7 @@ static int resample(Job *job) {
     size_t stride = (size_t)job->width * pixel;
     const uint8_t *source = job->source + y0 * stride;
     int rows = y1 - y0;
-    if (job->opacity) {
+    if (opacity) {
         if (!(copy = array(rows, stride))) goto done;
         memcpy(copy, source, rows * stride);
         premultiply(copy, (size_t)rows * job->width, job->channels);
@@ -433,7 +440,10 @@ static int resample(Job *job) {
             else
 #endif
                 for (int i = 0; i < count; i++) horizontal(&across, inputs[i], x0, pixel, job->channels, outputs[i]);
-            for (int i = 0; i < count; i++) emit(job, y + i, outputs[i], step);
+            for (int i = 0; i < count; i++) {
+                if (opacity) unpremultiply(outputs[i], job->out_width, job->channels);
+                emit(job, y + i, outputs[i], step);
+            }
         }
         free(results);
     } else {
@@ -458,6 +468,7 @@ static int resample(Job *job) {
                 horizontal(&across, source + y * stride, 0, pixel, job->channels, middle + y * row_size);
         for (int y = 0; y < job->out_height; y++) {
             vertical_row(&down, y, job->wide, middle + (down.start[y] - y0) * row_size, row_size, row_size, line);
+            if (opacity) unpremultiply(line, job->out_width, job->channels);
             emit(job, y, line, step);
         }
     }
@@ -584,16 +595,18 @@ static PyObject *resize(PyObject *self, PyObject *arguments) {
         goto done;
     }
     job.out = out.buf;
-    /* Pillow copies where no size changes, and takes single pixels without weights */
     int changed = job.width != job.target_width || job.height != job.target_height || job.box[0] > 0 || job.box[1] > 0
                   || job.box[2] < job.width || job.box[3] < job.height;
-    job.opacity = job.channels % 2 == 0 && job.filter != NEAREST && changed;
 #ifdef HAVE_AVX2
     job.wide = job.wide && __builtin_cpu_supports("avx2");
 #endif
-    int enough;
+    int enough = 1;
     Py_BEGIN_ALLOW_THREADS
-    enough = job.filter == NEAREST ? nearest(&job) : resample(&job);
+    if (changed) {
+        enough = job.filter == NEAREST ? nearest(&job) : resample(&job);
+    } else {
+        copied(&job);
+    }
     Py_END_ALLOW_THREADS
     if (enough) {
         result = Py_None;

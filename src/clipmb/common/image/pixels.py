@@ -206,14 +206,12 @@ class Resizing:
         size = picture.size if isinstance(picture, Image.Image) else picture.shape[1::-1]
         with _readable(name, picture):
             _check_pixels((width, height), tolerance=2)  # a sliver of one pixel by thousands grows by its square
-            changed, kernel = size != (width, height), None
-            if changed and serves((*size, width, height), self.resample):
-                kernel = rule_of(self.backend, self.order)
-            if changed and kernel is not None:
+            kernel = rule_of(self.backend, self.order) if serves((*size, width, height), self.resample) else None
+            if kernel is not None:
                 window = self._window(height, width)
                 part = Window(picture, (width, height), self.resample, kernel, window)
                 return part if window or self.crop is None else crop(part.pixels(), *self.crop)
-            if changed or isinstance(picture, Image.Image):
+            if size != (width, height) or isinstance(picture, Image.Image):
                 image = picture if isinstance(picture, Image.Image) else _image(picture.transpose(2, 0, 1))
                 picture = np.asarray(resize_pillow(image, (width, height), self.resample, self.order))
         pixels = picture[None] if picture.ndim == 2 else picture.transpose(2, 0, 1)
