@@ -15,6 +15,7 @@ from clipmb.common.errors import bad_input, logger, one_of, whole_number
 from clipmb.common.hub import Source
 from clipmb.common.processor import CLIPProcessor, image_processor_of, tokenizer_of
 from clipmb.common.progress import progress_bar
+from clipmb.common.text.rows import cut_inside, pad_rows
 from clipmb.common.zero_shot import class_embeddings, softmax, unit
 
 LONG_TEXT = ("error", "truncate", "mean")
@@ -134,11 +135,8 @@ class CLIPPipeline:
         parts = []
         for _, batch in batches(order, batch_size, "texts", progress):
             longest = len(rows[batch[-1]])
-            ids = np.full((len(batch), longest), self.processor.tokenizer.pad_token_id, np.int64)
-            mask = np.zeros((len(batch), longest), np.int64)
-            for place, i in enumerate(batch):
-                ids[place, : len(rows[i])] = rows[i]
-                mask[place, : len(rows[i])] = 1
+            ids = pad_rows([rows[i] for i in batch], longest, self.processor.tokenizer.pad_token_id)
+            mask = pad_rows([[1] * len(rows[i]) for i in batch], longest, 0)
             parts.append(self.engine.text_features(ids, mask))
         features = self._joined(parts, False)
         restored = np.empty_like(features)
@@ -170,11 +168,12 @@ class CLIPPipeline:
                     "Shorten it, or pass long_text='truncate' or long_text='mean'",
                     shown=True,
                 )
+            elif long_text == "truncate":
+                pieces = [cut_inside(ids, limit)]
             else:
                 first, *inner, last = ids
                 room = limit - 2
-                count = 1 if long_text == "truncate" else -(-len(inner) // room)
-                pieces = [[first, *inner[k * room : (k + 1) * room], last] for k in range(count)]
+                pieces = [[first, *inner[at : at + room], last] for at in range(0, len(inner), room)]
             rows += pieces
             owners += [i] * len(pieces)
         return rows, owners

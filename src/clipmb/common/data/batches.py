@@ -24,6 +24,7 @@ from clipmb.common.data.ledger import Ledger, Watch
 from clipmb.common.data.pairs import Pairs
 from clipmb.common.errors import bad_input, logger, whole_number
 from clipmb.common.processor import CLIPProcessor
+from clipmb.common.text.rows import cut_inside, pad_rows
 from clipmb.common.workers import default_workers
 
 _ORDER, _CAPTION, _PICTURE = range(3)  # what random numbers are for
@@ -236,11 +237,7 @@ class Batches:
         """Cuts rows to the limit and pads them on the right; (n, seq) int64."""
         longest = max(map(len, rows), default=2)
         seq = self.pad_to or min(-(-longest // _MULTIPLE) * _MULTIPLE, self.context)
-        ids = np.full((len(rows), seq), self._padding, np.int64)
-        for row, own in zip(ids, rows, strict=True):
-            own = own if len(own) <= seq else [*own[: seq - 1], own[-1]]
-            row[: len(own)] = own
-        return ids
+        return pad_rows([cut_inside(row, seq) for row in rows], seq, self._padding)
 
     def _item(self, epoch: int, index: int, out: np.ndarray) -> list[int] | str:
         """Reads one pair: writes its pixels into ``out`` and returns its ids, or the reason why it is broken."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Self, overload
 
 import numpy as np
 
@@ -23,21 +23,29 @@ MODEL_MAX_LENGTH = 77
 _SPECIAL = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 
 
-def _special_token(name: str) -> Any:
-    def get(self: Tokens) -> str | None:
-        return self._special.get(name)
+class SpecialToken:
+    """A special token as an attribute: its text, or None."""
 
-    def put(self: Tokens, token: Any) -> None:
+    def __set_name__(self, owner: type[Tokens], name: str) -> None:
+        self._name = name
+        self.__doc__ = f"The {name.replace('_', ' ')}, or None."
+
+    @overload
+    def __get__(self, tokens: None, owner: type[Tokens]) -> Self: ...
+    @overload
+    def __get__(self, tokens: Tokens, owner: type[Tokens]) -> str | None: ...
+    def __get__(self, tokens: Tokens | None, owner: type[Tokens]) -> Self | str | None:
+        return self if tokens is None else tokens._special.get(self._name)
+
+    def __set__(self, tokens: Tokens, token: str | AddedToken | None) -> None:
         if token is None:
-            self._special.pop(name, None)
+            tokens._special.pop(self._name, None)
         else:
-            self._special[name] = self._known_token(name, AddedToken.of(token, special=True).content)
-        self._rebuild()
-
-    return property(get, put, doc=f"The {name.replace('_', ' ')}, or None.")
+            tokens._special[self._name] = tokens._known_token(self._name, AddedToken.of(token, special=True).content)
+        tokens._rebuild()
 
 
-def _special_token_id(name: str) -> Any:
+def _special_token_id(name: str) -> property:
     def get(self: Tokens) -> int | None:
         token = self._special.get(name)
         return None if token is None else self.convert_tokens_to_ids(token)
@@ -46,7 +54,7 @@ def _special_token_id(name: str) -> Any:
 
 
 class Tokens:
-    """What a tokenizer knows of its tokens; the arguments are `CLIPTokenizer`'s."""
+    """What a tokenizer knows about its tokens; the arguments are `CLIPTokenizer`'s."""
 
     vocab_files_names: ClassVar[dict[str, str]] = {
         "vocab_file": "vocab.json",
@@ -57,13 +65,13 @@ class Tokens:
     _default_cleaning: ClassVar[str] = "basic"
     _prefers: ClassVar[str] = "vocab.json"
 
-    bos_token = _special_token("bos_token")
-    eos_token = _special_token("eos_token")
-    unk_token = _special_token("unk_token")
-    sep_token = _special_token("sep_token")
-    pad_token = _special_token("pad_token")
-    cls_token = _special_token("cls_token")
-    mask_token = _special_token("mask_token")
+    bos_token = SpecialToken()
+    eos_token = SpecialToken()
+    unk_token = SpecialToken()
+    sep_token = SpecialToken()
+    pad_token = SpecialToken()
+    cls_token = SpecialToken()
+    mask_token = SpecialToken()
     bos_token_id = _special_token_id("bos_token")
     eos_token_id = _special_token_id("eos_token")
     unk_token_id = _special_token_id("unk_token")
@@ -136,6 +144,7 @@ class Tokens:
             if token.content not in self.added_tokens_encoder:
                 self._add([token], special=True)
         self._engine = self._new_engine()
+        self._tokens_of_ids: tuple[Engine | None, dict[int, str]] = (None, {})
 
     @staticmethod
     def _open(vocab_file: Any, merges_file: Any, tokenizer_file: Any) -> tuple[Vocabulary, list[dict[str, Any]]]:
@@ -164,7 +173,7 @@ class Tokens:
         if known != number or self._added.get(number, made).content != made.content:
             other = f"elsewhere {known}" if known != number else f"that is the id of {self._added[number].content!r}"
             raise bad_input(
-                "An added token has one id",
+                "An added token must have exactly one id",
                 f"{number} for {made.content!r}, but {other}",
                 "Repair the files",
                 shown=True,
@@ -225,7 +234,7 @@ class Tokens:
 
     @property
     def special_tokens_map(self) -> dict[str, Any]:
-        """Name to special token, such as ``bos_token``."""
+        """Name (``bos_token``, …) to special token."""
         named: dict[str, Any] = {name: self._special[name] for name in _SPECIAL if name in self._special}
         return {**named, "additional_special_tokens": list(self._additional)} if self._additional else named
 
@@ -237,7 +246,7 @@ class Tokens:
     @property
     def additional_special_tokens_ids(self) -> list[int]:
         """Ids of the special tokens without a name."""
-        return self.convert_tokens_to_ids(self._additional)
+        return self._known_ids(self._additional)
 
     @property
     def all_special_tokens(self) -> list[str]:
@@ -247,7 +256,10 @@ class Tokens:
     @property
     def all_special_ids(self) -> list[int]:
         """Ids of `all_special_tokens`."""
-        return self.convert_tokens_to_ids(self.all_special_tokens)
+        return self._known_ids(self.all_special_tokens)
+
+    def _known_ids(self, tokens: list[str]) -> list[int]:
+        return [index for index in self.convert_tokens_to_ids(tokens) if index is not None]
 
     def add_tokens(self, new_tokens: Any, special_tokens: bool = False) -> int:
         """Adds tokens that are found in texts before anything else.
@@ -261,6 +273,10 @@ class Tokens:
 
         Returns:
             How many of them are new. The model's embeddings must then be enlarged to ``len(tokenizer)``.
+
+        Raises:
+            TypeError: A token is neither a string nor an AddedToken.
+            ValueError: A token is empty.
         """
         single = not isinstance(new_tokens, list | tuple | set)
         count = self._add([new_tokens] if single else new_tokens, special=special_tokens)
@@ -274,13 +290,14 @@ class Tokens:
 
         Args:
             special_tokens_dict: Name to token: ``{"pad_token": "<pad>"}``; "additional_special_tokens" to a list.
-            replace_additional_special_tokens: Forget the former additional ones as such; they stay added tokens.
+            replace_additional_special_tokens: The additional ones so far are no longer special; they stay added tokens.
 
         Returns:
             How many of them are new.
 
         Raises:
-            ValueError: A name is unknown.
+            TypeError: A token is neither a string nor an AddedToken, or the additional ones are not a list.
+            ValueError: A name is unknown, or a token is empty.
         """
         names = (*_SPECIAL, "additional_special_tokens")
         for name in special_tokens_dict:
@@ -294,8 +311,8 @@ class Tokens:
             tokens = [AddedToken.of(token, special=True) for token in (value if several else [value])]
             count += self._add(tokens, special=True)
             if several:
-                former = [] if replace_additional_special_tokens else self._additional
-                self._additional = list(dict.fromkeys([*former, *(token.content for token in tokens)]))
+                kept = [] if replace_additional_special_tokens else self._additional
+                self._additional = list(dict.fromkeys([*kept, *(token.content for token in tokens)]))
             else:
                 self._special[name] = tokens[0].content
         self._rebuild()
@@ -333,11 +350,28 @@ class Tokens:
         return Engine(self._vocabulary, self.text_cleaning, added, self.unk_token)
 
     def _rebuild(self) -> None:
-        """Replaces the engine, so that threads that use the former one are not disturbed."""
+        """Replaces the engine, so that threads that use the old one are not disturbed."""
         self._engine = self._new_engine()
 
-    def convert_tokens_to_ids(self, tokens: Any) -> Any:
-        """Returns the id of a token, or the ids of a list; the unknown token's for what the vocabulary lacks."""
+    @overload
+    def convert_tokens_to_ids(self, tokens: None) -> None: ...
+    @overload
+    def convert_tokens_to_ids(self, tokens: str) -> int | None: ...
+    @overload
+    def convert_tokens_to_ids(self, tokens: list[str] | tuple[str, ...]) -> list[int | None]: ...
+    def convert_tokens_to_ids(self, tokens: str | list[str] | tuple[str, ...] | None) -> int | list[int | None] | None:
+        """Looks up the ids of tokens.
+
+        Args:
+            tokens: A token, a list of tokens, or None.
+
+        Returns:
+            Its id, or a list of ids. What the vocabulary lacks gets the unknown token's id, or None without such a
+            token; so does None.
+
+        Raises:
+            TypeError: A token is not a string.
+        """
         if tokens is None:
             return None
         added = self.added_tokens_encoder
@@ -351,8 +385,25 @@ class Tokens:
 
         return find(tokens) if isinstance(tokens, str) else [find(token) for token in tokens]
 
-    def convert_ids_to_tokens(self, ids: Any, skip_special_tokens: bool = False) -> Any:
-        """Returns the token of an id, or the tokens of a list or array; None for an id outside the vocabulary."""
+    @overload
+    def convert_ids_to_tokens(self, ids: int, skip_special_tokens: bool = False) -> str | None: ...
+    @overload
+    def convert_ids_to_tokens(
+        self, ids: Sequence[int] | np.ndarray, skip_special_tokens: bool = False
+    ) -> list[str | None]: ...
+    def convert_ids_to_tokens(self, ids: Any, skip_special_tokens: bool = False) -> str | list[str | None] | None:
+        """Looks up the tokens of ids.
+
+        Args:
+            ids: An id, a list of ids, or an array or tensor of shape (seq,).
+            skip_special_tokens: Leave special tokens out; not of a single id.
+
+        Returns:
+            The token, or a list of tokens; None for an id outside the vocabulary.
+
+        Raises:
+            TypeError: There are several rows of ids, or ids that are not numbers.
+        """
         tokens = self._id_to_token()
         if isinstance(ids, int | np.integer):
             return tokens.get(int(ids))
@@ -360,11 +411,12 @@ class Tokens:
         return [tokens.get(index) for index in flat_ids(ids) if index not in skipped]
 
     def _id_to_token(self) -> dict[int, str]:
-        known = self.__dict__.get("_tokens_of_ids")
-        if known is None or known[0] is not self._engine:
+        engine, tokens = self._tokens_of_ids
+        if engine is not self._engine:  # a token was added since
+            engine = self._engine
             tokens = {**self._vocabulary.tokens, **{i: token.content for i, token in self._added.items()}}
-            known = self.__dict__["_tokens_of_ids"] = (self._engine, tokens)
-        return known[1]
+            self._tokens_of_ids = engine, tokens
+        return tokens
 
 
 def flat_ids(ids: Any) -> list[int]:

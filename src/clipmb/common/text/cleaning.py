@@ -95,7 +95,7 @@ def _clean_ftfy(fix_text: Callable[[str], str], text: str, *, unescape: bool) ->
 def _clean_nfc(text: str) -> tuple[str, list[tuple[int, int]]]:
     """NFC, whitespace to single spaces, lower case.
 
-    Source: the normalizer of the former CLIPTokenizerFast, Sequence[NFC, Replace whitespace, Lowercase].
+    Source: the normalizer of transformers 4's CLIPTokenizerFast, Sequence[NFC, Replace whitespace, Lowercase].
     """
     chars: _Placed = []
     for char, span in _nfc([(char, (i, i + 1)) for i, char in enumerate(text)]):
@@ -103,7 +103,7 @@ def _clean_nfc(text: str) -> tuple[str, list[tuple[int, int]]]:
             if not chars or chars[-1][0] != " ":
                 chars.append((" ", span))
             else:
-                chars[-1] = (" ", span)  # the place of the last, as in the former CLIPTokenizerFast
+                chars[-1] = (" ", span)  # the place of the last, as in transformers 4's CLIPTokenizerFast
         else:
             chars.extend((lowered, span) for lowered in char.lower())
     return "".join(char for char, _ in chars), [span for _, span in chars]
@@ -112,7 +112,8 @@ def _clean_nfc(text: str) -> tuple[str, list[tuple[int, int]]]:
 def _clean_basic(text: str) -> tuple[str, list[tuple[int, int]]]:
     """Control and format characters away, Chinese characters apart, NFC, lower case.
 
-    Source: BasicTokenizer(strip_accents=False, do_split_on_punc=False), what the former CLIPTokenizer did without ftfy.
+    Source: BasicTokenizer(strip_accents=False, do_split_on_punc=False), which transformers 4's CLIPTokenizer uses
+    without ftfy.
     """
     kept: _Placed = []
     for i, char in enumerate(text):
@@ -146,8 +147,8 @@ def _is_chinese(code: int) -> bool:
 def _nfc(chars: _Placed) -> _Placed:
     """Composes characters (NFC) and keeps their places.
 
-    A composed character has the place of its base: offsets leave combining marks out. Source: measured on the former
-    CLIPTokenizerFast.
+    A composed character has the place of its base: offsets leave combining marks out. Source: measured on
+    transformers 4's CLIPTokenizerFast.
     """
     text = "".join(char for char, _ in chars)
     if unicodedata.is_normalized("NFC", text):

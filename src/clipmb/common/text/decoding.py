@@ -17,7 +17,17 @@ class DecodingTokens(Tokens):
     """A tokenizer's way back: from ids and tokens to text."""
 
     def convert_tokens_to_string(self, tokens: Sequence[str]) -> str:
-        """Returns the text of tokens, words apart by spaces."""
+        """Joins tokens to text.
+
+        Args:
+            tokens: Tokens as the vocabulary has them: bytes as printable characters, ``</w>`` at the end of words.
+
+        Returns:
+            The text, with a space after each word.
+
+        Raises:
+            UnicodeDecodeError: The bytes are not UTF-8, and the tokenizer's ``errors`` is "strict".
+        """
         symbol = symbol_bytes()
         content = bytearray()
         for token in tokens:
@@ -39,14 +49,22 @@ class DecodingTokens(Tokens):
         spaces_between_special_tokens: bool = True,
         **kwargs: Any,
     ) -> str:
-        """Returns the text of ids.
+        """Turns ids back into text.
 
         Args:
-            token_ids: An id, a list of ids, or an array of shape (seq,). Ids outside the vocabulary are left out.
+            token_ids: An id, a list of ids, or an integer array or tensor of shape (seq,), of any framework. Ids
+                outside the vocabulary are left out.
             skip_special_tokens: Leave special tokens out.
             clean_up_tokenization_spaces: Remove spaces before punctuation; the tokenizer's own setting when None.
             spaces_between_special_tokens: CLIPTokenizer: spaces around added tokens that are not special.
             **kwargs: ``use_source_tokenizer``, without effect. Nothing else.
+
+        Returns:
+            The text, in lower case as the ids hold it: words, punctuation and digits with a space between.
+
+        Raises:
+            TypeError: There are several rows of ids, ids are not numbers, or an argument is unknown.
+            UnicodeDecodeError: The bytes are not UTF-8, and the tokenizer's ``errors`` is "strict".
         """
         kwargs.pop("use_source_tokenizer", None)
         if kwargs:
@@ -77,13 +95,29 @@ class DecodingTokens(Tokens):
         return self.clean_up_tokenization(text) if clean else text
 
     def batch_decode(self, sequences: Any, skip_special_tokens: bool = False, **options: Any) -> list[str]:
-        """Returns the texts of a list or (batch, seq) array of ids; options as `decode`."""
+        """Turns rows of ids back into texts.
+
+        Args:
+            sequences: A list of rows, or an integer array or tensor of shape (batch, seq), of any framework.
+            skip_special_tokens: Leave special tokens out.
+            **options: The other arguments of `decode`.
+
+        Returns:
+            One text for each row.
+
+        Raises:
+            TypeError: Ids are not numbers, or an argument is unknown.
+            UnicodeDecodeError: The bytes are not UTF-8, and the tokenizer's ``errors`` is "strict".
+        """
         rows = sequences if isinstance(sequences, list | tuple) else to_numpy(sequences)
         return [self.decode(row, skip_special_tokens, **options) for row in rows]
 
     @staticmethod
     def clean_up_tokenization(out_string: str) -> str:
-        """Removes the spaces that tokens leave before English punctuation and contractions."""
+        """Removes the spaces that tokens leave before English punctuation and contractions.
+
+        Source: ``clean_up_tokenization`` of transformers 4.
+        """
         for spaced in (" .", " ?", " !", " ,"):
             out_string = out_string.replace(spaced, spaced[1:])
         out_string = out_string.replace(" ' ", "'")

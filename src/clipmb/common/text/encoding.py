@@ -113,11 +113,33 @@ class BatchEncoding(BatchFeature):
         return self._encodings is not None
 
     def tokens(self, batch_index: int = 0) -> list[str]:
-        """Returns the tokens of a row."""
+        """Returns the tokens of a row.
+
+        Args:
+            batch_index: The row of the batch.
+
+        Returns:
+            The tokens, special and padding ones included.
+
+        Raises:
+            IndexError: There is no such row.
+            ValueError: There are no places: not made from texts, or by a cleaning that loses them.
+        """
         return self._row(batch_index).tokens
 
     def word_ids(self, batch_index: int = 0) -> list[int | None]:
-        """Returns the number of each token's word in its text; None for special and padding tokens."""
+        """Returns the number of each token's word.
+
+        Args:
+            batch_index: The row of the batch.
+
+        Returns:
+            The numbers, counted in each text from 0; None for special and padding tokens.
+
+        Raises:
+            IndexError: There is no such row.
+            ValueError: There are no places: not made from texts, or by a cleaning that loses them.
+        """
         return self._row(batch_index).word_ids
 
     def words(self, batch_index: int = 0) -> list[int | None]:
@@ -125,28 +147,88 @@ class BatchEncoding(BatchFeature):
         return self.word_ids(batch_index)
 
     def sequence_ids(self, batch_index: int = 0) -> list[int | None]:
-        """Returns 0 for each token of the text, 1 for each of its pair; None for special and padding tokens."""
+        """Returns which text each token belongs to.
+
+        Args:
+            batch_index: The row of the batch.
+
+        Returns:
+            0 for the text, 1 for its pair; None for special and padding tokens.
+
+        Raises:
+            IndexError: There is no such row.
+            ValueError: There are no places: not made from texts, or by a cleaning that loses them.
+        """
         return self._row(batch_index).sequence_ids
 
     def token_to_sequence(self, batch_or_token_index: int, token_index: int | None = None) -> int | None:
-        """Returns to which text a token belongs: 0, 1 or None."""
+        """Returns which text a token belongs to.
+
+        Args:
+            batch_or_token_index: The row of the batch; without ``token_index`` the token, in the first row.
+            token_index: The token.
+
+        Returns:
+            0 for the text, 1 for its pair; None for special and padding tokens.
+
+        Raises:
+            IndexError: There is no such row or token.
+            ValueError: There are no places: not made from texts, or by a cleaning that loses them.
+        """
         row, token = self._at(batch_or_token_index, token_index)
         return row.sequence_ids[token]
 
     def token_to_word(self, batch_or_token_index: int, token_index: int | None = None) -> int | None:
-        """Returns the number of a token's word, or None."""
+        """Returns the number of a token's word.
+
+        Args:
+            batch_or_token_index: The row of the batch; without ``token_index`` the token, in the first row.
+            token_index: The token.
+
+        Returns:
+            The number in its text; None for special and padding tokens.
+
+        Raises:
+            IndexError: There is no such row or token.
+            ValueError: There are no places: not made from texts, or by a cleaning that loses them.
+        """
         row, token = self._at(batch_or_token_index, token_index)
         return row.word_ids[token]
 
     def token_to_chars(self, batch_or_token_index: int, token_index: int | None = None) -> CharSpan | None:
-        """Returns the characters of a token, or None for special and padding tokens."""
+        """Returns the characters that a token stands for.
+
+        Args:
+            batch_or_token_index: The row of the batch; without ``token_index`` the token, in the first row.
+            token_index: The token.
+
+        Returns:
+            Start and end in the text; None for special and padding tokens.
+
+        Raises:
+            IndexError: There is no such row or token.
+            ValueError: There are no places: not made from texts, or by a cleaning that loses them.
+        """
         row, token = self._at(batch_or_token_index, token_index)
         return None if row.sequence_ids[token] is None else CharSpan(*row.offsets[token])
 
     def word_to_tokens(
         self, batch_or_word_index: int, word_index: int | None = None, sequence_index: int = 0
     ) -> TokenSpan | None:
-        """Returns the tokens of a word, or None when the row has none of them."""
+        """Returns the tokens of a word.
+
+        Args:
+            batch_or_word_index: The row of the batch; without ``word_index`` the number of the word, in the first row.
+            word_index: The number of the word in its text.
+            sequence_index: 0 for the text, 1 for its pair.
+
+        Returns:
+            The first token and the one after the last; None when the row has none of them.
+
+        Raises:
+            IndexError: There is no such row.
+            ValueError: There are no places: not made from texts, or by a cleaning that loses them.
+        """
         row, word = self._row_and_index(batch_or_word_index, word_index)
         tokens = [
             i
@@ -158,7 +240,20 @@ class BatchEncoding(BatchFeature):
     def word_to_chars(
         self, batch_or_word_index: int, word_index: int | None = None, sequence_index: int = 0
     ) -> CharSpan | None:
-        """Returns the characters of a word, or None when the row has none of them."""
+        """Returns the characters of a word.
+
+        Args:
+            batch_or_word_index: The row of the batch; without ``word_index`` the number of the word, in the first row.
+            word_index: The number of the word in its text.
+            sequence_index: 0 for the text, 1 for its pair.
+
+        Returns:
+            Start and end in the text; None when the row has no token of the word.
+
+        Raises:
+            IndexError: There is no such row.
+            ValueError: There are no places: not made from texts, or by a cleaning that loses them.
+        """
         row, _ = self._row_and_index(batch_or_word_index, word_index)
         tokens = self.word_to_tokens(batch_or_word_index, word_index, sequence_index)
         return None if tokens is None else CharSpan(row.offsets[tokens.start][0], row.offsets[tokens.end - 1][1])
@@ -166,7 +261,20 @@ class BatchEncoding(BatchFeature):
     def char_to_token(
         self, batch_or_char_index: int, char_index: int | None = None, sequence_index: int = 0
     ) -> int | None:
-        """Returns the first token of a character, or None: whitespace has no token."""
+        """Returns the first token of a character.
+
+        Args:
+            batch_or_char_index: The row of the batch; without ``char_index`` the place, in the first row.
+            char_index: The place of the character in its text.
+            sequence_index: 0 for the text, 1 for its pair.
+
+        Returns:
+            The token; None for white space and what the row has no token of.
+
+        Raises:
+            IndexError: There is no such row.
+            ValueError: There are no places: not made from texts, or by a cleaning that loses them.
+        """
         row, char = self._row_and_index(batch_or_char_index, char_index)
         for i, ((start, end), sequence) in enumerate(zip(row.offsets, row.sequence_ids, strict=True)):
             if sequence == sequence_index and start <= char < end:
@@ -176,7 +284,20 @@ class BatchEncoding(BatchFeature):
     def char_to_word(
         self, batch_or_char_index: int, char_index: int | None = None, sequence_index: int = 0
     ) -> int | None:
-        """Returns the number of a character's word, or None."""
+        """Returns the number of a character's word.
+
+        Args:
+            batch_or_char_index: The row of the batch; without ``char_index`` the place, in the first row.
+            char_index: The place of the character in its text.
+            sequence_index: 0 for the text, 1 for its pair.
+
+        Returns:
+            The number; None for white space and what the row has no token of.
+
+        Raises:
+            IndexError: There is no such row.
+            ValueError: There are no places: not made from texts, or by a cleaning that loses them.
+        """
         row, _ = self._row_and_index(batch_or_char_index, char_index)
         token = self.char_to_token(batch_or_char_index, char_index, sequence_index)
         return None if token is None else row.word_ids[token]
@@ -185,7 +306,7 @@ class BatchEncoding(BatchFeature):
         rows = self.encodings
         if rows is None:
             raise bad_input(
-                "Tokens, words and places are known only of what a tokenizer made from texts",
+                "Tokens, words and places are only available for encodings produced from text",
                 list(self.data),
                 "Call the tokenizer on the texts",
                 ValueError,
@@ -195,7 +316,7 @@ class BatchEncoding(BatchFeature):
         return rows[index]
 
     def _row_and_index(self, first: int, second: int | None) -> tuple[Encoding, int]:
-        """The former convention: one index is of the first row, two are row and index."""
+        """The convention of transformers 4: one index is of the first row, two are row and index."""
         return (self._row(0), first) if second is None else (self._row(first), second)
 
     def _at(self, first: int, second: int | None) -> tuple[Encoding, int]:

@@ -227,7 +227,7 @@ class Engine:
 
 
 class TextTypeError(TypeError, ValueError):
-    """A text is no string. It is a ValueError too because that is what the former tokenizers raised."""
+    """A text is no string. It is a ValueError too because that is what transformers 4 raises."""
 
 
 def not_a_text(value: object) -> Exception:

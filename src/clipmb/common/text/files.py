@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 from clipmb.common.errors import CheckpointError, bad_input
 from clipmb.common.former import check_saving, drop_unneeded
@@ -20,7 +20,7 @@ class SavedTokens(DecodingTokens):
     """A tokenizer's files: reading and writing them."""
 
     @classmethod
-    def from_pretrained(cls, pretrained_model_name_or_path: Any, *init_inputs: Any, **kwargs: Any) -> Any:
+    def from_pretrained(cls, pretrained_model_name_or_path: Any, *init_inputs: Any, **kwargs: Any) -> Self:
         """Reads a tokenizer from a folder or from the hub.
 
         Args:
@@ -28,10 +28,16 @@ class SavedTokens(DecodingTokens):
                 Where all are there, CLIPTokenizerFast reads tokenizer.json.
             *init_inputs: First arguments of the class.
             **kwargs: Options of `clipmb.common.hub.Source` (revision, subfolder, cache_dir, token, local_files_only,
-                force_download), and arguments of the class, which override what the files say.
+                force_download), and arguments of the class, which override what the files say. Arguments of
+                transformers 4 that choose among files or loaders have no effect.
+
+        Returns:
+            The tokenizer.
 
         Raises:
-            CheckpointError: The files cannot be had or read.
+            CheckpointError: The files cannot be found or read, or do not fit together.
+            TypeError: An argument has the wrong type.
+            ValueError: An argument is out of its range.
         """
         source = Source.of(pretrained_model_name_or_path, kwargs)
         drop_unneeded(kwargs)
@@ -102,10 +108,9 @@ class SavedTokens(DecodingTokens):
 
     def _written(self, filename_prefix: str | None = None) -> dict[str, str]:
         """Returns name and content of every file that holds this tokenizer."""
+        ids = self.added_tokens_encoder
         special: dict[str, Any] = {
-            name: self._added[self.convert_tokens_to_ids(token)].flags(special=False)
-            for name, token in self._special.items()
-            if self.convert_tokens_to_ids(token) in self._added
+            name: self._added[ids[token]].flags(special=False) for name, token in self._special.items() if token in ids
         }
         if self._additional:
             special["additional_special_tokens"] = self._additional
@@ -131,12 +136,16 @@ class SavedTokens(DecodingTokens):
         """Writes the tokenizer so that clipmb and transformers 4 and 5 read it.
 
         Args:
-            save_directory: A folder; made when missing. All files are replaced at once.
+            save_directory: A folder, created when missing. All files are replaced at once.
             filename_prefix: Goes before each file's name, with a hyphen.
             **kwargs: ``legacy_format``, without effect, and those of `clipmb.common.former.check_saving`.
 
         Returns:
             The paths written.
+
+        Raises:
+            TypeError: An argument is unknown.
+            ValueError: ``save_directory`` is a file, or ``push_to_hub=True``: saving never uploads.
         """
         kwargs.pop("legacy_format", None)
         check_saving(kwargs)
@@ -152,15 +161,19 @@ class SavedTokens(DecodingTokens):
     ) -> tuple[str, str]:
         """Writes vocab.json and merges.txt into a folder that exists.
 
+        Args:
+            save_directory: The folder.
+            filename_prefix: Goes before each file's name, with a hyphen.
+
         Returns:
-            The two paths.
+            The paths of the two.
 
         Raises:
             ValueError: There is no such folder.
         """
         if not os.path.isdir(save_directory):
             raise bad_input(
-                "The vocabulary is saved into a folder that exists", str(save_directory), "Make the folder first"
+                "The vocabulary is saved into a folder that exists", str(save_directory), "Create the folder first"
             )
         prefix = f"{filename_prefix}-" if filename_prefix else ""
         names = (f"{prefix}vocab.json", f"{prefix}merges.txt")

@@ -29,7 +29,7 @@ class Truncation:
         options: The settings of the call.
         special: How many special tokens go around the text.
         side: "right" or "left": where tokens are taken away.
-        several_rows: What is cut off makes further rows (the former fast tokenizer's way), or a list of ids.
+        several_rows: What is cut off makes further rows, as in transformers 4's fast tokenizer, not a list of ids.
 
     Raises:
         ValueError: ``max_length`` has no room for the special tokens.
@@ -49,13 +49,22 @@ class Truncation:
             )
 
     def rows(self, sample: int, count: int, pair: int | None) -> list[Row]:
-        """Returns the rows of a text of ``count`` tokens and a pair of ``pair``."""
+        """Returns the rows that a text becomes.
+
+        Args:
+            sample: The number of the text.
+            count: Its tokens.
+            pair: The tokens of its pair; None where there is none.
+
+        Raises:
+            ValueError: The options don't allow to cut where it is needed, or ``stride`` is too large.
+        """
         if count + (pair or 0) <= self.room:
             return [Row(sample)]
         keep, keep_pair = self._kept(count, pair)
         first = self._parts(count, keep)
         second = [slice(None)] if pair is None else self._parts(pair, keep_pair)
-        # The former library's order: further parts of the first with each of the second, then the first with the rest.
+        # The order of transformers 4: further parts of the first with each of the second, then the first with the rest.
         order = [(0, 0)]
         order += [(i, j) for i in range(1, len(first)) for j in range(len(second))]
         order += [(0, j) for j in range(1, len(second))]
@@ -83,7 +92,7 @@ class Truncation:
         keep, keep_pair = (room - pair, pair) if strategy == "only_first" else (count, room - count)
         if keep < 0 or keep_pair < 0:
             raise bad_input(
-                f"truncation={strategy!r} cannot make a row of max_length tokens: the other text alone is too long",
+                f"truncation={strategy!r} cannot reach max_length: the other text is already too long",
                 f"{count} and {pair} tokens, room for {room}",
                 "Use truncation='longest_first'",
                 shown=True,
@@ -91,7 +100,7 @@ class Truncation:
         return keep, keep_pair
 
     def _kept_of_pair(self, count: int, pair: int) -> tuple[int, int]:
-        """Halves, where both texts are longer than half; the odd token is where the former tokenizers had it."""
+        """Halves, where both texts are longer than half; the odd token is where transformers 4 has it."""
         short, long, half = min(count, pair), max(count, pair), self.room // 2
         if self._several_rows:
             if short + min(long, max(short, self.room - short)) <= self.room:
@@ -141,6 +150,7 @@ class Padding:
     def __init__(self, options: Options, lengths: list[int]) -> None:
         self._options = options
         self._lengths = lengths
+        self._left = options.padding_side == "left"
         length = 0
         if options.padding == "longest":
             length = max(lengths, default=0)
@@ -156,30 +166,50 @@ class Padding:
         Raises:
             ValueError: The rows differ in length and are to become a tensor.
         """
-        length, left = self.length, self._options.padding_side == "left"
         if self._options.return_tensors is None:
-            if not length:
-                return rows
-            if left:
-                return [[value] * (length - len(row)) + row for row in rows]
-            return [row + [value] * (length - len(row)) for row in rows]
-        width = max(length, max(self._lengths, default=0))
-        if any(max(length, n) != width for n in self._lengths):
+            return [self.fill_row(row, value) for row in rows] if self.length else rows
+        width = max(self.length, max(self._lengths, default=0))
+        if any(max(self.length, n) != width for n in self._lengths):
             raise bad_input(
                 f"The rows of {name} must have one length to become a tensor",
                 f"lengths {sorted(set(self._lengths))[:8]}",
                 "Pass padding=True, and truncation=True where texts may be too long",
                 shown=True,
             )
-        array = np.empty((len(rows), width, *np.shape(value)), np.int64)
-        array[...] = value
-        if rows and width:
-            counts = np.array(self._lengths)[:, None]
-            places = np.arange(width)
-            used = places >= width - counts if left else places < counts
-            flat = chain.from_iterable(rows)
-            array[used] = list(flat) if np.shape(value) else np.fromiter(flat, np.int64, int(counts.sum()))
-        return array
+        return pad_rows(rows, width, value, left=self._left)
+
+    def fill_row(self, row: list[Any], value: Any) -> list[Any]:
+        """Returns one row, filled up with ``value``; as it is where there is no padding or no room."""
+        fill = [value] * (self.length - len(row))
+        return fill + row if self._left else row + fill
+
+
+def pad_rows(rows: Sequence[Sequence[Any]], length: int, value: Any, *, left: bool = False) -> np.ndarray:
+    """Fills rows up to one length.
+
+    Args:
+        rows: The rows, none of them longer than ``length``.
+        length: The length of each row of the result.
+        value: What fills them up: a number, or a tuple where the items of rows are tuples.
+        left: Put it before the row, not behind.
+
+    Returns:
+        (rows, length), int64; with tuples of n numbers (rows, length, n).
+    """
+    array = np.empty((len(rows), length, *np.shape(value)), np.int64)
+    array[...] = value
+    if rows and length:
+        counts = np.array([len(row) for row in rows])[:, None]
+        places = np.arange(length)
+        used = places >= length - counts if left else places < counts
+        flat = chain.from_iterable(rows)
+        array[used] = list(flat) if np.shape(value) else np.fromiter(flat, np.int64, int(counts.sum()))
+    return array
+
+
+def cut_inside(ids: list[int], limit: int) -> list[int]:
+    """Cuts a row with its special tokens to ``limit`` tokens; the last, the end token, stays the last."""
+    return ids if len(ids) <= limit else [*ids[: limit - 1], ids[-1]]
 
 
 def surround(first: Sequence[Any], second: Sequence[Any] | None, start: Any, end: Any) -> list[Any]:
@@ -216,7 +246,7 @@ def encodings(
     details: Callable[[], list[tuple[Aligned, Aligned | None]]],
     rows: list[Row] | None,
     options: Options,
-    length: int,
+    padding: Padding,
     tokens: dict[int, str],
     ends: tuple[Any, Any, Any],
 ) -> list[Encoding]:
@@ -226,7 +256,7 @@ def encodings(
         details: Makes ids, places and words of every text.
         rows: The rows; None for one of each text, whole.
         options: The settings of the call.
-        length: The padded length, 0 for none.
+        padding: How the rows are filled up.
         tokens: Id to token.
         ends: Ids of start, end and padding.
     """
@@ -241,14 +271,12 @@ def encodings(
         if second is not None:
             cells = [*cells, *tail, *(_Cell(1, i) for i in range(len(second.ids))[row.second])]
         cells = [*tail[:1], *cells, *tail[:1]]
-        used = len(cells)
         row_ids = [_of(cell, first, second, "ids", end) for cell in cells]
         if special:
             row_ids[0] = start
-        fill = max(length - used, 0)
-        before, after = (fill, 0) if options.padding_side == "left" else (0, fill)
-        cells = [None] * before + cells + [None] * after
-        ids = [pad] * before + row_ids + [pad] * after
+        ids = padding.fill_row(row_ids, pad)
+        attention_mask = padding.fill_row([1] * len(cells), 0)
+        cells = padding.fill_row(cells, None)
         result.append(
             Encoding(
                 ids=ids,
@@ -257,7 +285,7 @@ def encodings(
                 word_ids=[_of(cell, first, second, "words", None) for cell in cells],
                 sequence_ids=[None if cell is None else cell.sequence for cell in cells],
                 special_tokens_mask=[int(cell is None) for cell in cells],
-                attention_mask=[0] * before + [1] * used + [0] * after,
+                attention_mask=attention_mask,
                 type_ids=[0] * len(cells),
             )
         )

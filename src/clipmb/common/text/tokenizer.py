@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, overload
 
 from clipmb.common.errors import bad_input
 from clipmb.common.features import to_numpy
@@ -75,8 +75,9 @@ class _Tokenizer(SavedTokens):
                 integers are int64 in numpy and PyTorch, int32 in TensorFlow and JAX.
             return_token_type_ids: Give "token_type_ids", zeros.
             return_attention_mask: Give "attention_mask", 0 at padding. Yes when None.
-            return_overflowing_tokens: CLIPTokenizerFast: further rows for what was cut, "overflow_to_sample_mapping"
-                tells of which text. CLIPTokenizer: the cut ids as "overflowing_tokens", and "num_truncated_tokens".
+            return_overflowing_tokens: CLIPTokenizerFast: further rows for what was cut, and the number of each row's
+                text as "overflow_to_sample_mapping". CLIPTokenizer: the cut ids as "overflowing_tokens", and
+                "num_truncated_tokens".
             return_special_tokens_mask: Give "special_tokens_mask", 1 at special and padding tokens.
             return_offsets_mapping: Give "offset_mapping", start and end of each token's characters in the text.
             return_length: Give "length".
@@ -84,10 +85,10 @@ class _Tokenizer(SavedTokens):
             **kwargs: ``split_special_tokens``: take special tokens inside texts for ordinary text. Nothing else.
 
         Returns:
-            The rows. ``input_ids`` and ``attention_mask``, and what else was asked for.
+            The rows: ``input_ids`` and ``attention_mask``, and what else was asked for.
 
         Raises:
-            TypeError: A text is no string, or an argument is unknown.
+            TypeError: A text is not a string, or an argument is unknown.
             ValueError: An argument is out of its range, or rows of different length are to become a tensor.
         """
         options = self._options(
@@ -108,7 +109,20 @@ class _Tokenizer(SavedTokens):
         return result
 
     def encode_plus(self, text: Any, text_pair: Any = None, **options: Any) -> BatchEncoding:
-        """Turns one text, or its ids, into what `__call__` returns; the options are the same."""
+        """Turns one text, or its ids, into what `__call__` returns.
+
+        Args:
+            text: A text, or a list of ids without special tokens.
+            text_pair: Its pair, in the same form.
+            **options: The options of `__call__`.
+
+        Returns:
+            One row: lists, or tensors of shape (1, seq) with ``return_tensors``.
+
+        Raises:
+            TypeError: The text is not a string, or an argument is unknown.
+            ValueError: An argument is out of its range.
+        """
         if isinstance(text, list | tuple) and text and all(isinstance(item, int) for item in text):
             return self.prepare_for_model(text, text_pair, prepend_batch_axis=True, **options)
         if not options.get("is_split_into_words") and not isinstance(text, str):
@@ -116,7 +130,19 @@ class _Tokenizer(SavedTokens):
         return self(text, text_pair, **options)
 
     def batch_encode_plus(self, batch_text_or_text_pairs: Any, **options: Any) -> BatchEncoding:
-        """Turns a list of texts, or of (text, pair) tuples, into what `__call__` returns; the options are the same."""
+        """Turns a list of texts, or of (text, pair) tuples, into what `__call__` returns.
+
+        Args:
+            batch_text_or_text_pairs: The list.
+            **options: The options of `__call__`.
+
+        Returns:
+            The rows: lists, or tensors of shape (batch, seq) with ``return_tensors``.
+
+        Raises:
+            TypeError: It is not a list, a text is not a string, or an argument is unknown.
+            ValueError: An argument is out of its range, or rows of different length are to become a tensor.
+        """
         if not isinstance(batch_text_or_text_pairs, list | tuple):
             raise bad_input("A batch must be a list", batch_text_or_text_pairs, "Pass a list of str", TypeError)
         if options.get("is_split_into_words") and any(isinstance(words, str) for words in batch_text_or_text_pairs):
@@ -127,14 +153,44 @@ class _Tokenizer(SavedTokens):
             )
         return self(batch_text_or_text_pairs, **options)
 
+    @overload
+    def encode(self, text: Any, text_pair: Any = None, *, return_tensors: None = None, **options: Any) -> list[int]: ...
+    @overload
+    def encode(self, text: Any, text_pair: Any = None, *, return_tensors: str, **options: Any) -> Any: ...
     def encode(self, text: Any, text_pair: Any = None, **options: Any) -> Any:
-        """Turns one text into its ids, a list or, with ``return_tensors``, a (1, seq) tensor; options as `__call__`."""
+        """Turns one text into its ids.
+
+        Args:
+            text: A text, or a list of ids without special tokens.
+            text_pair: Its pair, in the same form.
+            **options: The options of `__call__`.
+
+        Returns:
+            The ids as a list, or with ``return_tensors`` a tensor of shape (1, seq).
+
+        Raises:
+            TypeError: The text is not a string, or an argument is unknown.
+            ValueError: An argument is out of its range.
+        """
         return self.encode_plus(text, text_pair, **options)["input_ids"]
 
     def tokenize(
         self, text: str, pair: str | None = None, add_special_tokens: bool = False, **options: Any
     ) -> list[str]:
-        """Cuts a text into tokens."""
+        """Cuts a text into tokens.
+
+        Args:
+            text: The text.
+            pair: Its pair.
+            add_special_tokens: Put start and end token around.
+            **options: The options of `__call__`.
+
+        Returns:
+            The tokens as the vocabulary has them: bytes as printable characters, ``</w>`` at the end of words.
+
+        Raises:
+            TypeError: The text is not a string, or an argument is unknown.
+        """
         ids = self.encode(text, pair, add_special_tokens=add_special_tokens, **options)
         return [token for token in self.convert_ids_to_tokens(ids) if token is not None]
 
@@ -151,7 +207,14 @@ class _Tokenizer(SavedTokens):
             ids: Ids of a text, without special tokens.
             pair_ids: Ids of its pair.
             prepend_batch_axis: Tensors of shape (1, seq) instead of (seq,).
-            **options: As `__call__`.
+            **options: The options of `__call__`.
+
+        Returns:
+            One row: lists, or tensors with ``return_tensors``.
+
+        Raises:
+            TypeError: An argument is unknown.
+            ValueError: An argument is out of its range, or offsets are asked for.
         """
         checked = self._options(**options)
         if checked.return_offsets_mapping:
@@ -256,7 +319,7 @@ class _Tokenizer(SavedTokens):
         described = None
         if details is not None:
             ends = (bos, eos, self.pad_token_id)
-            described = partial(encodings, details, rows, options, padding.length, self._id_to_token(), ends)
+            described = partial(encodings, details, rows, options, padding, self._id_to_token(), ends)
         if options.return_offsets_mapping and described is not None:
             described = described()
             offsets = [
@@ -265,7 +328,7 @@ class _Tokenizer(SavedTokens):
             ]
             data["offset_mapping"] = padding.fill("offset_mapping", offsets, (0, 0))
         if options.return_length:
-            unpadded = not self.is_fast and len(first) > 1  # the former CLIPTokenizer padded a batch after counting
+            unpadded = not self.is_fast and len(first) > 1  # transformers 4's CLIPTokenizer pads a batch after counting
             data["length"] = lengths if unpadded else [max(n, padding.length) for n in lengths]
         if options.return_overflowing_tokens and self.is_fast:
             data["overflow_to_sample_mapping"] = (
@@ -300,7 +363,15 @@ class _Tokenizer(SavedTokens):
     def build_inputs_with_special_tokens(
         self, token_ids_0: Sequence[int], token_ids_1: Sequence[int] | None = None
     ) -> list[int]:
-        """Returns start, ids, end; of a pair start, ids, end, end, ids of the pair, end."""
+        """Puts special tokens around ids.
+
+        Args:
+            token_ids_0: Ids of a text.
+            token_ids_1: Ids of its pair.
+
+        Returns:
+            Start, ids, end; with a pair start, ids, end, end, ids of the pair, end.
+        """
         return surround(token_ids_0, token_ids_1, self.bos_token_id, self.eos_token_id)
 
     def get_special_tokens_mask(
@@ -315,6 +386,9 @@ class _Tokenizer(SavedTokens):
             token_ids_0: Ids of a text.
             token_ids_1: Ids of its pair.
             already_has_special_tokens: The ids have their special tokens; otherwise the mask is for the ids with them.
+
+        Returns:
+            A list of 0 and 1, as long as the ids with their special tokens.
 
         Raises:
             ValueError: Ids that have their special tokens are one row, but a pair was given.
@@ -361,7 +435,8 @@ class _Tokenizer(SavedTokens):
             The padded rows. Fields that are not the tokenizer's are left as they are.
 
         Raises:
-            ValueError: There are no "input_ids".
+            ValueError: There are no "input_ids", an argument is out of its range, or rows of different length are to
+                become a tensor.
         """
         options = self._options(
             padding=padding, max_length=max_length, truncation=False, pad_to_multiple_of=pad_to_multiple_of,
@@ -403,7 +478,21 @@ class _Tokenizer(SavedTokens):
         truncation_strategy: str = "longest_first",
         stride: int = 0,
     ) -> tuple[list[int], list[int] | None, list[int]]:
-        """Takes tokens away; returns ids, ids of the pair, and the tokens that were taken with ``stride`` more."""
+        """Takes tokens away from a text and its pair.
+
+        Args:
+            ids: Ids of a text, without special tokens.
+            pair_ids: Ids of its pair.
+            num_tokens_to_remove: How many.
+            truncation_strategy: As ``truncation`` of `__call__`.
+            stride: How many more of the kept tokens come with those taken away.
+
+        Returns:
+            The ids, the ids of the pair or None, and the tokens that were taken away, with ``stride`` more.
+
+        Raises:
+            ValueError: The strategy does not allow so many, or an argument is out of its range.
+        """
         if num_tokens_to_remove <= 0:
             return ids, pair_ids, []
         total = len(ids) + len(pair_ids or ())
@@ -416,7 +505,7 @@ class _Tokenizer(SavedTokens):
 
 
 class CLIPTokenizer(_Tokenizer):
-    """CLIP's tokenizer: lower-case words, cut into byte pairs; cleaned as the former CLIPTokenizer did without ftfy.
+    """CLIP's tokenizer: lower-case words, cut into byte pairs; cleaned like transformers 4's without ftfy.
 
     Args:
         vocab_file: vocab.json; without any file, the vocabulary of the published models is used.
@@ -430,8 +519,8 @@ class CLIPTokenizer(_Tokenizer):
         text_cleaning: What is done to a text before it is cut into words; None for the class's own.
             "nfc": Unicode NFC, whitespace to single spaces, lower case. CLIPTokenizerFast's, and transformers 5's.
             "basic": control and format characters removed, Chinese characters cut apart, NFC, lower case.
-            CLIPTokenizer's, and the former one's where ftfy was not installed.
-            "ftfy": ftfy.fix_text, whitespace, lower case. The former CLIPTokenizer's where ftfy was installed.
+            CLIPTokenizer's, and transformers 4's where ftfy is not installed.
+            "ftfy": ftfy.fix_text, whitespace, lower case. transformers 4's CLIPTokenizer where ftfy is installed.
             "openai": ftfy.fix_text, HTML unescaped twice, whitespace, lower case. OpenAI's own code's.
         model_max_length: The length that truncation and padding="max_length" mean where no max_length is given.
         padding_side: "right" or "left".
@@ -445,6 +534,8 @@ class CLIPTokenizer(_Tokenizer):
     Raises:
         CheckpointError: A file cannot be read.
         ImportError: The text_cleaning needs ftfy, which is not installed.
+        TypeError: A token is neither a string nor an AddedToken.
+        ValueError: An argument is out of its range.
     """
 
     def __init__(
@@ -465,7 +556,7 @@ class CLIPTokenizer(_Tokenizer):
 
 
 class CLIPTokenizerFast(_Tokenizer):
-    """CLIP's tokenizer: lower-case words, cut into byte pairs; cleaned as the former CLIPTokenizerFast did.
+    """CLIP's tokenizer: lower-case words, cut into byte pairs; cleaned like transformers 4's fast one.
 
     Other arguments as in `CLIPTokenizer`.
 

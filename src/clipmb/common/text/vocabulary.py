@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from clipmb.common.errors import CheckpointError
-from clipmb.common.json_files import read_json
+from clipmb.common.json_files import json_text, read_json
 
 SUFFIX = "</w>"
 MAX_MERGES = 49152 - 256 - 2  # as CLIP's first release and every one since
@@ -70,7 +70,7 @@ class Vocabulary:
 
     def vocab_json(self) -> str:
         """Returns the text of vocab.json."""
-        return json.dumps(self.ids, indent=2, sort_keys=True, ensure_ascii=False) + "\n"
+        return json_text(self.ids, ascii=False)
 
     def merges_txt(self) -> str:
         """Returns the text of merges.txt."""
@@ -99,7 +99,7 @@ class TokenizerFile:
     Attributes:
         vocabulary: Tokens and merges.
         added: Added tokens as the file has them, with their ``id``.
-        special: Names of special tokens that the file tells, such as ``bos_token``.
+        special: The special tokens that the file names: ``bos_token``, ``eos_token``, ``unk_token``.
     """
 
     vocabulary: Vocabulary
@@ -116,7 +116,7 @@ def read_tokenizer_json(path: str | Path) -> TokenizerFile:
     content = read_json(path)
     model = content.get("model")
     if not isinstance(model, dict) or not isinstance(model.get("merges"), list):
-        raise CheckpointError(f"{path} is no tokenizer.json: it has no model with vocab and merges.")
+        raise CheckpointError(f"{path} is not a valid tokenizer.json: it has no model with vocab and merges.")
     problems = []
     if model.get("type", "BPE") != "BPE":
         problems.append(f"the model is {model.get('type')!r}, not 'BPE'")
@@ -133,8 +133,8 @@ def read_tokenizer_json(path: str | Path) -> TokenizerFile:
         problems.append("the pre-tokenizer is not CLIP's word pattern followed by bytes")
     if problems:
         raise CheckpointError(
-            f"{path} describes another tokenizer than CLIP's. With the files vocab.json and merges.txt "
-            "instead of it, it can be read; before transformers 4.17 it was written wrongly.",
+            f"{path} does not describe CLIP's tokenizer. Put vocab.json and merges.txt in its place; "
+            "transformers before 4.17 wrote this file wrongly.",
             problems,
         )
     ids = _checked_ids(model.get("vocab"), str(path))
@@ -154,7 +154,11 @@ def read_tokenizer_json(path: str | Path) -> TokenizerFile:
 
 
 def tokenizer_json(
-    vocabulary: Vocabulary, added: list[dict[str, Any]], bos: tuple[str, int], eos: tuple[str, int], unknown: str | None
+    vocabulary: Vocabulary,
+    added: list[dict[str, Any]],
+    bos: tuple[str, int | None],
+    eos: tuple[str, int | None],
+    unknown: str | None,
 ) -> str:
     """Returns the text of the tokenizer.json that transformers 4 and 5 and tokenizers read.
 

@@ -199,7 +199,7 @@ def test_encoding_access(fast):
         assert again.word_ids() == encoding.word_ids()
     with pytest.raises(IndexError, match="has 1 rows"):
         encoding.tokens(1)
-    with pytest.raises(ValueError, match="made from texts"):
+    with pytest.raises(ValueError, match="produced from text"):
         BatchEncoding({"input_ids": [1]}).tokens()
 
 
