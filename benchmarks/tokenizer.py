@@ -1,4 +1,4 @@
-"""Tokenizing captions: clipmb.CLIPTokenizerFast and the former transformers.CLIPTokenizerFast, side by side.
+"""Tokenizing captions: clipmb.CLIPTokenizerFast beside CLIPTokenizerFast of transformers 4.
 
 Both have the same vocabulary and use their defaults for threads. Every timed run gets captions that neither has seen,
 from the same seeded generator; the ids must be equal.
@@ -155,8 +155,8 @@ def captions(count: int, seed: int) -> list[str]:
     return made
 
 
-def former(folder: str) -> Callable:
-    """Builds the former tokenizer from the same vocab.json and merges.txt."""
+def transformers_4(folder: str) -> Callable:
+    """Builds the tokenizer of transformers 4 from the same vocab.json and merges.txt."""
     import transformers
 
     vocab, merges = clipmb.CLIPTokenizer().save_vocabulary(folder)
@@ -166,7 +166,7 @@ def former(folder: str) -> Callable:
 def main() -> None:
     warnings.simplefilter("ignore")
     with tempfile.TemporaryDirectory() as folder:
-        theirs = former(folder)
+        theirs = transformers_4(folder)
     official.cache_clear()
     start = time.perf_counter()
     ours = clipmb.CLIPTokenizerFast()

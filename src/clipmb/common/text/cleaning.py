@@ -4,18 +4,18 @@ from __future__ import annotations
 
 import html
 import re
-import unicodedata
 from collections.abc import Callable
-from functools import partial
+from functools import lru_cache, partial
 
 from clipmb.common.errors import one_of
+from clipmb.common.text.unicode import characters, combining, composed, lower, lower_words, matching, nfc, nfd
 
 CLEANINGS = ("nfc", "basic", "ftfy", "openai")
-SPACE = r"\t-\r \x85\xa0\u1680\u2000-\u200a\u2028\u2029\u202f\u205f\u3000"  # Unicode's White_Space
-_NOT_SPACE = re.compile(f"[^{SPACE}]+")
-_NOT_BASIC_SPACE = re.compile(r"[^\t\n\r \xa0\u1680\u2000-\u200a\u2028\u2029\u202f\u205f\u3000]+")
-# str.split() also cuts at these, which the rules take for characters ("nfc") or remove ("basic").
-_ODD_SEPARATORS = {"nfc": "\x1c\x1d\x1e\x1f", "basic": "\x0b\x0c\x1c\x1d\x1e\x1f\x85"}
+_REMOVED = "\x0b\x0c\x1c\x1d\x1e\x1f\x85"  # str.split() cuts at these; "basic" removes them, as all controls
+_ODD_SEPARATORS = {"nfc": "\x1c\x1d\x1e\x1f", "basic": _REMOVED}  # at these str.split() cuts, but the cleaning does not
+SPACES = characters("spaces")
+_NOT_SPACE = re.compile(f"[^{''.join(sorted(SPACES))}]+")
+_NOT_BASIC_SPACE = re.compile(f"[^{''.join(sorted(SPACES - set(_REMOVED)))}]+")
 _CHUNK = {"nfc": _NOT_SPACE, "basic": _NOT_BASIC_SPACE}
 
 Spans = list[tuple[int, int]] | None  # the place of each cleaned character; None where cleaning moved none
@@ -58,21 +58,16 @@ def chunker(cleaning: str, text: str) -> Callable[[str], list[str]]:
     return str.split
 
 
-def lower(text: str) -> str:
-    """Lower case, character by character: str.lower() alone knows a second small sigma at the end of words."""
-    return text.replace("Σ", "σ").lower()
-
-
 def normalized_content(content: str) -> str:
     """Returns the text of an added token as it stands in texts that "nfc" cleaned."""
-    return re.sub(f"[{SPACE}]+", " ", lower(unicodedata.normalize("NFC", content)))
+    return matching("spaces").sub(" ", lower(nfc(content)))
 
 
 def _nfc_or_shortcut(text: str, *, spaced: bool) -> tuple[str, Spans]:
     if text.isascii() and not spaced:
         return text.lower(), None
     lowered = lower(text)
-    if len(lowered) == len(text) and not spaced and unicodedata.is_normalized("NFC", text):
+    if len(lowered) == len(text) and not spaced and composed(text):
         return lowered, None
     return _clean_nfc(text)
 
@@ -89,7 +84,7 @@ def _clean_ftfy(fix_text: Callable[[str], str], text: str, *, unescape: bool) ->
     text = fix_text(text)
     if unescape:
         text = html.unescape(html.unescape(text))
-    return re.sub(r"\s+", " ", text).strip().lower(), None
+    return lower_words(re.sub(r"\s+", " ", text).strip()), None
 
 
 def _clean_nfc(text: str) -> tuple[str, list[tuple[int, int]]]:
@@ -99,13 +94,13 @@ def _clean_nfc(text: str) -> tuple[str, list[tuple[int, int]]]:
     """
     chars: _Placed = []
     for char, span in _nfc([(char, (i, i + 1)) for i, char in enumerate(text)]):
-        if not _NOT_SPACE.match(char):
+        if char in SPACES:
             if not chars or chars[-1][0] != " ":
                 chars.append((" ", span))
             else:
                 chars[-1] = (" ", span)  # the place of the last, as in transformers 4's CLIPTokenizerFast
         else:
-            chars.extend((lowered, span) for lowered in char.lower())
+            chars.extend((lowered, span) for lowered in lower(char))
     return "".join(char for char, _ in chars), [span for _, span in chars]
 
 
@@ -115,22 +110,23 @@ def _clean_basic(text: str) -> tuple[str, list[tuple[int, int]]]:
     Source: BasicTokenizer(strip_accents=False, do_split_on_punc=False), which transformers 4's CLIPTokenizer uses
     without ftfy.
     """
-    kept: _Placed = []
-    for i, char in enumerate(text):
-        span = (i, i + 1)
-        category = unicodedata.category(char)
-        if char in "\t\n\r" or category == "Zs":
-            kept.append((" ", span))
-        elif char == "\ufffd" or category[0] == "C":
-            continue
-        elif _is_chinese(ord(char)):
-            kept.extend(((" ", span), (char, span), (" ", span)))
-        else:
-            kept.append((char, span))
-    composed = _nfc(kept)
-    lowered = "".join(char for char, _ in composed).lower()
-    spans = [span for char, span in composed for _ in char.lower()]  # sigma apart, lower case has no context
+    kept = [(part, (i, i + 1)) for i, char in enumerate(text) for part in _basic_form(char)]
+    made = _nfc(kept)
+    lowered = lower_words("".join(char for char, _ in made))
+    spans = [span for char, span in made for _ in lower(char)]  # a sigma is one character, whichever it becomes
     return lowered, spans
+
+
+@lru_cache(maxsize=1 << 16)
+def _basic_form(char: str) -> str:
+    """Returns what becomes of a character: nothing, a space, itself, or itself between spaces."""
+    if char in "\t\n\r":
+        return " "
+    if char == "\ufffd" or matching("other").match(char):
+        return ""
+    if char in SPACES:
+        return " "
+    return f" {char} " if _is_chinese(ord(char)) else char
 
 
 def _is_chinese(code: int) -> bool:
@@ -151,30 +147,30 @@ def _nfc(chars: _Placed) -> _Placed:
     transformers 4's CLIPTokenizerFast.
     """
     text = "".join(char for char, _ in chars)
-    if unicodedata.is_normalized("NFC", text):
+    if composed(text):  # not nfc(text) == text: Python's normalize is quadratic in the marks of one character
         return chars
     # Each decomposed character with how many characters it adds to the text: 0 for the first of a character, else 1.
     parts: list[tuple[str, int]] = []
     for char, _ in chars:
-        parts.extend((part, int(i > 0)) for i, part in enumerate(unicodedata.normalize("NFD", char)))
+        parts.extend((part, int(i > 0)) for i, part in enumerate(nfd(char)))
     parts = _reorder(parts)
-    composed: list[tuple[str, int]] = []
-    base = -1  # index in composed of the last starter
+    made: list[tuple[str, int]] = []
+    base = -1  # index in made of the last starter
     last_class = 0
     for part, added in parts:
-        order = unicodedata.combining(part)
-        blocked = base < 0 or (base < len(composed) - 1 and last_class >= order)
-        joined = "" if blocked else unicodedata.normalize("NFC", composed[base][0] + part)
+        order = combining(part)
+        blocked = base < 0 or (base < len(made) - 1 and last_class >= order)
+        joined = "" if blocked else nfc(made[base][0] + part)
         if len(joined) == 1:
-            composed[base] = (joined, composed[base][1] + added - 1)
+            made[base] = (joined, made[base][1] + added - 1)
             continue
-        composed.append((part, added))
+        made.append((part, added))
         last_class = order
         if order == 0:
-            base = len(composed) - 1
+            base = len(made) - 1
     result: _Placed = []
     at = 0
-    for char, added in composed:
+    for char, added in made:
         if added > 0:
             result.append((char, chars[max(at - 1, 0)][1]))
         else:
@@ -188,13 +184,13 @@ def _reorder(parts: list[tuple[str, int]]) -> list[tuple[str, int]]:
     result: list[tuple[str, int]] = []
     run: list[tuple[str, int]] = []
     for part in parts:
-        if unicodedata.combining(part[0]):
+        if combining(part[0]):
             run.append(part)
             continue
-        result.extend(sorted(run, key=lambda item: unicodedata.combining(item[0])))
+        result.extend(sorted(run, key=lambda item: combining(item[0])))
         run = []
         result.append(part)
-    return result + sorted(run, key=lambda item: unicodedata.combining(item[0]))
+    return result + sorted(run, key=lambda item: combining(item[0]))
 
 
 def _ftfy(cleaning: str) -> Callable[[str], str]:

@@ -12,26 +12,20 @@ from dataclasses import replace
 from itertools import chain
 from typing import Any, NamedTuple
 
-import regex
-
 from clipmb.common.errors import bad_input
 from clipmb.common.text.added import AddedToken, cut, finder
 from clipmb.common.text.bpe import merge_symbols
 from clipmb.common.text.cleaning import Spans, chunker, cleaner, normalized_content
+from clipmb.common.text.unicode import words
 from clipmb.common.text.vocabulary import (
     MARKERS,
     SUFFIX,
-    WORD_OR_MARKER_PATTERN,
-    WORD_PATTERN,
     Vocabulary,
     byte_symbols,
 )
 
 CACHE_ENTRIES = 65_536  # of each of the two caches, about 10 MB each when full
 CACHE_LENGTH = 64  # longer chunks and words are not kept
-
-_WORD = regex.compile(WORD_PATTERN)
-_WORD_OR_MARKER = regex.compile(WORD_OR_MARKER_PATTERN, regex.IGNORECASE)
 
 
 class Aligned(NamedTuple):
@@ -102,7 +96,7 @@ class Engine:
         self._spaced = any(char.isspace() for token, _ in self.added for char in token.content)
         self._clean = cleaner(self.cleaning, spaced=self._spaced)
         self.alignable = self.cleaning in ("nfc", "basic")
-        self._pattern = _WORD if self.cleaning == "nfc" else _WORD_OR_MARKER
+        self._markers = self.cleaning != "nfc"  # which "nfc" leaves to the added tokens
         added = {token.content: i for token, i in self.added}
         self._unknown_id = (
             None if self.unknown is None else added.get(self.unknown, self.vocabulary.ids.get(self.unknown))
@@ -202,13 +196,13 @@ class Engine:
                 if token is not None:
                     yield token, first, last, spans, start
                     continue
-                for match in self._pattern.finditer(clean, first, last):
+                for match in words(self._markers, clean.isascii()).finditer(clean, first, last):
                     yield match[0], *match.span(), spans, start
 
     def _merge(self, word: str) -> tuple[tuple[int, ...], tuple[int, ...]]:
         """Returns the ids of a cleaned word, and how many bytes each of them stands for."""
         ids = self.vocabulary.ids
-        if self._pattern is _WORD_OR_MARKER and word in MARKERS:
+        if self._markers and word in MARKERS:
             found = ids.get(word, self._unknown_id)
             return ((), ()) if found is None else ((found,), (len(word),))
         try:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import dataclass, field
 from functools import lru_cache
 from importlib import resources
@@ -16,8 +17,11 @@ SUFFIX = "</w>"
 MAX_MERGES = 49152 - 256 - 2  # as CLIP's first release and every one since
 _HEADER = "#version: 0.2"
 MARKERS = ("<|startoftext|>", "<|endoftext|>")
-WORD_PATTERN = r"'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"
-WORD_OR_MARKER_PATTERN = r"<\|startoftext\|>|<\|endoftext\|>|" + WORD_PATTERN
+MARKER_PATTERN = "|".join(map(re.escape, MARKERS))
+CONTRACTIONS = "'s|'t|'re|'ve|'m|'ll|'d"
+# CLIP's word pattern as tokenizer.json has it; clipmb.common.text.unicode compiles the same for `re`.
+_WORDS = CONTRACTIONS + r"|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"
+_WORDS_OR_MARKERS = f"{MARKER_PATTERN}|{_WORDS}"  # as transformers 5 writes it: the markers are found before
 _NORMALIZER = [
     {"type": "NFC"},
     {"type": "Replace", "pattern": {"Regex": "\\s+"}, "content": " "},
@@ -127,9 +131,8 @@ def read_tokenizer_json(path: str | Path) -> TokenizerFile:
         problems.append("the normalizer is not NFC, whitespace to one space, lower case")
     pre_tokenizers = (content.get("pre_tokenizer") or {}).get("pretokenizers") or []
     kinds = [step.get("type") for step in pre_tokenizers]
-    # transformers 5 writes the pattern with the markers; as added tokens they are found before, so the words are equal.
     patterns = [step.get("pattern", {}).get("Regex") for step in pre_tokenizers[:1]]
-    if kinds != ["Split", "ByteLevel"] or patterns[0] not in (WORD_PATTERN, WORD_OR_MARKER_PATTERN):
+    if kinds != ["Split", "ByteLevel"] or patterns[0] not in (_WORDS, _WORDS_OR_MARKERS):
         problems.append("the pre-tokenizer is not CLIP's word pattern followed by bytes")
     if problems:
         raise CheckpointError(
@@ -178,7 +181,7 @@ def tokenizer_json(
         "pre_tokenizer": {
             "type": "Sequence",
             "pretokenizers": [
-                {"type": "Split", "pattern": {"Regex": WORD_PATTERN}, "behavior": "Removed", "invert": True},
+                {"type": "Split", "pattern": {"Regex": _WORDS}, "behavior": "Removed", "invert": True},
                 {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True},
             ],
         },
