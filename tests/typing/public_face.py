@@ -4,20 +4,27 @@
 from pathlib import Path
 from typing import Any, assert_type
 
+import jax
 import numpy as np
+import torch
 
 import clipmb
 from clipmb import (
     BatchFeature,
     CLIPConfig,
     CLIPImageProcessor,
+    CLIPModel,
+    CLIPOutput,
     CLIPPipeline,
     CLIPProcessor,
     CLIPTokenizerFast,
+    CLIPVisionModelWithProjection,
     Conversion,
+    FlaxCLIPModel,
     NoSuchName,  # noqa: F401  # pyright: ignore[reportAttributeAccessIssue]
     Pairs,
     Recipe,
+    TFCLIPModel,
     convert,
     evaluate,
     small_model,
@@ -41,6 +48,20 @@ assert_type(CLIPPipeline.from_pretrained("folder", backend="pt"), CLIPPipeline)
 # The processor's parts and results.
 assert_type(CLIPProcessor()(["a cat"], return_tensors="np"), BatchFeature)
 CLIPProcessor(CLIPImageProcessor(), CLIPTokenizerFast())
+
+# A model loads as its class, and its call gives typed fields; Any stands for the tuple of return_dict=False.
+model = CLIPModel.from_pretrained("folder")
+assert_type(model, CLIPModel)
+assert_type(CLIPModel.from_pretrained("folder", output_loading_info=True)[0], CLIPModel)
+assert_type(model.forward().logits_per_image, torch.Tensor | Any)
+model.forward().logits_per_imag  # noqa: B018  # pyright: ignore[reportAttributeAccessIssue]
+assert_type(CLIPVisionModelWithProjection.from_pretrained("folder").forward().image_embeds, torch.Tensor | Any)
+assert_type(FlaxCLIPModel.from_pretrained("folder")().text_embeds, jax.Array | Any)
+assert_type(TFCLIPModel.from_pretrained("folder"), TFCLIPModel)
+
+output: CLIPOutput[torch.Tensor] = CLIPOutput()
+assert_type(output.loss, torch.Tensor | None)
+assert_type(output.vision_model_output.hidden_states, tuple[torch.Tensor, ...] | None)
 
 # The pipeline speaks numpy.
 clip = CLIPPipeline.from_pretrained(small_model())

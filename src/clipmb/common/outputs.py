@@ -207,8 +207,10 @@ def default(value: bool | None, otherwise: bool) -> bool:
     return otherwise if value is None else value
 
 
-def returned(output: Output, return_dict: bool | None, otherwise: bool) -> Output | tuple[Any, ...]:
+def returned(output: Output, return_dict: bool | None, otherwise: bool) -> Output | Any:
     """Returns an output as the caller wants it: as it is, or as a tuple of what is not None.
+
+    The tuple is typed as Any, here and by the models, so that the fields of the output need no cast.
 
     Args:
         output: What a head computed.

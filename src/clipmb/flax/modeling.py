@@ -442,7 +442,7 @@ class FlaxCLIPModel(FlaxCLIPPreTrainedModel):
         return_dict: bool | None = None,
         return_loss: bool | None = None,
         interpolate_pos_encoding: bool = False,
-    ) -> CLIPOutput[Array] | tuple[Any, ...]:
+    ) -> CLIPOutput[Array] | Any:
         """Compares every text with every image.
 
         Args:
@@ -484,7 +484,7 @@ class FlaxCLIPTextPreTrainedModel(FlaxCLIPPreTrainedModel):
         output_attentions: bool | None = None,
         output_hidden_states: bool | None = None,
         return_dict: bool | None = None,
-    ) -> BaseModelOutputWithPooling[Array] | CLIPTextModelOutput[Array] | tuple[Any, ...]:
+    ) -> BaseModelOutputWithPooling[Array] | CLIPTextModelOutput[Array] | Any:
         """Encodes texts; arguments and errors as in `FlaxCLIPModel.__call__`."""
         inputs = (input_ids, attention_mask, position_ids)
         options = (output_attentions, output_hidden_states, return_dict)
@@ -521,7 +521,7 @@ class FlaxCLIPVisionPreTrainedModel(FlaxCLIPPreTrainedModel):
         output_hidden_states: bool | None = None,
         return_dict: bool | None = None,
         interpolate_pos_encoding: bool = False,
-    ) -> BaseModelOutputWithPooling[Array] | CLIPVisionModelOutput[Array] | tuple[Any, ...]:
+    ) -> BaseModelOutputWithPooling[Array] | CLIPVisionModelOutput[Array] | Any:
         """Encodes pictures; arguments and errors as in `FlaxCLIPModel.__call__`."""
         pixels = self._pixels(pixel_values, interpolate_pos_encoding)
         inputs = (pixels,)
@@ -561,7 +561,7 @@ class FlaxCLIPForImageClassification(FlaxCLIPPreTrainedModel):
         output_hidden_states: bool | None = None,
         return_dict: bool | None = None,
         interpolate_pos_encoding: bool = False,
-    ) -> ImageClassifierOutput[Array] | tuple[Any, ...]:
+    ) -> ImageClassifierOutput[Array] | Any:
         """Classifies pictures.
 
         Args:

@@ -568,7 +568,7 @@ class CLIPModel(CLIPPreTrainedModel):
         output_hidden_states: bool | None = None,
         interpolate_pos_encoding: bool = False,
         return_dict: bool | None = None,
-    ) -> CLIPOutput[Tensor] | tuple[Any, ...]:
+    ) -> CLIPOutput[Tensor] | Any:
         """Compares every text with every image.
 
         Args:
@@ -623,7 +623,7 @@ class CLIPTextModel(CLIPPreTrainedModel):
         output_attentions: bool | None = None,
         output_hidden_states: bool | None = None,
         return_dict: bool | None = None,
-    ) -> BaseModelOutputWithPooling[Tensor] | tuple[Any, ...]:
+    ) -> BaseModelOutputWithPooling[Tensor] | Any:
         """Encodes texts; arguments and errors as in `CLIPModel.forward`."""
         output = self.text_model(input_ids, attention_mask, position_ids, output_attentions, output_hidden_states)
         return returned(output, return_dict, self.config.return_dict)
@@ -649,7 +649,7 @@ class CLIPTextModelWithProjection(CLIPPreTrainedModel):
         output_attentions: bool | None = None,
         output_hidden_states: bool | None = None,
         return_dict: bool | None = None,
-    ) -> CLIPTextModelOutput[Tensor] | tuple[Any, ...]:
+    ) -> CLIPTextModelOutput[Tensor] | Any:
         """Encodes and projects texts; arguments and errors as in `CLIPModel.forward`."""
         output = self.text_model(input_ids, attention_mask, position_ids, output_attentions, output_hidden_states)
         projected = CLIPTextModelOutput(
@@ -680,7 +680,7 @@ class CLIPVisionModel(CLIPPreTrainedModel):
         output_hidden_states: bool | None = None,
         interpolate_pos_encoding: bool = False,
         return_dict: bool | None = None,
-    ) -> BaseModelOutputWithPooling[Tensor] | tuple[Any, ...]:
+    ) -> BaseModelOutputWithPooling[Tensor] | Any:
         """Encodes pictures; arguments and errors as in `CLIPModel.forward`."""
         output = self.vision_model(pixel_values, output_attentions, output_hidden_states, interpolate_pos_encoding)
         return returned(output, return_dict, self.config.return_dict)
@@ -706,7 +706,7 @@ class CLIPVisionModelWithProjection(CLIPPreTrainedModel):
         output_hidden_states: bool | None = None,
         interpolate_pos_encoding: bool = False,
         return_dict: bool | None = None,
-    ) -> CLIPVisionModelOutput[Tensor] | tuple[Any, ...]:
+    ) -> CLIPVisionModelOutput[Tensor] | Any:
         """Encodes and projects pictures; arguments and errors as in `CLIPModel.forward`."""
         output = self.vision_model(pixel_values, output_attentions, output_hidden_states, interpolate_pos_encoding)
         projected = CLIPVisionModelOutput(
@@ -745,7 +745,7 @@ class CLIPForImageClassification(CLIPPreTrainedModel):
         output_hidden_states: bool | None = None,
         interpolate_pos_encoding: bool = False,
         return_dict: bool | None = None,
-    ) -> ImageClassifierOutput[Tensor] | tuple[Any, ...]:
+    ) -> ImageClassifierOutput[Tensor] | Any:
         """Classifies pictures.
 
         Args:

@@ -67,7 +67,9 @@ class Engine:
             ValueError: The dtype or the device does not exist.
         """
         with _placed(device):
-            engine = cls(TFCLIPModel.from_pretrained(name_or_path, dtype=dtype, **options), compile=compile)
+            # By name, since a type checker takes it for one of the options otherwise.
+            model = TFCLIPModel.from_pretrained(name_or_path, dtype=dtype, output_loading_info=False, **options)
+            engine = cls(model, compile=compile)
         engine._device = device
         return engine
 

@@ -14,7 +14,7 @@ inputs, and ``compile(jit_compile=False)``, since Keras' default for ``fit`` is 
 from __future__ import annotations
 
 import math
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import keras
 import numpy as np
@@ -262,7 +262,7 @@ class TFCLIPTextTransformer(Module):
     ) -> BaseModelOutputWithPooling:
         """Runs the tower over (batch, seq)."""
         with plain_errors():
-            checks.check_text(input_ids, attention_mask, position_ids, self.config)
+            input_ids = checks.check_text(input_ids, attention_mask, position_ids, self.config)
         if attention_mask is not None:  # a mask of unknown shape must not be broadcast
             attention_mask = tf.reshape(attention_mask, sizes(input_ids))
         hidden_states = self.embeddings(input_ids, position_ids)
@@ -307,7 +307,7 @@ class TFCLIPVisionTransformer(Module):
     ) -> BaseModelOutputWithPooling:
         """Runs the tower over (batch, channels, height, width)."""
         with plain_errors():
-            checks.check_pixels(pixel_values, self.config, interpolate_pos_encoding)
+            pixel_values = checks.check_pixels(pixel_values, self.config, interpolate_pos_encoding)
         hidden_states = self.pre_layrnorm(self.embeddings(pixel_values, interpolate_pos_encoding))
         encoded = self.encoder(hidden_states, None, False, output_attentions, output_hidden_states)
         return BaseModelOutputWithPooling(
@@ -344,12 +344,14 @@ class TFCLIPPreTrainedModel(ExportMixin, KerasModel):
             raise checks.wrong_config(type(self).__name__, self.config_class, config)
         self.config: Any = config
 
-    @classmethod
-    def from_pretrained(cls, pretrained_model_name_or_path: Any, *, dtype: Any = None, **options: Any) -> Any:
-        """Loads a model; arguments as in `PretrainedMixin.from_pretrained`, and ``dtype`` may be a Keras policy."""
-        if isinstance(dtype, keras.DTypePolicy) or (isinstance(dtype, str) and dtype.startswith("mixed_")):
-            options["dtype_policy"], dtype = dtype, None
-        return super().from_pretrained(pretrained_model_name_or_path, dtype=dtype, **options)
+    if not TYPE_CHECKING:  # its types are those of the method that it extends
+
+        @classmethod
+        def from_pretrained(cls, pretrained_model_name_or_path: Any, *, dtype: Any = None, **options: Any) -> Any:
+            """Loads a model; arguments as in `PretrainedMixin.from_pretrained`, and ``dtype`` may be a Keras policy."""
+            if isinstance(dtype, keras.DTypePolicy) or (isinstance(dtype, str) and dtype.startswith("mixed_")):
+                options["dtype_policy"], dtype = dtype, None
+            return super().from_pretrained(pretrained_model_name_or_path, dtype=dtype, **options)
 
     @classmethod
     def _from_config(cls, config: BaseConfig, **kwargs: Any) -> TFCLIPPreTrainedModel:
@@ -569,7 +571,7 @@ class TFCLIPModel(TFCLIPPreTrainedModel):
         interpolate_pos_encoding: bool = False,
         return_dict: bool | None = None,
         training: bool = False,
-    ) -> CLIPOutput | tuple:
+    ) -> CLIPOutput[Tensor] | Any:
         """Compares every text with every image.
 
         Args:
@@ -632,7 +634,7 @@ class TFCLIPTextModel(TFCLIPPreTrainedModel):
         output_hidden_states: bool | None = None,
         return_dict: bool | None = None,
         training: bool = False,
-    ) -> BaseModelOutputWithPooling | tuple:
+    ) -> BaseModelOutputWithPooling[Tensor] | Any:
         """Encodes texts; arguments as in `TFCLIPModel.call`."""
         output = self.text_model(input_ids, attention_mask, position_ids, output_attentions, output_hidden_states)
         return self._returned(output, return_dict)
@@ -660,7 +662,7 @@ class TFCLIPTextModelWithProjection(TFCLIPPreTrainedModel):
         output_hidden_states: bool | None = None,
         return_dict: bool | None = None,
         training: bool = False,
-    ) -> CLIPTextModelOutput | tuple:
+    ) -> CLIPTextModelOutput[Tensor] | Any:
         """Encodes and projects texts; arguments as in `TFCLIPModel.call`."""
         output = self.text_model(input_ids, attention_mask, position_ids, output_attentions, output_hidden_states)
         projected = CLIPTextModelOutput(
@@ -693,7 +695,7 @@ class TFCLIPVisionModel(TFCLIPPreTrainedModel):
         interpolate_pos_encoding: bool = False,
         return_dict: bool | None = None,
         training: bool = False,
-    ) -> BaseModelOutputWithPooling | tuple:
+    ) -> BaseModelOutputWithPooling[Tensor] | Any:
         """Encodes pictures; arguments as in `TFCLIPModel.call`."""
         output = self.vision_model(pixel_values, output_attentions, output_hidden_states, interpolate_pos_encoding)
         return self._returned(output, return_dict)
@@ -721,7 +723,7 @@ class TFCLIPVisionModelWithProjection(TFCLIPPreTrainedModel):
         interpolate_pos_encoding: bool = False,
         return_dict: bool | None = None,
         training: bool = False,
-    ) -> CLIPVisionModelOutput | tuple:
+    ) -> CLIPVisionModelOutput[Tensor] | Any:
         """Encodes and projects pictures; arguments as in `TFCLIPModel.call`."""
         output = self.vision_model(pixel_values, output_attentions, output_hidden_states, interpolate_pos_encoding)
         projected = CLIPVisionModelOutput(
@@ -762,7 +764,7 @@ class TFCLIPForImageClassification(TFCLIPPreTrainedModel):
         interpolate_pos_encoding: bool = False,
         return_dict: bool | None = None,
         training: bool = False,
-    ) -> ImageClassifierOutput | tuple:
+    ) -> ImageClassifierOutput[Tensor] | Any:
         """Classifies pictures.
 
         Args:
