@@ -5,13 +5,12 @@ from __future__ import annotations
 import ast
 import functools
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 from cases import CONFIGS, VISION, write_checkpoint
 from conftest import BACKENDS
+from processes import python
 
 import clipmb
 from clipmb import CLIPConfig
@@ -74,14 +73,8 @@ def test_the_floors_of_common_import_downwards(name):
     assert not {need for need in needs if FLOOR[need] >= FLOOR[name]}
 
 
-def python(script: str, *arguments: object) -> subprocess.CompletedProcess:
-    return subprocess.run(
-        [sys.executable, "-c", script, *map(str, arguments)], capture_output=True, text=True, check=False
-    )
-
-
 def test_import_clipmb_imports_no_framework_and_nothing_heavy():
-    done = python("import sys, clipmb; print(*sorted({name.split('.')[0] for name in sys.modules}))")
+    done = python("-c", "import sys, clipmb; print(*sorted({name.split('.')[0] for name in sys.modules}))")
     loaded = set(done.stdout.split())
     assert "clipmb" in loaded
     assert not loaded & (FRAMEWORKS | {"numpy", "PIL", "regex", "safetensors", "huggingface_hub", "typer", "rich"})
@@ -98,7 +91,7 @@ CLIPConfig.from_pretrained(sys.argv[1]); CLIPTokenizer(); CLIPTokenizerFast(); C
 assert read_weights(Source(sys.argv[1]))
 print(*sorted({name.split('.')[0] for name in sys.modules}))
 """
-    done = python(script, tmp_path)
+    done = python("-c", script, tmp_path)
     assert done.returncode == 0, done.stderr
     assert not set(done.stdout.split()) & (FRAMEWORKS | {"huggingface_hub"})
 
@@ -130,7 +123,7 @@ import numpy as np
 clip = CLIPPipeline.from_pretrained(sys.argv[2], backend=sys.argv[3])
 assert clip.classify(np.zeros((30, 40, 3), np.uint8), ["a", "b"]).shape == (1, 2)
 """
-    done = python(BLOCKED + script, ",".join(sorted(blocked)), tmp_path, backend)
+    done = python("-c", BLOCKED + script, ",".join(sorted(blocked)), tmp_path, backend)
     assert done.returncode == 0, done.stderr[-3000:]
 
 
@@ -151,7 +144,7 @@ for what in (lambda: getattr(clipmb, name), lambda: clipmb.backends.engine({back
     else:
         raise SystemExit("no error")
 """
-    done = python(BLOCKED + script, package)
+    done = python("-c", BLOCKED + script, package)
     assert done.returncode == 0, done.stderr[-3000:]
 
 

@@ -32,7 +32,7 @@ from clipmb.common.errors import CheckpointError, bad_input, logger
 _COMMITTED = ".clipmb-save"
 _PLAN = "clipmb-save.json"
 _STAGING = ".clipmb-staging-"
-_OWN = re.compile(r"[^./\\\0][^/\\\0]*\.(?:json|safetensors|bin|h5|msgpack|pt|txt)")  # what a save may consist of
+_OWN = re.compile(r"[^./\\\0][^/\\\0]*\.(?:json|safetensors|bin|h5|msgpack|npz|pt|txt)")  # what a save may consist of
 _OPTIMISTIC = 3  # attempts at reading before the readers' lock is taken
 _UNLOCKED_SECONDS = 3600  # without locks, a younger staging folder may belong to a save that is still running
 _NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
-import sys
 import tempfile
 from pathlib import Path
 
@@ -17,6 +15,7 @@ from conftest import BACKENDS, TESTS
 from format_cases import EVERYWHERE as CONFIG
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from processes import output, python
 
 import clipmb
 from clipmb import CheckpointError, CLIPConfig, CLIPProcessor, convert
@@ -431,7 +430,7 @@ def test_the_same_conversion_gives_the_same_bytes(source, tmp_path, format, pack
     done = convert(source, tmp_path / "a", format)
     assert done.record["packages"].keys() == {"python", "numpy", "ml_dtypes", "safetensors", *filter(None, [package])}
     script = "import sys, h5py, msgpack, PIL.Image; from clipmb import convert; convert(*sys.argv[1:])"
-    subprocess.run([sys.executable, "-c", script, str(source), str(tmp_path / "b"), format], check=True)
+    output("-c", script, source, tmp_path / "b", format)
     assert content(tmp_path / "a") == content(tmp_path / "b")
 
 
@@ -504,16 +503,10 @@ while True:
 
 
 def test_a_kill_at_any_file_operation_leaves_the_old_checkpoint_or_the_new_one(tmp_path):
-    done = subprocess.run(
-        [sys.executable, "-c", KILLED, str(tmp_path), str(TESTS)],
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
+    moments = int(output("-c", KILLED, tmp_path, TESTS))
     versions = [("safetensors", CONFIGS["plain"], 0), ("flax-msgpack", CONFIGS["stress"], 1)]
     seen = []
-    for k in range(1, int(done.stdout) + 1):
+    for k in range(1, moments + 1):
         loaded = formats.load(Source(str(tmp_path / str(k))))
         place = [format for format, _, _ in versions].index(loaded.format)
         _, config, seed = versions[place]
@@ -544,9 +537,7 @@ def test_a_full_disk_leaves_what_was_there(source, tmp_path, format):
     folder = tmp_path / "result"
     convert(write_checkpoint(tmp_path / "old", CONFIG, seed=1), folder, "pytorch")
     before = content(folder)
-    done = subprocess.run(
-        [sys.executable, "-c", FULL, str(source), str(folder), format], capture_output=True, text=True, check=False
-    )
+    done = python("-c", FULL, source, folder, format)
     assert done.returncode == 0, done.stderr
     assert "could not be written and was left unchanged" in done.stdout, done.stderr
     assert content(folder) == before
@@ -606,14 +597,8 @@ convert(sys.argv[1], sys.argv[2], sys.argv[3])
 print(*sorted({name.split(".")[0] for name in sys.modules}))
 """
     end = "safetensors" if start != "safetensors" else "tf-h5"
-    done = subprocess.run(
-        [sys.executable, "-c", script, str(folders["CLIPModel", start]), str(tmp_path / "result"), end],
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
+    imported = set(output("-c", script, folders["CLIPModel", start], tmp_path / "result", end).split())
     allowed = {"torch"} if start in ("pytorch", "openai", "open_clip") else set()
     frameworks = {"torch", "tensorflow", "keras", "jax", "flax", "transformers"}
-    assert set(done.stdout.split()) & frameworks <= allowed
-    assert "huggingface_hub" not in done.stdout.split()
+    assert imported & frameworks <= allowed
+    assert "huggingface_hub" not in imported

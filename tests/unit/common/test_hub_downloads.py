@@ -5,12 +5,13 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import subprocess
 import sys
+from subprocess import CompletedProcess
 
 import pytest
 from cases import CONFIGS, write_checkpoint
 from hub_server import COMMIT, Hub
+from processes import run
 
 CONFIG = CONFIGS["plain"]
 # The interpreter of transformers 5 brings another generation of huggingface_hub, on another HTTP library.
@@ -52,16 +53,15 @@ def hub(tmp_path):
 
 
 @pytest.fixture
-def python(hub, tmp_path):
-    def run(script: str, *arguments: str, interpreter: str = sys.executable, **env: str) -> subprocess.CompletedProcess:
-        cleared = {key: value for key, value in os.environ.items() if not key.startswith(("HF_", "HUGGING"))}
-        return subprocess.run(
+def python(hub, tmp_path, monkeypatch):
+    for name in os.environ:
+        if name.startswith(("HF_", "HUGGING")):
+            monkeypatch.delenv(name)
+
+    def work(script: str, *arguments: str, interpreter: str = sys.executable, **env: str) -> CompletedProcess[str]:
+        return run(
             [interpreter, *(("-c", script) if script else ()), *arguments],
-            capture_output=True,
-            text=True,
-            check=False,
-            env={
-                **cleared,
+            {
                 "PYTHONPATH": os.pathsep.join(path for path in sys.path if path.endswith("src") or "clipmb" in path),
                 "HF_ENDPOINT": hub.endpoint,
                 "HF_HOME": str(tmp_path / "cache"),
@@ -72,18 +72,18 @@ def python(hub, tmp_path):
             },
         )
 
-    return run
+    return work
 
 
 @pytest.fixture(params=INTERPRETERS, ids=lambda path: "other" if path != sys.executable else "own")
 def find(request, python):
-    def run(repository: str, *names: str, env: dict | None = None, **options: object) -> dict:
+    def work(repository: str, *names: str, env: dict | None = None, **options: object) -> dict:
         wishes = json.dumps({"names": names, **options})
         done = python(FIND, repository, wishes, interpreter=request.param, **(env or {}))
         assert done.returncode == 0, done.stderr
         return json.loads(done.stdout)
 
-    return run
+    return work
 
 
 def test_only_what_is_needed_is_asked_for(hub, find):

@@ -14,9 +14,9 @@ import numpy as np
 import pytest
 from cases import random_arrays, relative
 from conftest import TESTS
-from flax_training_worker import CONFIG, EIGHT, SIZES, STEPS, chosen, trainer
 from processes import HANG
 from training_cases import batch, largest_difference, recipe
+from training_flax_worker import CONFIG, EIGHT, SIZES, STEPS, chosen, trainer
 
 from clipmb import CheckpointError
 from clipmb.common.parameters import specs
@@ -32,7 +32,7 @@ LARGE = "vision_model.encoder.layers.0.mlp.fc1.weight"
 def jobs(tmp_path_factory):
     """Runs all jobs of the worker side by side."""
     folder = tmp_path_factory.mktemp("jobs")
-    worker = str(TESTS / "flax_training_worker.py")
+    worker = str(TESTS / "training_flax_worker.py")
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])

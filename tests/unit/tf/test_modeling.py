@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import collections
 import functools
-import subprocess
-import sys
 
 import cases
 import keras
@@ -13,6 +11,7 @@ import numpy as np
 import pytest
 import tensorflow as tf
 from cases import ALL_HEADS, CONFIGS, STRESS, TEXT, VISION, inputs_of, relative
+from processes import python
 
 import clipmb.tf
 from clipmb.common.checkpoint.safetensors import map_file
@@ -706,7 +705,7 @@ def test_engine(compile, dtype, tmp_path):
 )
 def test_what_is_not_installed_is_named_with_the_fix(prepare, words):
     code = f"import os, sys; {prepare}; import clipmb.tf"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    done = python("-c", code)
     assert done.returncode == 1
     assert words in done.stderr
     assert "KERAS_BACKEND=tensorflow" in done.stderr or 'pip install "clipmb[tf]"' in done.stderr

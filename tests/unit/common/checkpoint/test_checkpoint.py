@@ -5,14 +5,13 @@ from __future__ import annotations
 import json
 import os
 import struct
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 from cases import ALL_HEADS, CONFIGS, config_of, random_arrays, write_checkpoint
 from conftest import TESTS
+from processes import output
 from safetensors.numpy import load_file, save_file
 
 from clipmb import CheckpointError, CLIPConfig
@@ -400,13 +399,7 @@ while True:
 
 
 def test_a_kill_at_any_file_operation_leaves_the_old_checkpoint_or_the_new_one(tmp_path):
-    done = subprocess.run(
-        [sys.executable, "-c", KILLED, str(tmp_path), str(TESTS)],
-        capture_output=True,
-        text=True,
-        check=True,
-    )
-    moments = int(done.stdout)
+    moments = int(output("-c", KILLED, tmp_path, TESTS))
     assert moments > 15
     versions = [(CONFIGS["plain"], 0), (CONFIGS["stress"], 1)]
     seen = []

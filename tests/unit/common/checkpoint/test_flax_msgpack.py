@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import struct
-import time
 import tracemalloc
 from pathlib import Path
 
@@ -236,13 +235,11 @@ def test_hostile_files_are_refused_before_memory_is_taken(tmp_path, content):
         tracemalloc.stop()
 
 
-def test_millions_of_values_are_refused_soon(tmp_path):
-    entries = b"".join(struct.pack(">BI", 0xA4, i) + b"\x80" for i in range(1 << 20))
+def test_millions_of_values_are_refused_after_the_first_200_000(tmp_path):
+    entries = b"".join(b"\xa5%05x\x80" % i for i in range(1 << 20))
     (tmp_path / "flax_model.msgpack").write_bytes(b"\xdf" + struct.pack(">I", 1 << 20) + entries)
-    start = time.perf_counter()
-    with pytest.raises(CheckpointError):
+    with pytest.raises(CheckpointError, match="more than 200000 values"):
         formats.load(Source(str(tmp_path)))
-    assert time.perf_counter() - start < 5
 
 
 def test_truncation_anywhere_is_a_checkpoint_error(tmp_path):

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-import subprocess
-import sys
 from dataclasses import replace
 
 import numpy as np
@@ -15,6 +13,7 @@ from cases import CONFIGS, config_of, random_arrays, write_checkpoint
 from conftest import TESTS
 from format_cases import EVERYWHERE as CONFIG
 from format_cases import assert_same, read_as
+from processes import output
 from typer.testing import CliRunner
 
 from clipmb import CheckpointError, convert
@@ -86,14 +85,15 @@ def test_the_commands_know_a_new_format(tmp_path):
 def test_the_help_lists_every_format():
     """In a process of its own, since the text is made when the command is imported."""
     script = (
+        "import sys\n"
+        "sys.path.append(sys.argv[1])\n"
         "import toy_format\n"
         "from clipmb.common.checkpoint import formats\n"
         "formats.FORMATS['toy'] = toy_format\n"
         "from clipmb.cli import app\n"
         "app(['convert', '--help'])\n"
     )
-    done = subprocess.run([sys.executable, "-c", script], cwd=TESTS, capture_output=True, text=True, check=True)
-    assert set(re.findall(r"[\w-]+", done.stdout)) >= {"toy", *formats.FORMATS}
+    assert set(re.findall(r"[\w-]+", output("-c", script, TESTS, COLUMNS="300"))) >= {"toy", *formats.FORMATS}
 
 
 # -- every format -----------------------------------------------------------------------------------------------------

@@ -10,6 +10,7 @@ from pathlib import Path
 import fuzz_readers
 import numpy as np
 import pytest
+from processes import python
 
 from clipmb import CheckpointError
 from clipmb.common.checkpoint import formats
@@ -17,10 +18,7 @@ from clipmb.common.checkpoint import formats
 
 @pytest.mark.parametrize("format", formats.FORMATS)
 def test_damaged_files_give_weights_or_a_checkpoint_error(format):
-    script = Path(fuzz_readers.__file__)
-    done = subprocess.run(
-        [sys.executable, str(script), "--format", format, "--files", "300"], capture_output=True, text=True, check=False
-    )
+    done = python(fuzz_readers.__file__, "--format", format, "--files", 300)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "300 files" in done.stdout
 

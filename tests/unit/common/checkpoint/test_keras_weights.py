@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from pathlib import Path
 
 import h5py
@@ -14,6 +12,7 @@ from conftest import TESTS
 from format_cases import arrays_of, assert_same, heads_and_configs, read_as, write_as
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from processes import output
 
 from clipmb import CheckpointError
 from clipmb.common.checkpoint import formats
@@ -137,8 +136,7 @@ for name in ("tf-h5", "flax-msgpack", "keras-weights"):
     write_as(name, Path(sys.argv[1]) / name, arrays, config, "CLIPModel")
     assert_same(read_as(name, Path(sys.argv[1]) / name, config, "CLIPModel"), arrays)
 """
-    tests = str(TESTS)
-    subprocess.run([sys.executable, "-c", code, str(tmp_path), tests], check=True)
+    output("-c", code, tmp_path, TESTS)
 
 
 def test_unknown_arrays_are_reported(tmp_path):

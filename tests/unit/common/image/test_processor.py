@@ -2,8 +2,6 @@ import base64
 import io
 import json
 import struct
-import subprocess
-import sys
 import threading
 import zlib
 
@@ -12,6 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
+from processes import output
 
 from clipmb import CheckpointError, CLIPFeatureExtractor, CLIPImageProcessor
 from clipmb.common.image import pixels as px
@@ -484,5 +483,4 @@ def test_no_framework_is_imported():
         "import numpy, clipmb\n"
         "print(clipmb.CLIPImageProcessor()(numpy.zeros((5, 6, 3), 'uint8'), return_tensors='np').pixel_values.shape)\n"
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert done.stdout.strip() == "(1, 3, 224, 224)"
+    assert output("-c", code).strip() == "(1, 3, 224, 224)"

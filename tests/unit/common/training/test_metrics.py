@@ -13,6 +13,7 @@ import sys
 import numpy as np
 import pytest
 from PIL import Image
+from processes import output
 
 from clipmb.common.training import plots, tensorboard
 from clipmb.common.training.metrics import METRICS_NAME, Metrics, read_metrics
@@ -264,8 +265,7 @@ assert matplotlib.rcParams.copy() == before
 assert "matplotlib.pyplot" not in sys.modules
 """
     run(tmp_path, 1, 3)
-    done = subprocess.run([sys.executable, "-W", "error", "-c", script, tmp_path], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
+    output("-W", "error", "-c", script, tmp_path)
 
 
 def test_nothing_to_draw(tmp_path):
@@ -332,9 +332,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 found = EventAccumulator(sys.argv[1] + "/tensorboard").Reload()
 print(*(event.step for event in found.Scalars("loss")))
 """
-    done = subprocess.run([sys.executable, "-c", script, tmp_path], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.splitlines() == ["clean", "1 2 3 4 5 6"]
+    assert output("-c", script, tmp_path).splitlines() == ["clean", "1 2 3 4 5 6"]
 
 
 def test_without_tensorboard_there_are_no_event_files_and_no_word(tmp_path, monkeypatch, caplog):

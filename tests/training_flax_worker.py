@@ -1,6 +1,6 @@
 """Trains in processes of its own, since the number of devices is settled before JAX starts.
 
-``python flax_training_worker.py JOB RESULT [RANK PORT]`` runs the function JOB of this file and pickles what it
+``python training_flax_worker.py JOB RESULT [RANK PORT]`` runs the function JOB of this file and pickles what it
 returns; `test_flax_training` starts the jobs and compares.
 """
 
