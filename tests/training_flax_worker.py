@@ -113,7 +113,7 @@ def one() -> dict[str, Any]:
             weights = {name: np.array(values) for name, values in made.weights().items()}
         metrics = made.step(batch(size, place))
         found["steps"].append({"metrics": metrics, "weights": made.weights(), "moments": made.moments()})
-    found["current"] = made.model.to_arrays()
+    found["current"] = dict(made.model.to_arrays())
     found["engine"] = made.engine().text_features(batch(3)["input_ids"])
     resumed = trainer(state=state, arrays=weights)
     resumed._take_step = made._take_step  # the same function of its arguments: it need not be compiled twice
@@ -127,7 +127,7 @@ def one() -> dict[str, Any]:
         params = jax.tree.map(lambda leaf: leaf.astype(jnp.float64), model.params)
         loss = jax.jit(jax.value_and_grad(lambda params: model(**batch(7), params=params, return_loss=True).loss))
         value, gradient = loss(params)
-        found["model"] = float(value), model.to_arrays(gradient)
+        found["model"] = float(value), dict(model.to_arrays(gradient))
 
     frozen = trainer(freeze=("text",), chunk_size=5)
     found["frozen"] = steps(frozen)

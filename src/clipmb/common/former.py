@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Mapping
+from typing import Any, TypedDict
 
 from clipmb.common.errors import bad_input
 
@@ -14,13 +15,23 @@ _UNNEEDED = (
 )  # fmt: skip
 
 
+class SavingOptions(TypedDict, total=False):
+    """The arguments of transformers 4's ``save_pretrained`` that `check_saving` knows."""
+
+    push_to_hub: bool
+    safe_serialization: bool
+    is_main_process: bool
+    token: str | bool | None
+    save_peft_format: bool
+
+
 def drop_unneeded(options: dict[str, Any]) -> None:
     """Takes the arguments of transformers 4's ``from_pretrained`` that have no effect here out of ``options``."""
     for name in _UNNEEDED:
         options.pop(name, None)
 
 
-def check_saving(options: dict[str, Any]) -> None:
+def check_saving(options: Mapping[str, Any]) -> None:
     """Accepts the arguments of transformers 4's ``save_pretrained`` that ask for what is done anyway.
 
     ``push_to_hub=False``, ``safe_serialization=True`` and ``is_main_process=True``; ``token`` and ``save_peft_format``

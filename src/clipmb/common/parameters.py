@@ -97,12 +97,18 @@ class Spec(NamedTuple):
 def specs(config: BaseConfig, head: str) -> list[Spec]:
     """Lists every parameter of a head.
 
-    Standard deviations are those of transformers 4's PyTorch models, which take each tower's
-    ``initializer_factor`` from the tower's own config.
-
     Args:
-        config: The head's config: of the whole for CLIPModel and CLIPForImageClassification, else of the tower.
+        config: The head's config: a `CLIPConfig` for CLIPModel and CLIPForImageClassification, else that of the tower.
         head: A key of `HEADS`.
+
+    Returns:
+        One `Spec` for each parameter: canonical name, kind, shape and initial distribution.
+
+    Raises:
+        TypeError: The config is of another kind than the head needs.
+
+    Source: the initial distributions of transformers 4.57.6's PyTorch models, which take each tower's
+    ``initializer_factor`` from the tower's own config.
     """
     has_text, has_vision, others = HEADS[head]
     text = config.text_config if isinstance(config, CLIPConfig) else config
@@ -135,7 +141,7 @@ def initial_weights(table: Iterable[Spec], seed: int = 0) -> dict[str, np.ndarra
 
     Args:
         table: The parameters.
-        seed: Random seed; the values of a parameter depend only on it and the parameter's name.
+        seed: Seed of the random numbers. Those of a parameter depend on it and on the parameter's name only.
     """
     arrays = {}
     for spec in table:
@@ -194,7 +200,7 @@ def _norm(stem: str, width: int) -> Iterator[Spec]:
 
 
 def is_known(name: str) -> bool:
-    """Tells whether some head of some size has a parameter of this canonical name."""
+    """Whether some head of some size has a parameter of this canonical name."""
     return re.sub(r"\.layers\.\d+\.", ".layers.0.", name) in _KNOWN
 
 
@@ -216,7 +222,7 @@ def find(path: Sequence[str], framework: str) -> tuple[str, str] | None:
     """Finds the parameter at an attribute path of a framework: the inverse of `Spec.path`.
 
     Args:
-        path: Such as ``("text_model", "encoder", "layers", "11", "mlp", "fc1", "kernel")``.
+        path: The attributes, for example ``("text_model", "encoder", "layers", "11", "mlp", "fc1", "kernel")``.
         framework: "pt", "tf" or "flax".
 
     Returns:

@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Mapping
-from typing import Any, ClassVar, Literal, Self, overload
+from typing import Any, ClassVar, Literal, Self, Unpack, overload
 
 import numpy as np
 
 from clipmb.common.checkpoint import OwnArrays, fit, formats, write_safetensors
-from clipmb.common.checkpoint.tensors import Loaded
+from clipmb.common.checkpoint.tensors import Deferred, Loaded
 from clipmb.common.config import CONFIG_NAME, BaseConfig
 from clipmb.common.dtypes import DTYPES, dtype_name
 from clipmb.common.errors import CheckpointError, bad_input, log_once, logger, one_of
-from clipmb.common.former import check_saving, drop_unneeded
+from clipmb.common.former import SavingOptions, check_saving, drop_unneeded
 from clipmb.common.hub import Source
 from clipmb.common.parameters import specs
 from clipmb.common.saving import Transaction
@@ -28,7 +28,6 @@ class PretrainedMixin:
     config_class: ClassVar[type[BaseConfig]]
     head: ClassVar[str]
     load_options: ClassVar[tuple[str, ...]] = ()  # what `from_arrays` takes beyond the mixin's own options
-    save_options: ClassVar[tuple[str, ...]] = ()  # what `to_arrays` takes
     config: Any
 
     @classmethod
@@ -43,8 +42,8 @@ class PretrainedMixin:
         """
         raise NotImplementedError
 
-    def to_arrays(self, *args: Any, **options: Any) -> dict[str, np.ndarray]:
-        """Returns every parameter by its canonical name, in canonical layout."""
+    def to_arrays(self) -> Deferred:
+        """Returns every parameter by its canonical name, in canonical layout, each made when it is asked for."""
         raise NotImplementedError
 
     @overload
@@ -189,26 +188,46 @@ class PretrainedMixin:
         *,
         max_shard_size: int | str = "5GB",
         variant: str | None = None,
-        **options: Any,
+        **options: Unpack[SavingOptions],
     ) -> None:
         """Writes ``config.json`` and ``model.safetensors``, which every framework and transformers 4 and 5 read.
 
-        A kill at any moment leaves the files that were there, or the new ones.
+        One tensor at a time is taken from the model and its device. A process killed at any moment leaves the files
+        that were there, or the new ones.
 
         Args:
             save_directory: The folder; made when it is missing.
             max_shard_size: Files larger than this are split and given an index.
             variant: Write ``model.<variant>.safetensors``.
-            **options: ``params`` in Flax, and those of `clipmb.common.former.check_saving`.
+            **options: Arguments of transformers 4's, for which see `clipmb.common.former.check_saving`.
 
         Raises:
             ValueError: ``safe_serialization=False`` or ``push_to_hub=True`` was asked for, or the folder is a file.
             TypeError: An option is unknown.
         """
-        params = {name: options.pop(name) for name in self.save_options if name in options}
         check_saving(options)
-        arrays = self.to_arrays(**params)
-        content = config_text(self.config, self.head, (array.dtype.name for array in arrays.values()))
+        self.save_arrays(self.to_arrays(), save_directory, max_shard_size=max_shard_size, variant=variant)
+
+    def save_arrays(
+        self,
+        arrays: Deferred,
+        save_directory: str | os.PathLike[str],
+        *,
+        max_shard_size: int | str = "5GB",
+        variant: str | None = None,
+    ) -> None:
+        """Writes the config and the weights given: the part of `save_pretrained` that all frameworks share.
+
+        Args:
+            arrays: Canonical name to array.
+            save_directory: The folder; made when it is missing.
+            max_shard_size: As in `save_pretrained`.
+            variant: As in `save_pretrained`.
+
+        Raises:
+            ValueError: The folder is a file.
+        """
+        content = config_text(self.config, self.head, (tensor.dtype.name for tensor in arrays.lazy.values()))
         with Transaction(save_directory) as save:
             save.write(CONFIG_NAME, content)
             write_safetensors(save, arrays, max_shard_size=max_shard_size, variant=variant)

@@ -10,10 +10,11 @@ models for values.
 from __future__ import annotations
 
 import math
+import os
 import zlib
 from collections.abc import Mapping
 from functools import partial
-from typing import Any, ClassVar, Self, cast
+from typing import Any, ClassVar, Self, Unpack, cast
 
 import jax
 import jax.numpy as jnp
@@ -24,8 +25,11 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from jax import Array
 
 from clipmb.common import checks
+from clipmb.common.checkpoint import LoadingInfo
+from clipmb.common.checkpoint.tensors import Deferred
 from clipmb.common.config import BaseConfig, CLIPConfig, CLIPTextConfig, CLIPVisionConfig
 from clipmb.common.errors import bad_input
+from clipmb.common.former import SavingOptions, check_saving
 from clipmb.common.outputs import (
     BaseModelOutputWithPooling,
     CLIPOutput,
@@ -43,7 +47,7 @@ from clipmb.flax.modules import (
     FlaxCLIPVisionModelWithProjectionModule,
     FlaxCLIPVisionModule,
 )
-from clipmb.flax.tensors import from_numpy, to_numpy
+from clipmb.flax.tensors import from_numpy, lazy_numpy, to_numpy
 
 Params = Mapping[str, Any]
 
@@ -72,7 +76,6 @@ class FlaxCLIPPreTrainedModel(PretrainedMixin):
     framework = "flax"
     supports_gradient_checkpointing = True
     load_options: ClassVar[tuple[str, ...]] = ("seed", "input_shape", "_do_init", "gradient_checkpointing")
-    save_options: ClassVar[tuple[str, ...]] = ("params",)
 
     def __init__(
         self,
@@ -140,28 +143,45 @@ class FlaxCLIPPreTrainedModel(PretrainedMixin):
         """Returns one value of a ``state_dict`` as numpy."""
         return np.array(to_numpy(value))  # a copy: jax may share memory with what it is given
 
-    def to_arrays(self, params: Params | None = None) -> dict[str, np.ndarray]:
-        """Returns every parameter by its canonical name, in canonical layout."""
+    def to_arrays(self, params: Params | None = None) -> Deferred:
+        """Returns every parameter by its canonical name, in canonical layout, each made when it is asked for."""
         leaves = self._checked(self.params if params is None else params)
-        return {
-            spec.name: KINDS[spec.kind].to_canonical(to_numpy(leaves[spec.path("flax")]))
-            for spec in specs(self.config, self.head)
-        }
+        table = specs(self.config, self.head)
+        return Deferred({spec.name: lazy_numpy(leaves[spec.path("flax")], spec) for spec in table})
+
+    def save_pretrained(
+        self,
+        save_directory: str | os.PathLike[str],
+        params: Params | None = None,
+        *,
+        max_shard_size: int | str = "5GB",
+        variant: str | None = None,
+        **options: Unpack[SavingOptions],
+    ) -> None:
+        """Writes ``config.json`` and ``model.safetensors``: `PretrainedMixin.save_pretrained` for a tree of parameters.
+
+        Args:
+            save_directory: The folder; made when it is missing.
+            params: The parameters to save; the model's own when None.
+            max_shard_size: Files larger than this are split and given an index.
+            variant: Write ``model.<variant>.safetensors``.
+            **options: Arguments of transformers 4's, for which see `clipmb.common.former.check_saving`.
+
+        Raises:
+            ValueError: ``params`` do not fit the model, ``safe_serialization=False`` or ``push_to_hub=True`` was asked
+                for, or the folder is a file.
+            TypeError: An option is unknown.
+        """
+        check_saving(options)
+        self.save_arrays(self.to_arrays(params), save_directory, max_shard_size=max_shard_size, variant=variant)
 
     def _checked(self, params: Params) -> dict[tuple[str, ...], Any]:
         """Returns the leaves of a tree by path, once it fits the model."""
         leaves = _leaves(params)
-        expected = _leaves(self.params_shape_tree)
-        problems = [f"missing: {'.'.join(path)}" for path in expected.keys() - leaves.keys()]
-        problems += [f"unexpected: {'.'.join(map(str, path))}" for path in leaves.keys() - expected.keys()]
-        problems += [
-            f"shape: {'.'.join(path)} is {np.shape(leaves[path])} and must be {leaf.shape}"
-            for path, leaf in expected.items()
-            if path in leaves and np.shape(leaves[path]) != leaf.shape
-        ]
-        if problems:
-            text = "\n  - ".join([f"params do not fit {type(self).__name__}. Problems:", *sorted(problems)])
-            raise ValueError(text)
+        found = {".".join(map(str, path)): np.shape(leaf) for path, leaf in leaves.items()}
+        expected = {".".join(spec.path("flax")): _shape(spec) for spec in specs(self.config, self.head)}
+        if problems := LoadingInfo.between(found, expected).problems():
+            raise ValueError("\n  - ".join([f"params do not fit {type(self).__name__}. Problems:", *problems]))
         return leaves
 
     def init_weights(self, rng: Array, input_shape: Any = None, params: Params | None = None) -> dict[str, Any]:

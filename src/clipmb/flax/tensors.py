@@ -5,10 +5,11 @@ from __future__ import annotations
 from typing import Any
 
 import jax
-import ml_dtypes
 import numpy as np
 
 from clipmb.common.checkpoint import OwnArrays
+from clipmb.common.checkpoint.tensors import Lazy
+from clipmb.common.dtypes import BFLOAT16, dtype_name, numpy_dtype
 from clipmb.common.outputs import ModelOutput
 from clipmb.common.parameters import KINDS, Spec
 
@@ -42,12 +43,18 @@ def from_numpy(arrays: dict[str, np.ndarray], table: list[Spec]) -> dict[str, ja
     return placed
 
 
+def lazy_numpy(array: Any, spec: Spec) -> Lazy:
+    """Returns an array as one of numpy in canonical layout that is copied from its device when it is asked for."""
+    lazy = Lazy(tuple(np.shape(array)), numpy_dtype(dtype_name(array.dtype) or ""), lambda: to_numpy(array))
+    return lazy.viewed(KINDS[spec.kind].to_canonical)
+
+
 def to_numpy(array: Any) -> np.ndarray:
     """Returns an array, or a tensor of another framework, as numpy, gathered from all its devices."""
     if hasattr(array, "detach"):  # PyTorch's, which numpy cannot take with gradients or in bfloat16
         array = array.detach().cpu()
         if str(array.dtype) == "torch.bfloat16":
-            return array.float().numpy().astype(ml_dtypes.bfloat16)
+            return array.float().numpy().astype(BFLOAT16)
     return np.asarray(array)
 
 

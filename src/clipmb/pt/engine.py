@@ -134,7 +134,7 @@ class Engine:
 
     def weights(self) -> dict[str, np.ndarray]:
         """Returns every parameter by its canonical name, in canonical layout."""
-        return self.model.to_arrays()
+        return dict(self.model.to_arrays())
 
     def free(self) -> None:
         """Releases the model and its memory; the engine cannot be used afterwards."""

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from clipmb.common import checks
+from clipmb.common.checkpoint.tensors import Deferred
 from clipmb.common.config import BaseConfig, CLIPConfig, CLIPTextConfig, CLIPVisionConfig
 from clipmb.common.errors import bad_input, warn_once
 from clipmb.common.outputs import (
@@ -32,7 +33,7 @@ from clipmb.common.parameters import Spec, specs
 from clipmb.common.pretrained import PretrainedMixin
 from clipmb.pt.layers import ACTIVATIONS, Uninitialised, interpolate_positions, look_up, statistics_dtype
 from clipmb.pt.losses import classification_loss, contrastive_loss, normalize
-from clipmb.pt.tensors import from_numpy, register_output, to_numpy
+from clipmb.pt.tensors import from_numpy, lazy_numpy, register_output, to_numpy
 
 for _type in ModelOutput.types:
     register_output(_type)
@@ -362,9 +363,11 @@ class CLIPPreTrainedModel(PretrainedMixin, nn.Module):
         """Returns one value of a ``state_dict`` as numpy."""
         return np.array(to_numpy(value) if isinstance(value, Tensor) else value)  # a copy, which training may change
 
-    def to_arrays(self) -> dict[str, np.ndarray]:
-        """Returns every parameter by its canonical name, in canonical layout."""
-        return {spec.name: to_numpy(self.get_parameter(spec.name)) for spec in specs(self.config, self.head)}
+    def to_arrays(self) -> Deferred:
+        """Returns every parameter by its canonical name, in canonical layout, each made when it is asked for."""
+        return Deferred(
+            {spec.name: lazy_numpy(self.get_parameter(spec.name)) for spec in specs(self.config, self.head)}
+        )
 
     def set_parameter(self, name: str, tensor: Tensor) -> None:
         """Makes a tensor the parameter of a canonical name."""

@@ -4,28 +4,34 @@ from __future__ import annotations
 
 from typing import Any
 
-import ml_dtypes
 import numpy as np
 import torch
 from torch.utils import _pytree as pytree
 
+from clipmb.common.checkpoint.tensors import Lazy
+from clipmb.common.dtypes import BFLOAT16, numpy_dtype
 from clipmb.common.outputs import ModelOutput
 
 
 def from_numpy(array: np.ndarray) -> torch.Tensor:
     """Wraps an array; only layouts that torch cannot share are copied."""
-    if array.dtype == ml_dtypes.bfloat16:
+    if array.dtype == BFLOAT16:
         return from_numpy(array.view(np.int16)).view(torch.bfloat16)
     if not array.flags.writeable or any(step < 0 for step in array.strides):
         array = array.copy()
     return torch.from_numpy(array)
 
 
+def lazy_numpy(tensor: torch.Tensor) -> Lazy:
+    """Returns a tensor as an array that is copied from its device when it is asked for."""
+    return Lazy(tuple(tensor.shape), numpy_dtype(str(tensor.dtype).removeprefix("torch.")), lambda: to_numpy(tensor))
+
+
 def to_numpy(tensor: torch.Tensor) -> np.ndarray:
     """Shares the memory of a tensor on the CPU; tensors elsewhere are copied."""
     tensor = tensor.detach().cpu()
     if tensor.dtype == torch.bfloat16:
-        return tensor.contiguous().view(torch.int16).numpy().view(ml_dtypes.bfloat16)
+        return tensor.contiguous().view(torch.int16).numpy().view(BFLOAT16)
     return tensor.numpy()
 
 

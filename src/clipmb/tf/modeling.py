@@ -22,6 +22,7 @@ import tensorflow as tf
 from tensorflow import Tensor
 
 from clipmb.common import checks
+from clipmb.common.checkpoint.tensors import Deferred
 from clipmb.common.config import BaseConfig, CLIPConfig, CLIPTextConfig, CLIPVisionConfig
 from clipmb.common.errors import bad_input, warn_once
 from clipmb.common.outputs import (
@@ -33,7 +34,7 @@ from clipmb.common.outputs import (
     ImageClassifierOutput,
     ModelOutput,
 )
-from clipmb.common.parameters import KINDS, Spec, specs
+from clipmb.common.parameters import Spec, specs
 from clipmb.tf.export import ExportMixin
 from clipmb.tf.keras_model import KerasModel
 from clipmb.tf.layers import (
@@ -51,7 +52,17 @@ from clipmb.tf.layers import (
     statistics_dtype,
 )
 from clipmb.tf.losses import classification_loss, contrastive_loss, normalize
-from clipmb.tf.tensors import distribution, given, next_seed, plain_errors, register_output, sizes, to_tensor, unpacking
+from clipmb.tf.tensors import (
+    distribution,
+    given,
+    lazy_numpy,
+    next_seed,
+    plain_errors,
+    register_output,
+    sizes,
+    to_tensor,
+    unpacking,
+)
 
 for _type in ModelOutput.types:
     register_output(_type)
@@ -383,12 +394,9 @@ class TFCLIPPreTrainedModel(ExportMixin, KerasModel):
         """Returns one value of a ``state_dict`` as numpy."""
         return value.numpy() if tf.is_tensor(value) or isinstance(value, keras.Variable) else np.asarray(value)
 
-    def to_arrays(self) -> dict[str, np.ndarray]:
-        """Returns every parameter by its canonical name, in canonical layout."""
-        return {
-            spec.name: KINDS[spec.kind].to_canonical(self.parameter(spec).numpy())
-            for spec in specs(self.config, self.head)
-        }
+    def to_arrays(self) -> Deferred:
+        """Returns every parameter by its canonical name, in canonical layout, each made when it is asked for."""
+        return Deferred({spec.name: lazy_numpy(self.parameter(spec), spec) for spec in specs(self.config, self.head)})
 
     def init_weights(self) -> None:
         """Draws every parameter from its initial normal distribution."""

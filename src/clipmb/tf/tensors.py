@@ -16,6 +16,8 @@ import tensorflow as tf
 from tensorflow import Tensor
 
 from clipmb.common.checkpoint import OwnArrays
+from clipmb.common.checkpoint.tensors import Lazy
+from clipmb.common.dtypes import numpy_dtype
 from clipmb.common.errors import bad_input
 from clipmb.common.outputs import ModelOutput
 from clipmb.common.parameters import KINDS, Spec
@@ -97,6 +99,12 @@ def next_seed(generator: keras.random.SeedGenerator) -> tf.Tensor:
     """Draws a seed of dropout, (2,) int32: from a generator, or within `seeds` from its function."""
     draw = _SEEDS.get()
     return tf.cast(generator.next(), tf.int32) if draw is None else draw()
+
+
+def lazy_numpy(variable: keras.Variable, spec: Spec) -> Lazy:
+    """Returns a variable as an array in canonical layout that is copied from its device when it is asked for."""
+    array = Lazy(tuple(variable.shape), numpy_dtype(str(variable.dtype)), variable.numpy)
+    return array.viewed(KINDS[spec.kind].to_canonical)
 
 
 @contextmanager

@@ -223,7 +223,7 @@ class Trainer:
 
     def weights(self) -> dict[str, np.ndarray]:
         """Returns every parameter by canonical name; later steps leave the arrays as they are."""
-        return self.model.to_arrays()
+        return dict(self.model.to_arrays())
 
     def moments(self) -> dict[str, np.ndarray]:
         """Returns AdamW's moments under the names of `TrainingState.tensors`; zeros before the first step."""

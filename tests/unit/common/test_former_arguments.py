@@ -7,6 +7,7 @@ import pytest
 from conftest import BACKENDS
 
 import clipmb
+from clipmb.common.hub import Source
 
 MODELS = {"pt": "CLIPTextModel", "tf": "TFCLIPTextModel", "flax": "FlaxCLIPTextModel"}
 NAMES = ["CLIPTextConfig", "CLIPTokenizer", "CLIPTokenizerFast", "CLIPImageProcessor", "CLIPProcessor"]
@@ -31,3 +32,19 @@ def test_former_arguments(name, tmp_path):
     with pytest.raises(TypeError, match="push_to_hubb"):
         thing.save_pretrained(tmp_path / "c", push_to_hubb=False)
     assert not (tmp_path / "c").exists()
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_former_name_of_the_token_counts(name, monkeypatch):
+    """Under its old name a token reaches the hub as under its new one."""
+    seen = []
+
+    def find(source, file):
+        seen.append(source.token)
+        raise clipmb.CheckpointError("no network here")
+
+    monkeypatch.setattr(Source, "find", find)
+    monkeypatch.setattr(Source, "names", lambda source: find(source, ""))
+    with pytest.raises(clipmb.CheckpointError, match="no network here"):
+        getattr(clipmb, name).from_pretrained("me/secret", use_auth_token="mine")
+    assert set(seen) == {"mine"}

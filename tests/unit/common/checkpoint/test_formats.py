@@ -10,12 +10,13 @@ import numpy as np
 import pytest
 import toy_format
 from cases import CONFIGS, config_of, random_arrays, write_checkpoint
-from conftest import TESTS
+from conftest import BACKENDS, TESTS
 from format_cases import EVERYWHERE as CONFIG
 from format_cases import assert_same, read_as
 from processes import output
 from typer.testing import CliRunner
 
+import clipmb
 from clipmb import CheckpointError, convert
 from clipmb.cli import app
 from clipmb.common.checkpoint import formats
@@ -101,37 +102,49 @@ def test_the_help_lists_every_format():
 
 @pytest.mark.parametrize("name", formats.FORMATS)
 def test_writing_makes_every_tensor_once(tmp_path, name):
-    made: list[str] = []
-    arrays = random_arrays(CONFIG, "CLIPModel")
-
-    def counted(key: str, tensor):
-        return replace(tensor, make=lambda: made.append(key) or tensor.make())
-
-    tensors = Deferred({key: counted(key, tensor) for key, tensor in lazy(arrays).items()})
+    watched = Watched(lazy(random_arrays(CONFIG, "CLIPModel")))
     with Transaction(tmp_path) as save:
-        formats.format_of(name).write(save, tensors, CONFIG, "CLIPModel", max_shard_size="200KB")
-    assert sorted(made) == sorted(arrays)
+        formats.format_of(name).write(save, watched.tensors, CONFIG, "CLIPModel", max_shard_size="200KB")
+    assert sorted(watched.made) == sorted(watched.tensors)
+
+
+class Watched:
+    """Counts the tensors that were made and not yet released."""
+
+    def __init__(self, tensors):
+        self.held, self.made, self.most = set(), [], 0
+        self.tensors = Deferred({key: self._watched(key, tensor) for key, tensor in tensors.items()})
+
+    def _watched(self, key: str, tensor):
+        def make() -> np.ndarray:
+            self.made.append(key)
+            self.held.add(key)
+            self.most = max(self.most, len(self.held))
+            return tensor.make()
+
+        return replace(tensor, make=make, release=lambda: self.held.discard(key))
 
 
 @pytest.mark.parametrize("name", [name for name, entry in formats.FORMATS.items() if entry.streams])
 def test_streaming_releases_a_tensor_before_the_next_is_made(tmp_path, name):
-    held: set[str] = set()
-    most = []
-
-    def watched(key: str, tensor):
-        def make() -> np.ndarray:
-            held.add(key)
-            most.append(len(held))
-            return tensor.make()
-
-        return replace(tensor, make=make, release=lambda: held.discard(key))
-
-    tensors = lazy(random_arrays(CONFIG, "CLIPModel"))
+    watched = Watched(lazy(random_arrays(CONFIG, "CLIPModel")))
     with Transaction(tmp_path) as save:
-        watching = Deferred({key: watched(key, tensor) for key, tensor in tensors.items()})
-        formats.format_of(name).write(save, watching, CONFIG, "CLIPModel")
-    assert not held
-    assert max(most) == (3 if formats.FORMATS[name].whole_only else 1)  # query, key and value share one of OpenAI's
+        formats.format_of(name).write(save, watched.tensors, CONFIG, "CLIPModel")
+    assert not watched.held
+    assert watched.most == (3 if formats.FORMATS[name].whole_only else 1)  # q, k and v share one tensor of OpenAI's
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_models_are_saved_one_tensor_at_a_time(tmp_path, monkeypatch, backend):
+    kind = getattr(clipmb, {"pt": "CLIPModel", "tf": "TFCLIPModel", "flax": "FlaxCLIPModel"}[backend])
+    model = kind.from_pretrained(write_checkpoint(tmp_path / "source", CONFIGS["plain"]))
+    watched = Watched(model.to_arrays().lazy)
+    monkeypatch.setattr(kind, "to_arrays", lambda *_: watched.tensors)
+    model.save_pretrained(tmp_path / "saved", max_shard_size="100KB")
+    assert sorted(watched.made) == sorted(watched.tensors)
+    assert watched.most == 1
+    expected = random_arrays(CONFIGS["plain"], "CLIPModel")
+    assert_same(read_as("safetensors", tmp_path / "saved", CONFIGS["plain"], "CLIPModel"), expected)
 
 
 def test_the_documented_table_is_that_of_the_formats():
