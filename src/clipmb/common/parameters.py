@@ -141,7 +141,7 @@ def initial_weights(table: Iterable[Spec], seed: int = 0) -> dict[str, np.ndarra
 
     Args:
         table: The parameters.
-        seed: Seed of the random numbers. Those of a parameter depend on it and on the parameter's name only.
+        seed: Random seed; the values of a parameter depend only on it and the parameter's name.
     """
     arrays = {}
     for spec in table:
