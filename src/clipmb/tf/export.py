@@ -14,9 +14,6 @@ from tensorflow import Tensor
 class ExportMixin(keras.Model):
     """The exports of a model with one or both towers."""
 
-    text_model: Any
-    vision_model: Any
-
     @property
     def input_signature(self) -> dict[str, tf.TensorSpec]:
         """The inputs of a served model: any batch, any length of text."""

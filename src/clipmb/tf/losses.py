@@ -17,7 +17,7 @@ def normalize(embeds: Tensor) -> Tensor:
     return tf.cast(wide / tf.sqrt(tf.reduce_sum(tf.square(wide), axis=-1, keepdims=True)), embeds.dtype)
 
 
-def cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
+def cross_entropy(logits: Tensor, labels: Tensor, count: int | Tensor | None = None) -> Tensor:
     """Returns the mean cross-entropy over the labels that are not -100.
 
     Source: torch.nn.functional.cross_entropy.
@@ -25,6 +25,7 @@ def cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
     Args:
         logits: (n, classes).
         labels: (n,) class indices, or -100 for rows that do not count.
+        count: By what the sum is divided; the number of rows that count when None.
 
     Returns:
         () in at least float32, NaN where no row counts, and under XLA where a label is neither a class nor -100.
@@ -34,16 +35,13 @@ def cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
     """
     kept = labels != -100
     labels = tf.where(kept, labels, 0)
-    with plain_errors():
-        check_range(labels, sizes(logits)[1], "labels")
-    losses = _cross_entropies(logits, labels)
-    kept = tf.cast(kept, losses.dtype)
-    return tf.reduce_sum(losses * kept) / tf.reduce_sum(kept)
-
-
-def _cross_entropies(logits: Tensor, labels: Tensor) -> Tensor:
-    """(n, classes) and (n,) class indices to (n,), in at least float32."""
-    return tf.nn.sparse_softmax_cross_entropy_with_logits(labels, tf.cast(logits, statistics_dtype(logits.dtype)))
+    classes = logits.shape[1]
+    if classes is not None:
+        with plain_errors():
+            check_range(labels, classes, "labels")
+    logits = tf.cast(logits, statistics_dtype(logits.dtype))
+    losses = tf.where(kept, tf.nn.sparse_softmax_cross_entropy_with_logits(labels, logits), 0)
+    return tf.reduce_sum(losses) / tf.cast(tf.math.count_nonzero(kept) if count is None else count, losses.dtype)
 
 
 def contrastive_loss(logits_per_text: Tensor) -> Tensor:
@@ -62,7 +60,7 @@ def contrastive_loss(logits_per_text: Tensor) -> Tensor:
     if isinstance(texts, int) and isinstance(images, int) and texts != images:
         with plain_errors():
             raise checks.not_square(texts, images)
-    return _symmetric(logits_per_text, tf.transpose(logits_per_text), None, slice(None))
+    return _symmetric(logits_per_text, tf.transpose(logits_per_text), tf.range(texts))
 
 
 def classification_loss(logits: Tensor, labels: Tensor, config: CLIPConfig) -> Tensor:
@@ -117,25 +115,23 @@ def clip_loss(
         ().
     """
     rows = slice(None) if rows is None else rows
-    scale = tf.exp(logit_scale)
+    scale, count = tf.exp(logit_scale), sizes(text_embeds)[0]
     logits_per_text = tf.matmul(scale * text_embeds[rows], image_embeds, transpose_b=True)  # (rows, n)
     logits_per_image = tf.matmul(scale * image_embeds[rows], text_embeds, transpose_b=True)  # (rows, n)
-    return _symmetric(logits_per_text, logits_per_image, valid, rows)
+    targets = tf.range(count)
+    if valid is not None:
+        lowest = tf.constant(logits_per_text.dtype.min / 2, logits_per_text.dtype)
+        logits_per_text = tf.where(valid, logits_per_text, lowest)
+        logits_per_image = tf.where(valid, logits_per_image, lowest)
+        targets, count = tf.where(valid, targets, -100), tf.math.count_nonzero(valid)
+    return _symmetric(logits_per_text, logits_per_image, targets[rows], count)
 
 
-def _symmetric(logits_per_text: Tensor, logits_per_image: Tensor, valid: Tensor | None, rows: slice) -> Tensor:
-    """The formula of `clip_loss` on scaled cosines: (rows, n) twice, (n,) and the rows to ()."""
-    size = sizes(logits_per_text)[1]
-    targets = tf.range(size)[rows]
-    terms = []
-    for logits in (logits_per_text, logits_per_image):
-        if valid is not None:
-            logits = tf.where(valid, logits, tf.constant(logits.dtype.min / 2, logits.dtype))
-        losses = _cross_entropies(logits, targets)  # (rows,)
-        if valid is not None:
-            losses = tf.where(valid[rows], losses, 0)
-        terms.append(tf.reduce_sum(losses))
-    return (terms[0] + terms[1]) / (2 * _count(valid, size, terms[0].dtype))
+def _symmetric(
+    logits_per_text: Tensor, logits_per_image: Tensor, targets: Tensor, count: int | Tensor | None = None
+) -> Tensor:
+    """The formula of `clip_loss` on scaled cosines: (rows, n) twice and (rows,) targets to ()."""
+    return (cross_entropy(logits_per_text, targets, count) + cross_entropy(logits_per_image, targets, count)) / 2
 
 
 def siglip_loss(
@@ -163,16 +159,12 @@ def siglip_loss(
         ().
     """
     rows = slice(None) if rows is None else rows
-    size = sizes(text_embeds)[0]
-    scale = tf.exp(logit_scale)
+    scale, count = tf.exp(logit_scale), sizes(text_embeds)[0]
     logits = tf.matmul(scale * text_embeds[rows], image_embeds, transpose_b=True) + logit_bias  # (rows, n)
-    places = tf.range(size)
+    places = tf.range(count)
     signs = tf.where(places[rows][:, None] == places, tf.ones((), logits.dtype), -1)  # (rows, n)
     losses = -tf.math.log_sigmoid(signs * logits)
     if valid is not None:
         losses = tf.where(valid[rows][:, None] & valid, losses, 0)
-    return tf.reduce_sum(losses) / _count(valid, size, losses.dtype)
-
-
-def _count(valid: Tensor | None, size: int | Tensor, dtype: tf.DType) -> Tensor:
-    return tf.cast(size if valid is None else tf.math.count_nonzero(valid), dtype)
+        count = tf.math.count_nonzero(valid)
+    return tf.reduce_sum(losses) / tf.cast(count, losses.dtype)

@@ -14,7 +14,7 @@ inputs, and ``compile(jit_compile=False)``, since Keras' default for ``fit`` is 
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 import keras
 import numpy as np
@@ -33,6 +33,8 @@ from clipmb.common.outputs import (
     CLIPVisionModelOutput,
     ImageClassifierOutput,
     ModelOutput,
+    default,
+    returned,
 )
 from clipmb.common.parameters import Spec, specs
 from clipmb.tf.export import ExportMixin
@@ -106,7 +108,7 @@ class TFCLIPAttention(Module):
         weights = tf.cast(tf.nn.softmax(tf.cast(scores, statistics), axis=-1), query.dtype)
         if seed is not None:
             weights = tf.nn.experimental.stateless_dropout(weights, self.dropout, seed=seed)
-        context = tf.matmul(weights, value)
+        context = tf.matmul(weights, value)  # (batch, heads, seq, head_dim)
         context = tf.reshape(tf.transpose(context, (0, 2, 1, 3)), (batch, seq, width))
         return self.out_proj(context), None if fused else weights
 
@@ -163,10 +165,10 @@ class TFCLIPEncoder(Module):
         output_attentions: bool | None = None,
         output_hidden_states: bool | None = None,
         training: bool = False,
-    ) -> BaseModelOutput:
+    ) -> BaseModelOutput[Tensor]:
         """Runs the blocks over (batch, seq, width)."""
-        output_attentions = _default(output_attentions, self.config.output_attentions)
-        output_hidden_states = _default(output_hidden_states, self.config.output_hidden_states)
+        output_attentions = default(output_attentions, self.config.output_attentions)
+        output_hidden_states = default(output_hidden_states, self.config.output_hidden_states)
         fused = self.config.attn_implementation != "eager"
         if fused and output_attentions:
             fused = False
@@ -209,9 +211,8 @@ class TFCLIPTextEmbeddings(Module):
     def __init__(self, config: CLIPTextConfig) -> None:
         super().__init__()
         self.config = config
-        width = config.hidden_size
-        self.token_embedding = keras.layers.Embedding(config.vocab_size, width)
-        self.position_embedding = keras.layers.Embedding(config.max_position_embeddings, width)
+        self.token_embedding = keras.layers.Embedding(config.vocab_size, config.hidden_size)
+        self.position_embedding = keras.layers.Embedding(config.max_position_embeddings, config.hidden_size)
 
     def call(self, input_ids: Tensor, position_ids: Tensor | None = None) -> Tensor:
         """(batch, seq) to (batch, seq, width)."""
@@ -270,7 +271,7 @@ class TFCLIPTextTransformer(Module):
         output_attentions: bool | None = None,
         output_hidden_states: bool | None = None,
         training: bool = False,
-    ) -> BaseModelOutputWithPooling:
+    ) -> BaseModelOutputWithPooling[Tensor]:
         """Runs the tower over (batch, seq)."""
         with plain_errors():
             input_ids = checks.check_text(input_ids, attention_mask, position_ids, self.config)
@@ -315,7 +316,7 @@ class TFCLIPVisionTransformer(Module):
         output_hidden_states: bool | None = None,
         interpolate_pos_encoding: bool = False,
         training: bool = False,
-    ) -> BaseModelOutputWithPooling:
+    ) -> BaseModelOutputWithPooling[Tensor]:
         """Runs the tower over (batch, channels, height, width)."""
         with plain_errors():
             pixel_values = checks.check_pixels(pixel_values, self.config, interpolate_pos_encoding)
@@ -348,6 +349,8 @@ class TFCLIPPreTrainedModel(ExportMixin, KerasModel):
     main_input_name = "input_ids"
     supports_gradient_checkpointing = True
     load_options: ClassVar[tuple[str, ...]] = ("dtype_policy",)
+    text_model: TFCLIPTextTransformer  # of heads that have it
+    vision_model: TFCLIPVisionTransformer  # of heads that have it
 
     def __init__(self, config: BaseConfig, dtype: Any = None, **kwargs: Any) -> None:
         super().__init__(dtype=dtype, **kwargs)
@@ -365,7 +368,7 @@ class TFCLIPPreTrainedModel(ExportMixin, KerasModel):
             return super().from_pretrained(pretrained_model_name_or_path, dtype=dtype, **options)
 
     @classmethod
-    def _from_config(cls, config: BaseConfig, **kwargs: Any) -> TFCLIPPreTrainedModel:
+    def _from_config(cls, config: BaseConfig, **kwargs: Any) -> Self:  # the name that transformers' Auto classes call
         return cls(config, **kwargs)
 
     @classmethod
@@ -376,7 +379,7 @@ class TFCLIPPreTrainedModel(ExportMixin, KerasModel):
         initialised: list[Spec],
         dtype: str | None,
         dtype_policy: Any = None,
-    ) -> TFCLIPPreTrainedModel:
+    ) -> Self:
         """Builds the model around canonical arrays, and draws the parameters that have none.
 
         Args:
@@ -407,6 +410,10 @@ class TFCLIPPreTrainedModel(ExportMixin, KerasModel):
     def check_ids(self, input_ids: Any, position_ids: Any = None) -> None:
         """Raises for ids outside the vocabulary: the check that functions compiled by XLA cannot make themselves.
 
+        Args:
+            input_ids: Integers of any shape.
+            position_ids: Likewise; None for none.
+
         Raises:
             ValueError: Some ids are outside.
         """
@@ -416,7 +423,12 @@ class TFCLIPPreTrainedModel(ExportMixin, KerasModel):
             check_range(to_tensor(position_ids), embeddings.position_embedding.input_dim, "position_ids")
 
     def num_parameters(self, only_trainable: bool = False, exclude_embeddings: bool = False) -> int:
-        """Counts parameters."""
+        """Counts parameters.
+
+        Args:
+            only_trainable: Leave out frozen ones.
+            exclude_embeddings: Leave out the tables of embeddings.
+        """
         layers = self._flatten_layers()
         skipped = {id(w) for layer in layers if isinstance(layer, keras.layers.Embedding) for w in layer.weights}
         return sum(
@@ -433,10 +445,9 @@ class TFCLIPPreTrainedModel(ExportMixin, KerasModel):
 
     def set_input_embeddings(self, value: keras.layers.Layer) -> None:
         """Replaces the layer that `get_input_embeddings` returns."""
-        if hasattr(self, "text_model"):
-            replace_part(self.text_model.embeddings, "token_embedding", value)
-        else:
-            replace_part(self.vision_model.embeddings, "patch_embedding", value)
+        owner = self.text_model.embeddings if hasattr(self, "text_model") else self.vision_model.embeddings
+        name = "token_embedding" if hasattr(self, "text_model") else "patch_embedding"
+        replace_part(owner, name, value)
 
     def resize_token_embeddings(
         self, new_num_tokens: int | None = None, pad_to_multiple_of: int | None = None
@@ -501,9 +512,6 @@ class TFCLIPPreTrainedModel(ExportMixin, KerasModel):
         """Chooses "eager" or "sdpa" attention, for the whole or by tower."""
         self.config.attn_implementation = attn_implementation
 
-    def _returned(self, output: ModelOutput, return_dict: bool | None) -> Any:
-        return output if _default(return_dict, self.config.return_dict) else output.to_tuple()
-
 
 @keras.saving.register_keras_serializable("clipmb")
 class TFCLIPModel(TFCLIPPreTrainedModel):
@@ -539,9 +547,22 @@ class TFCLIPModel(TFCLIPPreTrainedModel):
         return_dict: bool | None = None,
         training: bool = False,
     ) -> Tensor:
-        """Returns the projected text: (batch, seq) to (batch, proj), not normalised.
+        """Returns the projected texts, not normalised.
 
-        Arguments as in `TFCLIPModel.call`.
+        Args:
+            input_ids: (batch, seq) integers.
+            attention_mask: (batch, seq), 1 for tokens that may be looked at; all when None.
+            position_ids: (batch or 1, seq); 0, 1, … when None.
+            output_attentions: Changes nothing here; part of the signature of every call.
+            output_hidden_states: Like ``output_attentions``.
+            return_dict: Like ``output_attentions``.
+            training: As in `call`.
+
+        Returns:
+            (batch, proj).
+
+        Raises:
+            ValueError: A shape or a value does not fit.
         """
         output = self.text_model(
             input_ids, attention_mask, position_ids, output_attentions, output_hidden_states, training=training
@@ -558,9 +579,21 @@ class TFCLIPModel(TFCLIPPreTrainedModel):
         return_dict: bool | None = None,
         training: bool = False,
     ) -> Tensor:
-        """Returns the projected images: (batch, channels, height, width) to (batch, proj), not normalised.
+        """Returns the projected pictures, not normalised.
 
-        Arguments as in `TFCLIPModel.call`.
+        Args:
+            pixel_values: (batch, channels, height, width).
+            output_attentions: Changes nothing here; part of the signature of every call.
+            output_hidden_states: Like ``output_attentions``.
+            interpolate_pos_encoding: Accept pictures of any size.
+            return_dict: Like ``output_attentions``.
+            training: As in `call`.
+
+        Returns:
+            (batch, proj).
+
+        Raises:
+            ValueError: A shape or a value does not fit.
         """
         output = self.vision_model(
             pixel_values, output_attentions, output_hidden_states, interpolate_pos_encoding, training=training
@@ -614,9 +647,9 @@ class TFCLIPModel(TFCLIPPreTrainedModel):
             text_model_output=text_output,
             vision_model_output=vision_output,
         )
-        return self._returned(output, return_dict)
+        return returned(output, return_dict, self.config.return_dict)
 
-    def own_loss(self, y: Any, y_pred: CLIPOutput | tuple) -> Tensor:
+    def own_loss(self, y: Any, y_pred: CLIPOutput[Tensor] | tuple[Any, ...]) -> Tensor:
         """Returns the contrastive loss of the batch."""
         return contrastive_loss(y_pred[-5])  # logits_per_text, whether or not there is a loss before it
 
@@ -643,9 +676,9 @@ class TFCLIPTextModel(TFCLIPPreTrainedModel):
         return_dict: bool | None = None,
         training: bool = False,
     ) -> BaseModelOutputWithPooling[Tensor] | Any:
-        """Encodes texts; arguments as in `TFCLIPModel.call`."""
+        """Encodes texts; arguments and errors as in `TFCLIPModel.call`."""
         output = self.text_model(input_ids, attention_mask, position_ids, output_attentions, output_hidden_states)
-        return self._returned(output, return_dict)
+        return returned(output, return_dict, self.config.return_dict)
 
 
 @keras.saving.register_keras_serializable("clipmb")
@@ -671,7 +704,7 @@ class TFCLIPTextModelWithProjection(TFCLIPPreTrainedModel):
         return_dict: bool | None = None,
         training: bool = False,
     ) -> CLIPTextModelOutput[Tensor] | Any:
-        """Encodes and projects texts; arguments as in `TFCLIPModel.call`."""
+        """Encodes and projects texts; arguments and errors as in `TFCLIPModel.call`."""
         output = self.text_model(input_ids, attention_mask, position_ids, output_attentions, output_hidden_states)
         projected = CLIPTextModelOutput(
             text_embeds=self.text_projection(output.pooler_output),
@@ -679,7 +712,7 @@ class TFCLIPTextModelWithProjection(TFCLIPPreTrainedModel):
             hidden_states=output.hidden_states,
             attentions=output.attentions,
         )
-        return self._returned(projected, return_dict)
+        return returned(projected, return_dict, self.config.return_dict)
 
 
 @keras.saving.register_keras_serializable("clipmb")
@@ -704,9 +737,9 @@ class TFCLIPVisionModel(TFCLIPPreTrainedModel):
         return_dict: bool | None = None,
         training: bool = False,
     ) -> BaseModelOutputWithPooling[Tensor] | Any:
-        """Encodes pictures; arguments as in `TFCLIPModel.call`."""
+        """Encodes pictures; arguments and errors as in `TFCLIPModel.call`."""
         output = self.vision_model(pixel_values, output_attentions, output_hidden_states, interpolate_pos_encoding)
-        return self._returned(output, return_dict)
+        return returned(output, return_dict, self.config.return_dict)
 
 
 @keras.saving.register_keras_serializable("clipmb")
@@ -732,7 +765,7 @@ class TFCLIPVisionModelWithProjection(TFCLIPPreTrainedModel):
         return_dict: bool | None = None,
         training: bool = False,
     ) -> CLIPVisionModelOutput[Tensor] | Any:
-        """Encodes and projects pictures; arguments as in `TFCLIPModel.call`."""
+        """Encodes and projects pictures; arguments and errors as in `TFCLIPModel.call`."""
         output = self.vision_model(pixel_values, output_attentions, output_hidden_states, interpolate_pos_encoding)
         projected = CLIPVisionModelOutput(
             image_embeds=self.visual_projection(output.pooler_output),
@@ -740,7 +773,7 @@ class TFCLIPVisionModelWithProjection(TFCLIPPreTrainedModel):
             hidden_states=output.hidden_states,
             attentions=output.attentions,
         )
-        return self._returned(projected, return_dict)
+        return returned(projected, return_dict, self.config.return_dict)
 
 
 @keras.saving.register_keras_serializable("clipmb")
@@ -783,6 +816,10 @@ class TFCLIPForImageClassification(TFCLIPPreTrainedModel):
             interpolate_pos_encoding: As in `TFCLIPModel.call`.
             return_dict: As in `TFCLIPModel.call`.
             training: As in `TFCLIPModel.call`.
+
+        Raises:
+            TypeError: Class indices are not integers.
+            ValueError: A shape or a value does not fit.
         """
         output = self.vision_model(pixel_values, output_attentions, output_hidden_states, interpolate_pos_encoding)
         logits = self.classifier(tf.reduce_mean(output.last_hidden_state[:, 1:], axis=1))  # (batch, num_labels)
@@ -792,15 +829,15 @@ class TFCLIPForImageClassification(TFCLIPPreTrainedModel):
             hidden_states=output.hidden_states,
             attentions=output.attentions,
         )
-        return self._returned(classified, return_dict)
+        return returned(classified, return_dict, self.config.return_dict)
 
-    def own_loss(self, y: Any, y_pred: ImageClassifierOutput | tuple) -> Tensor | None:
+    def own_loss(self, y: Any, y_pred: ImageClassifierOutput[Tensor] | tuple[Any, ...]) -> Tensor | None:
         """Returns the loss of labels beside the inputs, else that of labels among them, else None."""
         if y is not None:
             return classification_loss(self.scored(y_pred), y, self.config)
         return y_pred[0] if y_pred[0].shape.rank == 0 else None
 
-    def scored(self, y_pred: ImageClassifierOutput | tuple) -> Tensor:
+    def scored(self, y_pred: ImageClassifierOutput[Tensor] | tuple[Any, ...]) -> Tensor:
         """Returns the logits, whether or not there is a loss before them."""
         return y_pred[1] if y_pred[0].shape.rank == 0 else y_pred[0]
 
@@ -814,7 +851,3 @@ class TFCLIPForImageClassification(TFCLIPPreTrainedModel):
     def trainable_variables(self) -> list[keras.Variable]:
         """Like `trainable_weights`, which for this model are the same."""
         return self.trainable_weights
-
-
-def _default(value: Any, default: Any) -> Any:
-    return default if value is None else value
