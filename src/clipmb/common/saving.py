@@ -32,7 +32,8 @@ from clipmb.common.errors import CheckpointError, bad_input, logger
 _COMMITTED = ".clipmb-save"
 _PLAN = "clipmb-save.json"
 _STAGING = ".clipmb-staging-"
-_OWN = re.compile(r"[^./\\\0][^/\\\0]*\.(?:json|safetensors|bin|h5|msgpack|npz|pt|txt)")  # what a save may consist of
+_OWN = re.compile(r"[^./\\\0][^/\\\0]*")  # what a save may consist of: no hidden file, nothing in another folder
+_GROWING = (".jsonl", ".png", ".log")  # what a training run changes between its saves
 _OPTIMISTIC = 3  # attempts at reading before the readers' lock is taken
 _UNLOCKED_SECONDS = 3600  # without locks, a younger staging folder may belong to a save that is still running
 _NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
@@ -98,7 +99,7 @@ def version(folder: Path) -> list[tuple[Path, int, int, int]]:
     found = []
     with suppress(FileNotFoundError):  # a file that is moved between its listing and here: not the version of before
         for name in names(folder):
-            if _OWN.fullmatch(name) and (path := current(folder, name)) is not None:
+            if not name.endswith(_GROWING) and (path := current(folder, name)) is not None:
                 about = path.stat()
                 found.append((path, about.st_ino, about.st_size, about.st_mtime_ns))
         return found
@@ -208,7 +209,7 @@ class Transaction:
         removed = sorted(self._removed - set(written))
         for name in (*written, *removed):  # what can fail, fails now
             if not _OWN.fullmatch(name):
-                raise bad_input("A save consists of files of a checkpoint", name, "Choose another name")
+                raise bad_input("A save consists of plain files of its folder", name, "Choose another name")
             if (self.folder / name).is_dir() and not (self.folder / name).is_symlink():
                 raise bad_input(f"A save writes a file called {name}", f"{self.folder} with a folder of this name",
                                 "Move that folder away", shown=True)  # fmt: skip

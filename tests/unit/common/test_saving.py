@@ -222,9 +222,9 @@ def test_a_folder_of_a_files_name_is_refused_before_anything_changes(tmp_path, n
     assert (tmp_path / "model.safetensors").read_text() == "old"
 
 
-@pytest.mark.parametrize("name", ["../config.json", ".hidden.json", "notes.md", "sub/config.json"])
-def test_only_files_of_checkpoints_are_saved_or_removed(tmp_path, name):
-    with pytest.raises(ValueError, match="files of a checkpoint"), Transaction(tmp_path / "to") as opened:
+@pytest.mark.parametrize("name", ["../config.json", ".hidden.json", "sub/config.json"])
+def test_only_plain_files_of_the_folder_are_saved_or_removed(tmp_path, name):
+    with pytest.raises(ValueError, match="plain files of its folder"), Transaction(tmp_path / "to") as opened:
         opened.remove(name)
     assert not (tmp_path / "to").exists()
 
