@@ -17,9 +17,7 @@ from _compare import compare
 from image_processor import SIZE, photos
 from PIL import Image
 
-from clipmb import CLIPProcessor, CLIPTokenizerFast
-from clipmb.common.data.batches import Batches
-from clipmb.common.data.pairs import Pairs
+from clipmb import Batches, CLIPProcessor, CLIPTokenizerFast, Pairs
 
 COUNT, BATCH = 96, 32
 

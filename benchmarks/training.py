@@ -15,8 +15,7 @@ import numpy as np
 from _checkpoint import for_each_backend
 from _compare import compare
 
-from clipmb import backends
-from clipmb.common.training.recipe import Recipe
+from clipmb import Recipe, backends
 
 RATE, BETAS, EPS, DECAY = 1e-6, (0.9, 0.98), 1e-6, 0.2
 

@@ -17,9 +17,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from clipmb import CLIPPipeline
+from clipmb import CLIPPipeline, class_embeddings
 from clipmb.common.small_model import TEMPLATES
-from clipmb.common.zero_shot import class_embeddings
 
 
 def main() -> None:

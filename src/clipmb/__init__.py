@@ -69,7 +69,7 @@ if TYPE_CHECKING:
     from clipmb.common.text.tokenizer import BatchEncoding, CLIPTokenizer, CLIPTokenizerFast
     from clipmb.common.training.recipe import Recipe
     from clipmb.common.zero_shot import TEMPLATES, class_embeddings
-    from clipmb.evaluation import evaluate
+    from clipmb.evaluation import Evaluation, evaluate
     from clipmb.flax import (
         FlaxCLIPForImageClassification as FlaxCLIPForImageClassification,
     )
@@ -140,7 +140,7 @@ if TYPE_CHECKING:
     from clipmb.tf import (
         TFCLIPVisionModelWithProjection as TFCLIPVisionModelWithProjection,
     )
-    from clipmb.training import train
+    from clipmb.training import TrainingResult, train
 
 __version__ = "0.1.0"
 
@@ -169,11 +169,13 @@ __all__ = [
     "CheckpointError",
     "ClipmbError",
     "Conversion",
+    "Evaluation",
     "ImageClassifierOutput",
     "MissingBackendError",
     "ModelOutput",
     "Pairs",
     "Recipe",
+    "TrainingResult",
     "__version__",
     "class_embeddings",
     "convert",
@@ -203,7 +205,7 @@ _PUBLIC = {
     "clipmb.common.text.tokenizer": ("BatchEncoding", "CLIPTokenizer", "CLIPTokenizerFast"),
     "clipmb.common.training.recipe": ("Recipe",),
     "clipmb.common.zero_shot": ("TEMPLATES", "class_embeddings"),
-    "clipmb.evaluation": ("evaluate",),
+    "clipmb.evaluation": ("Evaluation", "evaluate"),
     "clipmb.flax": (
         "FlaxCLIPForImageClassification", "FlaxCLIPModel", "FlaxCLIPPreTrainedModel", "FlaxCLIPTextModel",
         "FlaxCLIPTextModelWithProjection", "FlaxCLIPTextPreTrainedModel", "FlaxCLIPVisionModel",
@@ -218,7 +220,7 @@ _PUBLIC = {
         "TFCLIPForImageClassification", "TFCLIPModel", "TFCLIPPreTrainedModel", "TFCLIPTextModel",
         "TFCLIPTextModelWithProjection", "TFCLIPVisionModel", "TFCLIPVisionModelWithProjection",
     ),
-    "clipmb.training": ("train",),
+    "clipmb.training": ("TrainingResult", "train"),
 }  # fmt: skip
 _MODULE_OF = {name: module for module, names in _PUBLIC.items() for name in names}
 _SUBMODULES = (

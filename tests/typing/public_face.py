@@ -20,18 +20,18 @@ from clipmb import (
     CLIPTokenizerFast,
     CLIPVisionModelWithProjection,
     Conversion,
+    Evaluation,
     FlaxCLIPModel,
     NoSuchName,  # noqa: F401  # pyright: ignore[reportAttributeAccessIssue]
     Pairs,
     Recipe,
     TFCLIPModel,
+    TrainingResult,
     convert,
     evaluate,
     small_model,
     train,
 )
-from clipmb.evaluation import Evaluation
-from clipmb.training import TrainingResult
 
 clipmb.NoSuchName  # noqa: B018  # pyright: ignore[reportAttributeAccessIssue]
 

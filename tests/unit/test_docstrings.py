@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import ast
+import doctest
 import functools
+import importlib
 import inspect
 import re
 from collections.abc import Iterator
@@ -128,3 +130,14 @@ def test_it_is_documented(path):
         assert not missing, f"Args of {path} leaves out {', '.join(missing)}"
     if raises(function):
         assert section(text, "Raises"), f"{path} raises, and its docstring does not say so under Raises"
+
+
+EXAMPLES = [path for path in SOURCE.rglob("*.py") if re.search("^ *>>> ", path.read_text(encoding="utf-8"), re.M)]
+
+
+@pytest.mark.parametrize("path", sorted(EXAMPLES), ids=lambda path: str(path.relative_to(SOURCE)))
+def test_its_examples_run(path, tmp_path):
+    name = ".".join(path.relative_to(SOURCE.parent).with_suffix("").parts)
+    done = doctest.testmod(importlib.import_module(name), extraglobs={"folder": tmp_path / "new"})
+    assert done.attempted > 0
+    assert not done.failed
