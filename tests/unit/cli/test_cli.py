@@ -284,7 +284,7 @@ def test_train_passes_on_columns_and_the_recipe_that_is_given_only(monkeypatch):
         "local_loss": True,
     }
     assert passed[1]["columns"] == {
-        "image_column": "file", "caption_column": None, "label_column": "kind", "separator": None
+        "image_column": "file", "caption_column": None, "label_column": "kind", "separator": None, "image_root": None
     }  # fmt: skip
     assert passed[1]["templates"] == "photo"
 
