@@ -26,7 +26,7 @@ from clipmb.common.parameters import initial_weights, specs
 from clipmb.common.pretrained import config_text
 from clipmb.common.processor import CLIPProcessor
 from clipmb.common.progress import progress_bar
-from clipmb.common.saving import Transaction
+from clipmb.common.saving import Transaction, current
 from clipmb.common.training.metrics import METRICS_NAME, Metrics
 from clipmb.common.training.plots import CURVES_NAME, draw
 from clipmb.common.training.recipe import Recipe
@@ -232,7 +232,7 @@ def _saved_state(folder: Path, resume: bool, overwrite: bool) -> TrainingState |
             raise bad_input("out must be a folder", str(folder), "Pass a folder, not a file")
         return None
     if resume:
-        return TrainingState.read(folder) if (folder / STATE_NAME).is_file() else None
+        return TrainingState.read(folder) if current(folder, STATE_NAME) is not None else None
     if not overwrite and ((folder / CONFIG_NAME).exists() or (folder / STATE_NAME).exists()):
         raise bad_input(
             "out must be a folder without a checkpoint",

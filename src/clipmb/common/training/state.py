@@ -19,7 +19,7 @@ from clipmb.common.checkpoint.safetensors import map_file, write_file
 from clipmb.common.checkpoint.tensors import lazy
 from clipmb.common.errors import CheckpointError
 from clipmb.common.parameters import Spec
-from clipmb.common.saving import Transaction
+from clipmb.common.saving import Transaction, current
 from clipmb.common.training.recipe import INITIAL_LOGIT_BIAS, LOGIT_BIAS, Recipe
 
 STATE_NAME = "training_state.safetensors"
@@ -67,8 +67,8 @@ class TrainingState:
         Raises:
             CheckpointError: It is missing, damaged, or not of this version.
         """
-        path = folder / STATE_NAME
-        if not path.is_file():
+        path = current(folder, STATE_NAME)
+        if path is None:
             raise CheckpointError(f"{folder} has no {STATE_NAME}. Resume in the folder of a training run.")
         tensors = dict(map_file(path))
         with safetensors.safe_open(path, framework="np") as file:
