@@ -96,7 +96,7 @@ def test_verify_runs_the_backends(source, tmp_path):
         (["convert", "SOURCE", "RESULT", "--revision", "main"], 2, "--revision has no effect"),
         (["convert", "SOURCE", "RESULT", "--colour"], 2, "--colour"),
         (["convert", "/no/such/folder", "RESULT"], 1, "does not exist"),
-        (["convert", "SOURCE", "SOURCE", "--overwrite"], 1, "another folder"),
+        (["convert", "SOURCE", "SOURCE", "--overwrite"], 1, "must be different folders"),
         (["verify", "SOURCE", "--record"], 1, "conversion.json"),
     ],
 )
