@@ -97,6 +97,14 @@ def inputs_of(head: str, config: CLIPConfig, batch: int = 4) -> dict[str, np.nda
     return text if head in TEXT_HEADS else {**text, **image_inputs(config, batch)}
 
 
+def equal(a: dict[str, np.ndarray], b: dict[str, np.ndarray]) -> bool:
+    """Whether the names, dtypes, shapes and bits are the same."""
+    return a.keys() == b.keys() and all(
+        a[name].dtype == b[name].dtype and a[name].shape == b[name].shape and a[name].tobytes() == b[name].tobytes()
+        for name in a
+    )
+
+
 def relative(a: object, b: object) -> float:
     """max|a - b| / max|b|, as float64; NaN or a wrong shape is infinitely far."""
     a, b = np.asarray(a, np.float64), np.asarray(b, np.float64)

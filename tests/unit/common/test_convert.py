@@ -10,7 +10,7 @@ from pathlib import Path
 import ml_dtypes
 import numpy as np
 import pytest
-from cases import ALL_HEADS, CONFIGS, config_of, random_arrays, write_checkpoint
+from cases import ALL_HEADS, CONFIGS, config_of, equal, random_arrays, write_checkpoint
 from conftest import BACKENDS, TESTS
 from format_cases import EVERYWHERE as CONFIG
 from hypothesis import HealthCheck, given, settings
@@ -32,13 +32,6 @@ WHOLE_ONLY = ("openai", "open_clip")  # which hold no other head
 def weights_of(folder: Path, head: str, config: CLIPConfig = CONFIG) -> dict[str, np.ndarray]:
     loaded = formats.load(Source(str(folder)))
     return fit(loaded.tensors, specs(config_of(head, config), head), head)[0]
-
-
-def equal(a: dict[str, np.ndarray], b: dict[str, np.ndarray]) -> bool:
-    return a.keys() == b.keys() and all(
-        a[name].dtype == b[name].dtype and a[name].shape == b[name].shape and a[name].tobytes() == b[name].tobytes()
-        for name in a
-    )
 
 
 def content(folder: Path) -> dict[str, bytes]:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from cases import ALL_HEADS, CONFIGS, config_of, random_arrays, write_checkpoint
+from cases import ALL_HEADS, CONFIGS, config_of, equal, random_arrays, write_checkpoint
 from conftest import TESTS
 from processes import output
 from safetensors.numpy import load_file, save_file
@@ -28,13 +28,6 @@ def read(folder: Path) -> dict[str, np.ndarray]:
     loaded = safetensors.read(Source(str(folder)))
     assert loaded is not None
     return dict(loaded.tensors)
-
-
-def equal(a: dict[str, np.ndarray], b: dict[str, np.ndarray]) -> bool:
-    return a.keys() == b.keys() and all(
-        a[name].dtype == b[name].dtype and a[name].shape == b[name].shape and a[name].tobytes() == b[name].tobytes()
-        for name in a
-    )
 
 
 # -- the table --------------------------------------------------------------------------------------------------------

@@ -16,7 +16,7 @@ from pathlib import Path
 import ml_dtypes
 import numpy as np
 import pytest
-from cases import ALL_HEADS, CONFIGS, config_of, random_arrays
+from cases import ALL_HEADS, CONFIGS, config_of, equal, random_arrays
 from conftest import BACKENDS
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -42,13 +42,6 @@ def read(path: Path, variant: str | None = None) -> dict[str, np.ndarray]:
 def write(folder: Path, arrays: dict[str, np.ndarray], head: str = "CLIPModel", size: object = "5GB") -> list[str]:
     with Transaction(folder) as save:
         return pytorch.write(save, arrays, config_of(head, CONFIG), head, max_shard_size=size)
-
-
-def equal(a: dict[str, np.ndarray], b: dict[str, np.ndarray]) -> bool:
-    return a.keys() == b.keys() and all(
-        a[name].dtype == b[name].dtype and a[name].shape == b[name].shape and a[name].tobytes() == b[name].tobytes()
-        for name in a
-    )
 
 
 # -- round trips ------------------------------------------------------------------------------------------------------
