@@ -56,7 +56,7 @@ class Engine(Protocol):
         """Loads a checkpoint.
 
         Args:
-            name_or_path: Folder, hub id or opened source; None to take ``config`` and ``state_dict`` from the options.
+            name_or_path: Folder, Hub id or opened source; None to take ``config`` and ``state_dict`` from the options.
             dtype: What to compute in: "float32" (the default), "float16", "bfloat16" or "float64", or the framework's
                 own dtype of one of these names.
             device: Where to compute, in the framework's own words; its default when None.
@@ -85,7 +85,7 @@ class Engine(Protocol):
         ...
 
     def image_features(self, pixel_values: np.ndarray) -> np.ndarray:
-        """Encodes pictures.
+        """Encodes images.
 
         Args:
             pixel_values: (batch, channels, height, width) of the configured size, preprocessed, floating.

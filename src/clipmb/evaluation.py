@@ -1,4 +1,4 @@
-"""Quality of a model on labelled or captioned pictures: zero-shot classification and image-text retrieval.
+"""Quality of a model on labelled or captioned images: zero-shot classification and image-text retrieval.
 
 Source: CLIP, arXiv 2103.00020, section 3.1 (zero-shot classification) and appendix E (retrieval on Flickr30k and COCO).
 """
@@ -31,10 +31,10 @@ class ZeroShot(TypedDict):
     """Zero-shot classification.
 
     Attributes:
-        top1: Fraction of pictures whose label is the most similar class.
-        top5: Fraction of pictures whose label is among the five most similar classes.
+        top1: Fraction of images whose label is the most similar class.
+        top5: Fraction of images whose label is among the five most similar classes.
         classes: Number of classes.
-        images: Number of labelled pictures.
+        images: Number of labelled images.
     """
 
     top1: float
@@ -52,9 +52,9 @@ class Retrieval(TypedDict):
     """Retrieval in both directions.
 
     Attributes:
-        image_to_text: One query for each picture.
+        image_to_text: One query for each image.
         text_to_image: One query for each caption.
-        images: Number of pictures.
+        images: Number of images.
         captions: Number of captions.
     """
 
@@ -80,9 +80,9 @@ class Evaluation(TypedDict):
     """What `evaluate` returns: JSON values; fractions are in [0, 1].
 
     Attributes:
-        zero_shot: With labelled pictures.
-        retrieval: With captioned pictures.
-        skipped: What the data could not read as pairs, and the items whose picture or text cannot be used; they count
+        zero_shot: With labelled images.
+        retrieval: With captioned images.
+        skipped: What the data could not read as pairs, and the items whose image or text cannot be used; they count
             nowhere, and neither do their captions.
     """
 
@@ -107,29 +107,29 @@ def evaluate(
 ) -> Evaluation:
     """Measures what the data allow: classification where items have labels, retrieval where they have captions.
 
-    Classification: a picture is right when its label's class embedding (the normalised mean over the templates) is
+    Classification: an image is right when its label's class embedding (the normalised mean over the templates) is
     among the 1 or 5 most similar ones. With five classes or fewer, top-5 is always 1.
 
-    Retrieval is over all pictures and all captions of the data, the protocol of COCO and Flickr30k with five captions
-    for each picture. Image to text: one query for each picture, right when *any* of its captions is among the k most
-    similar ones. Text to image: one query for each caption, right when its picture is among the k most similar ones.
-    When pictures share a caption word for word, it is right for each of them, and each of them is right for it. Every
+    Retrieval is over all images and all captions of the data, the protocol of COCO and Flickr30k with five captions
+    for each image. Image to text: one query for each image, right when *any* of its captions is among the k most
+    similar ones. Text to image: one query for each caption, right when its image is among the k most similar ones.
+    When images share a caption word for word, it is right for each of them, and each of them is right for it. Every
     occurrence of a caption counts as one candidate and as one query.
 
     The rank of a query is that of its best right candidate, from 1. A wrong candidate that is exactly as similar
     precedes it, so that a model that gives the same embedding to everything scores no better than chance; copies of a
-    picture with other captions are wrong candidates too.
+    image with other captions are wrong candidates too.
 
-    Only ``batch_size`` decoded pictures are in memory at once, all embeddings, and a block of their similarities.
+    Only ``batch_size`` decoded images are in memory at once, all embeddings, and a block of their similarities.
 
     Args:
-        model: A pipeline, or the folder or hub id of a checkpoint.
+        model: A pipeline, or the folder or Hub id of a checkpoint.
         data: Path of a data set, as ``Pairs.open`` takes it, or opened `Pairs`.
         backend: Key of `clipmb.backends.BACKENDS`, for a model that is loaded here; the first installed one when None.
         labels: The classes: names; {label in the data: its name in the prompts}; or a text file with one label per
             line, optionally followed by a tab and the name to use in prompts. The labels of the data when None.
         templates: Prompts, as `clipmb.common.zero_shot.prompt_templates` takes them.
-        batch_size: Pictures per step.
+        batch_size: Images per step.
         long_text: What to do with captions and prompts longer than the model's context, as in
             ``CLIPPipeline.encode_text``.
         dtype: "float32" (the default), "float16", "bfloat16" or "float64", for a model that is loaded here.
@@ -142,7 +142,7 @@ def evaluate(
         An `Evaluation`; "zero_shot" and "retrieval" are there when the data allow them.
 
     Raises:
-        ValueError: The data are empty, have neither labels nor captions, or only pictures that cannot be used; labels
+        ValueError: The data are empty, have neither labels nor captions, or only images that cannot be used; labels
             of the data are not among the classes; or the model's embeddings are not finite.
         CheckpointError: The model cannot be loaded.
     """
@@ -208,7 +208,7 @@ def _loaded(model: Any, backend: str | None, dtype: Any, device: Any) -> CLIPPip
     if isinstance(model, str | os.PathLike):
         return CLIPPipeline.from_pretrained(model, backend=backend, dtype=dtype, device=device)
     if not isinstance(model, CLIPPipeline):
-        raise bad_input("model must be a CLIPPipeline, a folder or a hub id", model, "Pass one of these", TypeError)
+        raise bad_input("model must be a CLIPPipeline, a folder or a Hub id", model, "Pass one of these", TypeError)
     if given := [value for value in (backend, dtype, device) if value is not None]:
         raise bad_input(
             "backend, dtype and device are fixed when the pipeline is created",
@@ -269,18 +269,18 @@ def _read_labels(path: Path) -> list[str] | dict[str, str]:
 def _encode_pictures(
     pipeline: CLIPPipeline, pairs: Pairs, used: list[int], broken: dict[int, str], batch_size: int, progress: bool
 ) -> tuple[np.ndarray, list[int]]:
-    """Embeds the pictures of items, batch by batch.
+    """Embeds the images of items, batch by batch.
 
     Args:
         pipeline: What embeds.
         pairs: The data.
         used: Which items.
-        broken: Gets the items whose picture cannot be used, with the reason.
-        batch_size: Pictures per step.
+        broken: Gets the items whose image cannot be used, with the reason.
+        batch_size: Images per step.
         progress: Show a progress bar.
 
     Returns:
-        Unit embeddings (usable pictures, proj), and the item that each is of.
+        Unit embeddings (usable images, proj), and the item that each is of.
     """
     parts: list[np.ndarray] = []
     kept: list[int] = []
@@ -308,11 +308,11 @@ def _encode_pictures(
 
     with ThreadPoolExecutor(default_workers()) as pool:
         for _, batch in batches(used, batch_size, "images", progress):
-            encode(batch)  # a function, so that its pictures are gone before the next ones are read
+            encode(batch)  # a function, so that its images are gone before the next ones are read
     if not kept:
         first = min(used)
         raise bad_input(
-            "At least one picture must be usable",
+            "At least one image must be usable",
             f"{len(used)} that are not; the first, {pairs.id(first)}: {broken[first]}",
             "Check the paths and files",
             shown=True,
@@ -331,11 +331,11 @@ def _finite(embeds: np.ndarray, what: str) -> np.ndarray:
 def _retrieval(
     images: np.ndarray, captions: list[list[str]], encode_text: Callable[[list[str]], np.ndarray]
 ) -> Retrieval:
-    """Ranks captions for pictures and pictures for captions.
+    """Ranks captions for images and images for captions.
 
     Args:
         images: (images, proj), of unit length.
-        captions: Those of each picture, at least one.
+        captions: Those of each image, at least one.
         encode_text: Texts to unit embeddings.
     """
     number: dict[str, int] = {}  # of every distinct caption; each is embedded once, so that equal ones tie exactly

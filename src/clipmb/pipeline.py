@@ -1,4 +1,4 @@
-"""Pictures and texts in, numpy out, whichever framework computes."""
+"""Images and texts in, numpy out, whichever framework computes."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ class CLIPPipeline:
         """Loads a model.
 
         Args:
-            name_or_path: Folder or hub id.
+            name_or_path: Folder or Hub id.
             backend: Key of `clipmb.backends.BACKENDS`; the first installed one when None. ``pipeline.backend`` is the
                 one that was used.
             dtype: "float32" (the default), "float16", "bfloat16" or "float64".
@@ -77,19 +77,19 @@ class CLIPPipeline:
     def encode_image(
         self, images: Any, batch_size: int = 32, normalize: bool = True, progress: bool = False
     ) -> np.ndarray:
-        """Embeds pictures.
+        """Embeds images.
 
         Args:
-            images: One or a list of paths, PIL pictures or arrays.
-            batch_size: Pictures per step.
+            images: One or a list of paths, PIL images or arrays.
+            batch_size: Images per step.
             normalize: Scale the embeddings to unit length.
             progress: Show a progress bar, when there is a terminal.
 
         Returns:
-            (images, proj), float32 (float64 for such a model); one picture gives (1, proj).
+            (images, proj), float32 (float64 for such a model); one image gives (1, proj).
 
         Raises:
-            ValueError: A picture cannot be read; the message has its index.
+            ValueError: An image cannot be read; the message has its index.
         """
         images = list(images) if isinstance(images, list | tuple) else [images]
         parts = []
@@ -199,14 +199,14 @@ class CLIPPipeline:
         batch_size: int = 32,
         progress: bool = False,
     ) -> np.ndarray:
-        """Says which label fits each picture.
+        """Says which label fits each image.
 
         Args:
             images: As in `encode_image`.
             labels: The class names.
             templates: Text with {} for the label, or several, or a name of `clipmb.TEMPLATES`; "a photo of a {}." when
                 None.
-            batch_size: Pictures per step.
+            batch_size: Images per step.
             progress: Show a progress bar, when there is a terminal.
 
         Returns:

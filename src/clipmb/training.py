@@ -82,7 +82,7 @@ def train(
     columns: dict[str, Any] | None = None,
     **recipe: Any,
 ) -> TrainingResult:
-    """Trains a CLIP on pictures with captions.
+    """Trains a CLIP on images with captions.
 
     The folder ``out`` becomes a checkpoint that every framework reads, with ``training_state.safetensors`` beside the
     weights. Each save replaces both at once, so that a run that is killed at any moment continues from its last save,
@@ -91,8 +91,8 @@ def train(
     names the items that could not be read.
 
     Args:
-        data: Pictures with captions, as ``Pairs.open`` takes them, or opened `Pairs`.
-        model: Folder or hub id to begin from; not needed to resume.
+        data: Images with captions, as ``Pairs.open`` takes them, or opened `Pairs`.
+        model: Folder or Hub id to begin from; not needed to resume.
         out: Folder for the trained model.
         backend: Key of `clipmb.backends.BACKENDS`; the first installed one when None. Another one may resume the run.
         epochs: Passes over the data. Pass this or ``steps``.
@@ -102,12 +102,12 @@ def train(
         resume: Continue the run in ``out``, or begin it when there is none yet. The recipe is the saved one; what is
             passed must agree with it, except chunk_size, local_loss, gradient_checkpointing and distributed.
         overwrite: Start over even if ``out`` holds a checkpoint.
-        evaluation_data: Held-out labelled or captioned pictures, for `clipmb.evaluate` during training and at the end.
+        evaluation_data: Held-out labelled or captioned images, for `clipmb.evaluate` during training and at the end.
         evaluate_every: Steps between evaluations; only at the end when None.
         templates: Prompts of zero-shot evaluation, as `clipmb.common.zero_shot.prompt_templates` takes them.
         save_every: Steps between saves; the end is saved too.
-        augment: None, "crop" (random resized crops), or a function of a picture and a ``numpy.random.Generator``.
-        workers: Threads that decode pictures; as many as processors (at most 8) when None.
+        augment: None, "crop" (random resized crops), or a function of an image and a ``numpy.random.Generator``.
+        workers: Threads that decode images; as many as processors (at most 8) when None.
         device: Where to compute, in the framework's own words; its own choice when None.
         progress: Show a progress bar, when there is a terminal.
         columns: ``image_column``, ``caption_column``, ``separator`` and ``image_root`` of data and evaluation_data, and
@@ -141,7 +141,7 @@ def train(
     trainer_class = backends.trainer(backend)
     begin = model if state is None else folder
     if begin is None:
-        raise bad_input("A new run needs a model to begin from", None, "Pass model=, a folder or a hub id")
+        raise bad_input("A new run needs a model to begin from", None, "Pass model=, a folder or a Hub id")
     source = Source.of(begin, {})
     config = CLIPConfig.from_pretrained(source)
     processor = processor_for(source, config)

@@ -112,15 +112,15 @@ def compare(
     images: Sequence[Any] | None = None,
     **options: Any,
 ) -> Report:
-    """Runs the same texts and pictures through several backends, or two checkpoints, and compares every stage.
+    """Runs the same texts and images through several backends, or two checkpoints, and compares every stage.
 
     Args:
-        checkpoint: Folder or hub id of a whole CLIP.
+        checkpoint: Folder or Hub id of a whole CLIP.
         backends: Which; every installed one when None. The first is the standard for the others.
         dtype: "float32", "float64", "bfloat16" or "float16".
         against: Another checkpoint, which becomes the standard; its own tokenizer and image processor are compared too.
         texts: What to encode.
-        images: Pictures as `CLIPImageProcessor` takes them; three photographs of the package when None.
+        images: Images as `CLIPImageProcessor` takes them; three photographs of the package when None.
         **options: ``subfolder``, ``revision``, ``cache_dir``, ``token``, ``local_files_only`` for ``checkpoint``.
 
     Raises:

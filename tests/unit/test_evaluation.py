@@ -223,7 +223,7 @@ def test_broken_items_are_left_out_counted_and_named(caplog):
 
 def test_only_broken_items_are_an_error():
     gone = (ValueError("gone"), ["a"], None)
-    with pytest.raises(ValueError, match=r"At least one picture.*2 that are not.*item-0: gone"):
+    with pytest.raises(ValueError, match=r"At least one image.*2 that are not.*item-0: gone"):
         clipmb.evaluate(Lookup(np.eye(2), {}), Items(gone, gone))
     with pytest.raises(ValueError, match=r"1 items without; item-0 is broken: no text"):
         clipmb.evaluate(Lookup(np.eye(2), {}), Items((0, ValueError("no text"), None)))

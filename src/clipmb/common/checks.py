@@ -70,7 +70,7 @@ def check_pixels(pixels: Array | None, config: CLIPVisionConfig, interpolate: bo
     Args:
         pixels: (batch, channels, height, width).
         config: Of the vision tower.
-        interpolate: Whether the model accepts pictures of any size.
+        interpolate: Whether the model accepts images of any size.
 
     Returns:
         The pixels.
@@ -95,14 +95,14 @@ def check_pixels(pixels: Array | None, config: CLIPVisionConfig, interpolate: bo
         raise bad_input(
             f"Input image size ({height}*{width}) doesn't match model ({size}*{size})",
             _shape(pixels),
-            "Resize the pictures, or pass interpolate_pos_encoding=True",
+            "Resize the images, or pass interpolate_pos_encoding=True",
             shown=True,
         )
     if any(side is not None and side < config.patch_size for side in (height, width)):
         raise bad_input(
-            f"A picture must hold at least one patch of {config.patch_size}*{config.patch_size}",
+            f"An image must hold at least one patch of {config.patch_size}*{config.patch_size}",
             _shape(pixels),
-            "Pass larger pictures",
+            "Pass larger images",
             shown=True,
         )
     return pixels

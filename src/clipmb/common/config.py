@@ -303,10 +303,10 @@ class BaseConfig:
         return_unused_kwargs: bool = False,
         **options: Any,
     ) -> Self | tuple[Self, dict[str, Any]]:
-        """Reads a config from a folder, a hub id or a JSON file.
+        """Reads a config from a folder, a Hub id or a JSON file.
 
         Args:
-            pretrained_model_name_or_path: Folder, hub id, or path of a ``.json`` file.
+            pretrained_model_name_or_path: Folder, Hub id, or path of a ``.json`` file.
             return_unused_kwargs: As in `from_dict`.
             **options: ``subfolder``, ``revision``, ``cache_dir``, ``token``, ``local_files_only``, ``force_download``
                 say where; all others override fields.
@@ -467,7 +467,7 @@ class CLIPVisionConfig(_TowerConfig):
         projection_dim: Width of the shared space, for the vision model with projection alone.
         num_hidden_layers: Number of blocks.
         num_attention_heads: Number of heads; divides ``hidden_size``.
-        num_channels: Colour channels of a picture.
+        num_channels: Colour channels of an image.
         image_size: Height and width in pixels; a multiple of ``patch_size``.
         patch_size: Height and width of a patch in pixels.
         hidden_act: One of `ACTIVATIONS`.
@@ -526,7 +526,7 @@ class CLIPVisionConfig(_TowerConfig):
 
     @property
     def num_patches(self) -> int:
-        """Number of patches of a picture of ``image_size``."""
+        """Number of patches of an image of ``image_size``."""
         return (self.image_size // self.patch_size) ** 2
 
 

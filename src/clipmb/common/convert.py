@@ -67,7 +67,7 @@ def convert(
     ``dtype`` to the bit of the source's values rounded to it.
 
     Args:
-        src: Folder, file of weights, or hub id, in any format; the format is detected from the content.
+        src: Folder, file of weights, or Hub id, in any format; the format is detected from the content.
         dst: A folder; made when it is missing.
         to: Name of a format: a key of `clipmb.common.checkpoint.formats.FORMATS`.
         dtype: "float32", "float16" or "bfloat16"; each tensor's own when None.
@@ -253,7 +253,7 @@ def _write_processors(save: Transaction, source: Source, done: Conversion) -> li
             done.decisions["tokenizer"] = f"none: the source has none, and {text.vocab_size} tokens are not CLIP's own"
     if has_vision and isinstance(vision, CLIPVisionConfig) and not has_image_processor(source):
         image_processor_of(source, vision).save_pretrained(save.path(""))
-        done.decisions["image processor"] = f"CLIP's, for pictures of {vision.image_size}: the source has none"
+        done.decisions["image processor"] = f"CLIP's, for images of {vision.image_size}: the source has none"
     return list(found)
 
 

@@ -1,4 +1,4 @@
-"""A folder or a hub id, and the local files behind it."""
+"""A folder or a Hub id, and the local files behind it."""
 
 from __future__ import annotations
 
@@ -34,10 +34,10 @@ class Source:
     """Where a checkpoint, config, tokenizer or processor comes from.
 
     Attributes:
-        name_or_path: A local folder, a local file of weights (``ViT-B-32.pt``), or a hub id
+        name_or_path: A local folder, a local file of weights (``ViT-B-32.pt``), or a Hub id
             (``openai/clip-vit-base-patch32``). A file is a source that holds nothing but itself.
         subfolder: A folder inside it.
-        revision: Branch, tag or commit on the hub.
+        revision: Branch, tag or commit on the Hub.
         cache_dir: Where downloads are kept; huggingface_hub's default when None.
         token: Access token; True or None for the stored one, False for none.
         local_files_only: Never touch the network; only what is cached.
@@ -58,7 +58,7 @@ class Source:
         """Builds a source from the arguments of a ``from_pretrained``.
 
         Args:
-            name_or_path: A folder, a file of weights, a hub id, or a source, which the options then change.
+            name_or_path: A folder, a file of weights, a Hub id, or a source, which the options then change.
             options: Keyword arguments. The source's own, and transformers 4's ``resume_download``, ``proxies`` and
                 ``use_auth_token``, are taken out of it; the others stay.
 
@@ -89,7 +89,7 @@ class Source:
 
     @property
     def folder(self) -> Path | None:
-        """The local folder, the folder of a single file, or None when the source is on the hub."""
+        """The local folder, the folder of a single file, or None when the source is on the Hub."""
         path = Path(self.name_or_path)
         if path.is_dir():
             return path / self.subfolder
@@ -135,7 +135,7 @@ class Source:
         return self._found.names
 
     def commit(self) -> str | None:
-        """Returns the commit on the hub that the cached files are of; None for a local folder."""
+        """Returns the commit on the Hub that the cached files are of; None for a local folder."""
         snapshot = None if self.folder is not None else self._snapshot()
         return None if snapshot is None else snapshot.name
 
@@ -267,7 +267,7 @@ class Source:
         except errors.RevisionNotFoundError as error:
             raise CheckpointError(f"{self} has no revision {self.revision!r}.") from error
         except errors.HFValidationError as error:
-            raise CheckpointError(f"{self} is neither a local folder nor a valid hub id.") from error
+            raise CheckpointError(f"{self} is neither a local folder nor a valid Hub id.") from error
         except Exception as error:
             if getattr(getattr(error, "response", None), "status_code", None) in (401, 403):
                 raise CheckpointError(

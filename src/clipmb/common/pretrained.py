@@ -94,7 +94,7 @@ class PretrainedMixin:
         checkpoint has and no CLIP has, is listed in one error.
 
         Args:
-            pretrained_model_name_or_path: Folder, file of weights or hub id; None with ``config`` and ``state_dict``.
+            pretrained_model_name_or_path: Folder, file of weights or Hub id; None with ``config`` and ``state_dict``.
             config: A config, or where to read one. The default is the checkpoint's own: its ``config.json``, or
                 without that file the config that its format holds or its shapes imply.
             dtype: "float32", "float16", "bfloat16", "float64" (or the framework's object for one), or "auto" for that
@@ -139,7 +139,7 @@ class PretrainedMixin:
             tensors = {name: cls.canonical_array(value) for name, value in state_dict.items()}
         elif source is None:
             raise bad_input(
-                "Without a folder or hub id a state_dict is needed",
+                "Without a folder or Hub id a state_dict is needed",
                 name_or_path,
                 "Pass a name, or config= and state_dict=",
             )
@@ -170,7 +170,7 @@ class PretrainedMixin:
         """Returns the config, with its fields among the options applied, and the other options."""
         given = source if config is None else config
         if given is None:
-            raise bad_input("Without a folder or hub id a config is needed", None, "Pass config=")
+            raise bad_input("Without a folder or Hub id a config is needed", None, "Pass config=")
         fields = given.to_dict() if isinstance(given, BaseConfig) else cls.config_class.get_config_dict(given)[0]
         if isinstance(given, cls.config_class):  # which files do not hold
             fields["attn_implementation"] = given.attn_choices()

@@ -1,4 +1,4 @@
-"""CLIPProcessor: texts and pictures in, everything that a CLIP model takes out."""
+"""CLIPProcessor: texts and images in, everything that a CLIP model takes out."""
 
 from __future__ import annotations
 
@@ -140,7 +140,7 @@ class CLIPProcessor:
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike[str] | Source, **kwargs: Any) -> Self:
-        """Loads both parts from a folder or a hub id, saved by clipmb or by transformers 4 or 5.
+        """Loads both parts from a folder or a Hub id, saved by clipmb or by transformers 4 or 5.
 
         Args:
             pretrained_model_name_or_path: Where they are. No config.json is needed.
@@ -240,7 +240,7 @@ def has_image_processor(source: Source) -> bool:
 
 
 def _is_image_like(value: Any) -> bool:
-    """Whether this cannot be text: its first leaf is a picture, an array, a path object or bytes."""
+    """Whether this cannot be text: its first leaf is an image, an array, a path object or bytes."""
     while isinstance(value, list | tuple) and value:
         value = value[0]
     return isinstance(value, Image.Image | os.PathLike | bytes) or is_array(value)

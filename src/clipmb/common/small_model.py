@@ -1,6 +1,6 @@
-"""The small model that comes with the package: where it is, what it knows, and pictures that it was never trained on.
+"""The small model that comes with the package: where it is, what it knows, and images that it was never trained on.
 
-It knows emoji and pictures like them. data/emoji/README.md says how it was made and how good it is.
+It knows emoji and images like them. data/emoji/README.md says how it was made and how good it is.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from pathlib import Path
 
 from PIL import Image
 
-TEMPLATES = ("an emoji of {}",)  # the best of its training captions on pictures kept from training
+TEMPLATES = ("an emoji of {}",)  # the best of its training captions on images kept from training
 HELD_OUT_SIZE = 64  # pixels of a side
 _COLUMNS = 20
 

@@ -52,7 +52,7 @@ class Engine:
         """Loads a checkpoint.
 
         Args:
-            name_or_path: Folder, hub id or opened source; None to take ``config`` and ``state_dict`` from the options.
+            name_or_path: Folder, Hub id or opened source; None to take ``config`` and ``state_dict`` from the options.
             dtype: "float32" (the default), "float16", "bfloat16" or "float64".
             device: "cpu", "gpu", "tpu", such a name with a number ("gpu:1"), or a ``jax.Device``; JAX's default when
                 None.
@@ -90,7 +90,7 @@ class Engine:
         return float(np.exp(np.asarray(self.model.params["logit_scale"], np.float64)))
 
     def image_features(self, pixel_values: np.ndarray) -> np.ndarray:
-        """Encodes pictures.
+        """Encodes images.
 
         Args:
             pixel_values: (batch, channels, height, width), preprocessed.

@@ -314,7 +314,7 @@ class FlaxCLIPPreTrainedModel(PretrainedMixin):
         return max(getattr(tower, "attention_dropout", 0.0) for tower in towers)
 
     def _pixels(self, pixel_values: Any, interpolate: bool) -> Any:
-        """Checks pictures and moves their channels last."""
+        """Checks images and moves their channels last."""
         pixel_values = _array(pixel_values)
         checks.check_pixels(pixel_values, getattr(self.config, "vision_config", self.config), interpolate)
         return pixel_values.transpose(0, 2, 3, 1)
@@ -425,7 +425,7 @@ class FlaxCLIPModel(FlaxCLIPPreTrainedModel):
         interpolate_pos_encoding: bool = False,
         return_dict: bool | None = None,
     ) -> Array:
-        """Returns the projected pictures, not normalised.
+        """Returns the projected images, not normalised.
 
         Args:
             pixel_values: (batch, channels, height, width).
@@ -434,7 +434,7 @@ class FlaxCLIPModel(FlaxCLIPPreTrainedModel):
             train: As in `FlaxCLIPModel.__call__`.
             output_attentions: Changes nothing here; part of the signature of every call.
             output_hidden_states: Like ``output_attentions``.
-            interpolate_pos_encoding: Accept pictures of any size.
+            interpolate_pos_encoding: Accept images of any size.
             return_dict: Like ``output_attentions``.
 
         Returns:
@@ -477,7 +477,7 @@ class FlaxCLIPModel(FlaxCLIPPreTrainedModel):
             output_hidden_states: Also return every block's input and output.
             return_dict: Return a `CLIPOutput`; otherwise a tuple of what is not None.
             return_loss: Also return the contrastive loss, for as many texts as images, pair by pair.
-            interpolate_pos_encoding: Accept pictures of any size.
+            interpolate_pos_encoding: Accept images of any size.
 
         Raises:
             ValueError: A shape or a value does not fit.
@@ -542,7 +542,7 @@ class FlaxCLIPVisionPreTrainedModel(FlaxCLIPPreTrainedModel):
         return_dict: bool | None = None,
         interpolate_pos_encoding: bool = False,
     ) -> BaseModelOutputWithPooling[Array] | CLIPVisionModelOutput[Array] | Any:
-        """Encodes pictures; arguments and errors as in `FlaxCLIPModel.__call__`."""
+        """Encodes images; arguments and errors as in `FlaxCLIPModel.__call__`."""
         pixels = self._pixels(pixel_values, interpolate_pos_encoding)
         inputs = (pixels,)
         options = (output_attentions, output_hidden_states, return_dict, interpolate_pos_encoding)
@@ -582,7 +582,7 @@ class FlaxCLIPForImageClassification(FlaxCLIPPreTrainedModel):
         return_dict: bool | None = None,
         interpolate_pos_encoding: bool = False,
     ) -> ImageClassifierOutput[Array] | Any:
-        """Classifies pictures.
+        """Classifies images.
 
         Args:
             pixel_values: (batch, channels, height, width).

@@ -5,7 +5,7 @@ Shapes: batch, seq (tokens, or patches + 1), width, heads, head_dim, patches, pr
 of the checkpoints. Source of every behaviour not explained here: the PyTorch models of transformers 4.57.6.
 
 Every module computes in its ``dtype``, whatever the dtype of its parameters, which are cast where they are used:
-``dtype=jnp.bfloat16`` gives what PyTorch gives for a model in bfloat16. Pictures are channels last here, as linen's
+``dtype=jnp.bfloat16`` gives what PyTorch gives for a model in bfloat16. Images are channels last here, as linen's
 convolution takes them, as did those of transformers 4; the models of `clipmb.flax.modeling` take channels first.
 
 Ids outside an embedding table raise a ValueError where their values are known. Under ``jax.jit`` and the other
@@ -351,12 +351,12 @@ class FlaxCLIPVisionTransformer(nn.Module):
 
 
 def check_channels_last(pixels: Array | None, config: CLIPVisionConfig, interpolate: bool) -> Array:
-    """Checks the shape of pictures given to a linen module.
+    """Checks the shape of images given to a linen module.
 
     Args:
         pixels: (batch, height, width, channels).
         config: Of the vision tower.
-        interpolate: Whether the module accepts pictures of any size.
+        interpolate: Whether the module accepts images of any size.
 
     Returns:
         The pixels.
@@ -541,7 +541,7 @@ class FlaxCLIPVisionModule(nn.Module):
         return_dict: bool | None = None,
         interpolate_pos_encoding: bool = False,
     ) -> BaseModelOutputWithPooling[Array] | tuple[Any, ...]:
-        """Encodes pictures; arguments as in `FlaxCLIPModel.__call__`, but channels last."""
+        """Encodes images; arguments as in `FlaxCLIPModel.__call__`, but channels last."""
         output = self.vision_model(
             pixel_values, deterministic, output_attentions, output_hidden_states, interpolate_pos_encoding
         )
@@ -571,7 +571,7 @@ class FlaxCLIPVisionModelWithProjectionModule(nn.Module):
         return_dict: bool | None = None,
         interpolate_pos_encoding: bool = False,
     ) -> CLIPVisionModelOutput[Array] | tuple[Any, ...]:
-        """Encodes and projects pictures; arguments as in `FlaxCLIPModel.__call__`, but channels last."""
+        """Encodes and projects images; arguments as in `FlaxCLIPModel.__call__`, but channels last."""
         output = self.vision_model(
             pixel_values, deterministic, output_attentions, output_hidden_states, interpolate_pos_encoding
         )
@@ -612,7 +612,7 @@ class FlaxCLIPForImageClassificationModule(nn.Module):
         return_dict: bool | None = None,
         interpolate_pos_encoding: bool = False,
     ) -> ImageClassifierOutput[Array] | tuple[Any, ...]:
-        """Classifies pictures; arguments as in `FlaxCLIPForImageClassification.__call__`, but channels last."""
+        """Classifies images; arguments as in `FlaxCLIPForImageClassification.__call__`, but channels last."""
         output = self.vision_model(
             pixel_values, deterministic, output_attentions, output_hidden_states, interpolate_pos_encoding
         )

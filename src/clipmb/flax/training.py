@@ -173,7 +173,7 @@ class Trainer:
         """Joins the other processes of the run, and loads a checkpoint onto the devices that the recipe uses.
 
         Args:
-            name_or_path: Folder, hub id or opened source; None to take ``config`` and ``state_dict`` from the options.
+            name_or_path: Folder, Hub id or opened source; None to take ``config`` and ``state_dict`` from the options.
             recipe: How to train.
             state: What to continue from, saved together with the weights; None to begin.
             device: As `Engine.load` takes it; JAX's default when None. Several devices are spread over from there.
@@ -441,9 +441,9 @@ class Trainer:
         count, room = len(ids), self._rows
         if len(pixels) != count or count > room:
             raise bad_input(
-                f"A process has at most {room} texts and as many pictures in a step of batch_size "
+                f"A process has at most {room} texts and as many images in a step of batch_size "
                 f"{self.recipe.batch_size}",
-                f"{count} texts and {len(pixels)} pictures",
+                f"{count} texts and {len(pixels)} images",
                 "Pass smaller batches or a larger batch_size",
                 shown=True,
             )

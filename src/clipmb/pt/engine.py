@@ -50,7 +50,7 @@ class Engine:
         """Loads a checkpoint.
 
         Args:
-            name_or_path: Folder, hub id or opened source; None to take ``config`` and ``state_dict`` from the options.
+            name_or_path: Folder, Hub id or opened source; None to take ``config`` and ``state_dict`` from the options.
             dtype: "float32" (the default), "float16", "bfloat16" or "float64".
             device: As PyTorch names it; the CPU when None.
             compile: As in the constructor.
@@ -80,7 +80,7 @@ class Engine:
 
     @torch.inference_mode()
     def image_features(self, pixel_values: np.ndarray) -> np.ndarray:
-        """Encodes pictures.
+        """Encodes images.
 
         Args:
             pixel_values: (batch, channels, height, width), preprocessed.

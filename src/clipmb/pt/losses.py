@@ -66,7 +66,7 @@ def classification_loss(logits: Tensor, labels: Tensor, config: CLIPConfig) -> T
 
     Args:
         logits: (batch, num_labels).
-        labels: (batch,) class indices, or -100 for pictures that do not count; or numbers of the shape of ``logits``,
+        labels: (batch,) class indices, or -100 for images that do not count; or numbers of the shape of ``logits``,
             in which axes of length 1 may be left out.
         config: The classifier's config.
 

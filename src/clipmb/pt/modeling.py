@@ -542,13 +542,13 @@ class CLIPModel(CLIPPreTrainedModel):
         interpolate_pos_encoding: bool = False,
         return_dict: bool | None = None,
     ) -> Tensor:
-        """Returns the projected pictures, not normalised.
+        """Returns the projected images, not normalised.
 
         Args:
             pixel_values: (batch, channels, height, width).
             output_attentions: Changes nothing here; part of the signature of every call.
             output_hidden_states: Like ``output_attentions``.
-            interpolate_pos_encoding: Accept pictures of any size.
+            interpolate_pos_encoding: Accept images of any size.
             return_dict: Like ``output_attentions``.
 
         Returns:
@@ -582,7 +582,7 @@ class CLIPModel(CLIPPreTrainedModel):
             return_loss: Also return the contrastive loss, for as many texts as images, pair by pair.
             output_attentions: Also return every block's attention weights.
             output_hidden_states: Also return every block's input and output.
-            interpolate_pos_encoding: Accept pictures of any size.
+            interpolate_pos_encoding: Accept images of any size.
             return_dict: Return a `CLIPOutput`; otherwise a tuple of what is not None.
 
         Raises:
@@ -684,7 +684,7 @@ class CLIPVisionModel(CLIPPreTrainedModel):
         interpolate_pos_encoding: bool = False,
         return_dict: bool | None = None,
     ) -> BaseModelOutputWithPooling[Tensor] | Any:
-        """Encodes pictures; arguments and errors as in `CLIPModel.forward`."""
+        """Encodes images; arguments and errors as in `CLIPModel.forward`."""
         output = self.vision_model(pixel_values, output_attentions, output_hidden_states, interpolate_pos_encoding)
         return returned(output, return_dict, self.config.return_dict)
 
@@ -710,7 +710,7 @@ class CLIPVisionModelWithProjection(CLIPPreTrainedModel):
         interpolate_pos_encoding: bool = False,
         return_dict: bool | None = None,
     ) -> CLIPVisionModelOutput[Tensor] | Any:
-        """Encodes and projects pictures; arguments and errors as in `CLIPModel.forward`."""
+        """Encodes and projects images; arguments and errors as in `CLIPModel.forward`."""
         output = self.vision_model(pixel_values, output_attentions, output_hidden_states, interpolate_pos_encoding)
         projected = CLIPVisionModelOutput(
             image_embeds=self.visual_projection(output.pooler_output),
@@ -749,7 +749,7 @@ class CLIPForImageClassification(CLIPPreTrainedModel):
         interpolate_pos_encoding: bool = False,
         return_dict: bool | None = None,
     ) -> ImageClassifierOutput[Tensor] | Any:
-        """Classifies pictures.
+        """Classifies images.
 
         Args:
             pixel_values: (batch, channels, height, width).

@@ -123,7 +123,7 @@ class Trainer:
         """Joins the other processes of the run, and loads a checkpoint onto the devices that the recipe uses.
 
         Args:
-            name_or_path: Folder, hub id or opened source; None to take ``config`` and ``state_dict`` from the options.
+            name_or_path: Folder, Hub id or opened source; None to take ``config`` and ``state_dict`` from the options.
             recipe: How to train.
             state: What to continue from, saved together with the weights; None to begin.
             device: As PyTorch names it; when None the GPU of this process, or the CPU.

@@ -56,7 +56,7 @@ class Engine:
         """Loads a checkpoint.
 
         Args:
-            name_or_path: Folder, hub id or opened source; None to take ``config`` and ``state_dict`` from the options.
+            name_or_path: Folder, Hub id or opened source; None to take ``config`` and ``state_dict`` from the options.
             dtype: "float32" (the default), "float16", "bfloat16" or "float64".
             device: As TensorFlow names it ("gpu", "/GPU:1"), or "cuda"; TensorFlow's own choice when None.
             compile: As in the constructor.
@@ -90,7 +90,7 @@ class Engine:
         return float(np.exp(self.model.logit_scale.numpy().astype(np.float64)))
 
     def image_features(self, pixel_values: np.ndarray) -> np.ndarray:
-        """Encodes pictures.
+        """Encodes images.
 
         Args:
             pixel_values: (batch, channels, height, width), preprocessed.

@@ -227,7 +227,7 @@ def bicubic_weights(size: int, new_size: int | Tensor) -> Tensor:
 def interpolate_positions(positions: Tensor, rows: int | Tensor, columns: int | Tensor) -> Tensor:
     """Resizes the grid of position embeddings by bicubic interpolation (a = -0.75, half-pixel centres, no antialias).
 
-    ``tf.image.resize`` has a = -0.5 and drops taps outside the picture, where PyTorch repeats the border.
+    ``tf.image.resize`` has a = -0.5 and drops taps outside the image, where PyTorch repeats the border.
 
     Args:
         positions: (patches + 1, width); the first is that of the class token and stays.

@@ -579,13 +579,13 @@ class TFCLIPModel(TFCLIPPreTrainedModel):
         return_dict: bool | None = None,
         training: bool = False,
     ) -> Tensor:
-        """Returns the projected pictures, not normalised.
+        """Returns the projected images, not normalised.
 
         Args:
             pixel_values: (batch, channels, height, width).
             output_attentions: Changes nothing here; part of the signature of every call.
             output_hidden_states: Like ``output_attentions``.
-            interpolate_pos_encoding: Accept pictures of any size.
+            interpolate_pos_encoding: Accept images of any size.
             return_dict: Like ``output_attentions``.
             training: As in `call`.
 
@@ -623,7 +623,7 @@ class TFCLIPModel(TFCLIPPreTrainedModel):
             return_loss: Also return the contrastive loss, for as many texts as images, pair by pair.
             output_attentions: Also return every block's attention weights.
             output_hidden_states: Also return every block's input and output.
-            interpolate_pos_encoding: Accept pictures of any size.
+            interpolate_pos_encoding: Accept images of any size.
             return_dict: Return a `CLIPOutput`; otherwise a tuple of what is not None.
             training: Apply dropout, and gradient checkpointing where it is enabled.
 
@@ -737,7 +737,7 @@ class TFCLIPVisionModel(TFCLIPPreTrainedModel):
         return_dict: bool | None = None,
         training: bool = False,
     ) -> BaseModelOutputWithPooling[Tensor] | Any:
-        """Encodes pictures; arguments and errors as in `TFCLIPModel.call`."""
+        """Encodes images; arguments and errors as in `TFCLIPModel.call`."""
         output = self.vision_model(pixel_values, output_attentions, output_hidden_states, interpolate_pos_encoding)
         return returned(output, return_dict, self.config.return_dict)
 
@@ -765,7 +765,7 @@ class TFCLIPVisionModelWithProjection(TFCLIPPreTrainedModel):
         return_dict: bool | None = None,
         training: bool = False,
     ) -> CLIPVisionModelOutput[Tensor] | Any:
-        """Encodes and projects pictures; arguments and errors as in `TFCLIPModel.call`."""
+        """Encodes and projects images; arguments and errors as in `TFCLIPModel.call`."""
         output = self.vision_model(pixel_values, output_attentions, output_hidden_states, interpolate_pos_encoding)
         projected = CLIPVisionModelOutput(
             image_embeds=self.visual_projection(output.pooler_output),
@@ -806,7 +806,7 @@ class TFCLIPForImageClassification(TFCLIPPreTrainedModel):
         return_dict: bool | None = None,
         training: bool = False,
     ) -> ImageClassifierOutput[Tensor] | Any:
-        """Classifies pictures.
+        """Classifies images.
 
         Args:
             pixel_values: (batch, channels, height, width).

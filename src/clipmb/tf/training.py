@@ -154,7 +154,7 @@ class Trainer:
         """Joins the other processes of the run, and loads a checkpoint onto the devices that the recipe uses.
 
         Args:
-            name_or_path: Folder, hub id or opened source; None to take ``config`` and ``state_dict`` from the options.
+            name_or_path: Folder, Hub id or opened source; None to take ``config`` and ``state_dict`` from the options.
             recipe: How to train.
             state: What to continue from, saved together with the weights; None to begin.
             device: As TensorFlow names it; when None those of `scope`.
@@ -250,13 +250,13 @@ class Trainer:
         """Returns what a step takes: the pairs, padded for the devices, their number, and the seed of dropout.
 
         Raises:
-            ValueError: The texts are not as many as the pictures, or a shape or an id does not fit the model.
+            ValueError: The texts are not as many as the images, or a shape or an id does not fit the model.
         """
         ids, pixels = np.asarray(batch["input_ids"]), np.asarray(batch["pixel_values"], np.float32)
         text, vision = self.model.config.text_config, self.model.config.vision_config
         if len(ids) != len(pixels):
             raise bad_input(
-                "A batch has as many texts as pictures", f"{len(ids)} and {len(pixels)}", "Pass pairs", shown=True
+                "A batch has as many texts as images", f"{len(ids)} and {len(pixels)}", "Pass pairs", shown=True
             )
         checks.check_text(ids, None, None, text)
         checks.check_pixels(pixels, vision, False)

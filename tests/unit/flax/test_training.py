@@ -296,9 +296,9 @@ def test_a_state_without_the_bias_of_the_sigmoid_loss_is_refused():
 
 def test_bad_batches():
     made = trainer(batch_size=4)
-    with pytest.raises(ValueError, match=r"at most 4 texts .*Received: 5 texts and 5 pictures"):
+    with pytest.raises(ValueError, match=r"at most 4 texts .*Received: 5 texts and 5 images"):
         made.step(batch(5))
-    with pytest.raises(ValueError, match="Received: 4 texts and 3 pictures"):
+    with pytest.raises(ValueError, match="Received: 4 texts and 3 images"):
         made.step({**batch(4), "pixel_values": batch(3)["pixel_values"]})
     wrong = batch(4)
     wrong["input_ids"][2, 1] = 99

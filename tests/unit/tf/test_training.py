@@ -225,7 +225,7 @@ def test_neither_sizes_nor_lengths_nor_the_logit_scale_trace_anew():
     before = {name: value.copy() for name, value in trainer.weights().items()}
     with pytest.raises(ValueError, match=r"input_ids must lie in \[0, 99\)"):
         trainer.step({**pairs, "input_ids": pairs["input_ids"] + 98})
-    with pytest.raises(ValueError, match="as many texts as pictures"):
+    with pytest.raises(ValueError, match="as many texts as images"):
         trainer.step({**pairs, "pixel_values": batch(2)["pixel_values"]})
     with pytest.raises(ValueError, match=r"20\*19"):
         trainer.step({**pairs, "pixel_values": pairs["pixel_values"][..., 1:]})

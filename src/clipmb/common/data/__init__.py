@@ -1,1 +1,1 @@
-"""Pictures with captions or labels: tables, shards, and the batches that training and evaluation read."""
+"""Images with captions or labels: tables, shards, and the batches that training and evaluation read."""

@@ -1,4 +1,4 @@
-"""Random changes to training pictures."""
+"""Random changes to training images."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def random_resized_crop(
     resize_backend: str = "auto",
     pass_order: str = "installed",
 ) -> Image.Image:
-    """Cuts a random part out of a picture and resizes it with Pillow's bicubic filter.
+    """Cuts a random part out of an image and resizes it with Pillow's bicubic filter.
 
     The filter also reads the pixels next to the part, as it does in Pillow.
 
@@ -51,14 +51,14 @@ def random_part(
     scale: tuple[float, float] = (0.9, 1.0),
     ratio: tuple[float, float] = (3 / 4, 4 / 3),
 ) -> tuple[int, int, int, int]:
-    """Draws a part of a picture: its share of the area and the logarithm of its ratio are uniform.
+    """Draws a part of an image: its share of the area and the logarithm of its ratio are uniform.
 
-    After ten parts that are larger than the picture, it is the largest central part with an allowed ratio.
+    After ten parts that are larger than the image, it is the largest central part with an allowed ratio.
 
     Args:
-        picture: (width, height) of the picture, in pixels.
+        picture: (width, height) of the image, in pixels.
         generator: Source of the random numbers.
-        scale: Smallest and largest share of the picture's area. The default is open_clip's.
+        scale: Smallest and largest share of the image's area. The default is open_clip's.
         ratio: Smallest and largest width / height.
 
     Returns:

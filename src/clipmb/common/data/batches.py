@@ -1,7 +1,7 @@
-"""Pairs of pictures and captions as numpy batches: the same in every framework, on any number of processes.
+"""Pairs of images and captions as numpy batches: the same in every framework, on any number of processes.
 
 Everything random is drawn from a Philox generator that is positioned by seed, epoch and item: the order of an epoch,
-which of several captions is used, how a picture is cropped. Batch size, workers and processes change none of it.
+which of several captions is used, how an image is cropped. Batch size, workers and processes change none of it.
 
 Source: Philox4x64-10 is from "Parallel Random Numbers: As Easy as 1, 2, 3" (Salmon et al., 2011). numpy fixes its raw
 output for good, so orders and choices are drawn from that.
@@ -69,7 +69,7 @@ class Batches:
         rank: Number of this process, from 0. It gets its part of each batch, divided as by `numpy.array_split`.
         count: Number of processes.
         workers: Threads that read and decode; 0 for none. Default: one for each processor, at most 8.
-        augment: Random change to each picture before the processor. None: no change. "crop": `random_resized_crop`
+        augment: Random change to each image before the processor. None: no change. "crop": `random_resized_crop`
             instead of the processor's own resize and crop. A function: called with a Pillow image and a
             `numpy.random.Generator`, it returns a Pillow image.
         shuffle: Draw a different order for each epoch. Otherwise pairs keep their order.
@@ -79,7 +79,7 @@ class Batches:
             batch, rounded up to a multiple of 8.
 
     Raises:
-        ValueError: An argument is out of its range, the image processor does not give all pictures one size, or more
+        ValueError: An argument is out of its range, the image processor does not give all images one size, or more
             items of the files are unusable than usable.
     """
 
@@ -110,7 +110,7 @@ class Batches:
         self.pad_to = None if pad_to is None else whole_number("pad_to", pad_to, 2, self.context)
         if augment is not None and augment != "crop" and not callable(augment):
             raise bad_input(
-                "augment must be None, 'crop', or a function of a picture and a generator", augment, "Correct augment"
+                "augment must be None, 'crop', or a function of an image and a generator", augment, "Correct augment"
             )
         self.augment = augment
         self.size = _picture_size(processor.image_processor)
@@ -244,7 +244,7 @@ class Batches:
         try:
             captions = self.pairs.captions(index)
             if not captions:
-                raise bad_input("A pair needs a caption", "none", "Add one, or remove the picture", shown=True)
+                raise bad_input("A pair needs a caption", "none", "Add one, or remove the image", shown=True)
             chosen = 0
             if len(captions) > 1:
                 chosen = self._random(epoch, _CAPTION, index).random_raw() % len(captions)
@@ -275,7 +275,7 @@ class Batches:
         try:
             image = augment(image, generator)
         except Exception as error:
-            error.add_note(f"The augment function raised this error for the picture of {self.pairs.id(index)}.")
+            error.add_note(f"The augment function raised this error for the image of {self.pairs.id(index)}.")
             raise
         if not isinstance(image, Image.Image):
             raise bad_input("augment must return a Pillow image", type(image), "Correct the function", TypeError)
@@ -321,11 +321,11 @@ def _padding_id(tokenizer: Any) -> int:
 
 
 def _picture_size(processor: Any) -> tuple[int, int]:
-    """Returns the (height, width) of all pictures that an image processor returns."""
+    """Returns the (height, width) of all images that an image processor returns."""
     size = processor.crop_size if processor.do_center_crop else processor.size if processor.do_resize else {}
     if not {"height", "width"} <= set(size):
         raise bad_input(
-            "The image processor must resize all pictures to one size", size,
+            "The image processor must resize all images to one size", size,
             "Set do_center_crop=True and crop_size, or a size with height and width",
         )  # fmt: skip
     return size["height"], size["width"]

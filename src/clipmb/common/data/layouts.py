@@ -1,4 +1,4 @@
-"""Data that are neither a table nor shards: captions of COCO and Flickr30k, folders of pictures, and `datasets`."""
+"""Data that are neither a table nor shards: captions of COCO and Flickr30k, folders of images, and `datasets`."""
 
 from __future__ import annotations
 
@@ -97,16 +97,16 @@ def open_token(path: Path, name: str, columns: Columns, *, prefix: bool = False)
                 if tab:
                     yield f":{lines.number}", {"image": picture.partition("#")[0], "caption": caption}
                 elif line.strip():
-                    yield f":{lines.number}", "A line must hold a picture, a tab and a caption."
+                    yield f":{lines.number}", "A line must hold an image, a tab and a caption."
 
     return Table(name, rows(), roots_of(path, columns), prefix=prefix)
 
 
 def open_folder(folder: Path, name: str, columns: Columns, *, prefix: bool = False) -> Table:
-    """Opens a folder of pictures: each with a text beside it, or each in the folder of its class.
+    """Opens a folder of images: each with a text beside it, or each in the folder of its class.
 
     Beside ``a/b.jpg`` lie ``a/b.txt``, ``a/b.json`` or ``a/b.cls``, as img2dataset's "files" output has them; without
-    any such file, the first folder below this one is the label of all pictures in it.
+    any such file, the first folder below this one is the label of all images in it.
 
     Args:
         folder: The folder.
@@ -115,7 +115,7 @@ def open_folder(folder: Path, name: str, columns: Columns, *, prefix: bool = Fal
         prefix: Begin all ids with ``name``.
 
     Raises:
-        ValueError: There is no picture.
+        ValueError: There is no image.
     """
     found: dict[Path, set[str]] = {}
     pictures: list[Path] = []
@@ -145,13 +145,13 @@ def open_folder(folder: Path, name: str, columns: Columns, *, prefix: bool = Fal
 
 
 def _beside(path: Path, texts: set[str], columns: Columns, shown: str) -> dict[str, Any] | str:
-    """Reads the caption and the label that lie beside a picture; or says why they cannot be read."""
+    """Reads the caption and the label that lie beside an image; or says why they cannot be read."""
     row: dict[str, Any] = {"image": shown}
     try:
         if ".json" in texts:
             fields = json.loads(path.with_suffix(".json").read_text("utf-8-sig"))
             if not isinstance(fields, dict):
-                raise bad_input("The .json file beside a picture must hold an object", fields, "Rewrite it")
+                raise bad_input("The .json file beside an image must hold an object", fields, "Rewrite it")
             for kind in ("caption", "label"):
                 if (field := columns.first(kind, fields)) is not None:
                     row[kind] = fields[field]
@@ -212,7 +212,7 @@ def open_saved(folder: Path, name: str, columns: Columns, *, prefix: bool = Fals
 
 
 class _Batches:
-    """Pictures in a column of memory-mapped Arrow record batches."""
+    """Images in a column of memory-mapped Arrow record batches."""
 
     def __init__(self, batches: Sequence[Any], column: str) -> None:
         self._columns = [batch.column(column) for batch in batches]
@@ -224,7 +224,7 @@ class _Batches:
 
 
 class Rows:
-    """A ``datasets.Dataset`` in memory: pictures, captions and labels of its columns. One row is one pair.
+    """A ``datasets.Dataset`` in memory: images, captions and labels of its columns. One row is one pair.
 
     Args:
         dataset: The object; a DatasetDict is refused, because it is several.
@@ -252,7 +252,7 @@ class Rows:
         self._names = columns.find(Path(self.name), dataset.column_names)
         image = self._names["image"]
         feature = dataset.features[image]
-        if type(feature).__name__ == "Image":  # leave decoding to us, which turns pictures upright
+        if type(feature).__name__ == "Image":  # leave decoding to us, which turns images upright
             dataset = dataset.cast_column(image, type(feature)(decode=False))
         self._pictures = dataset.select_columns([image])
         self._texts = dataset.select_columns([name for kind, name in self._names.items() if kind != "image"])
@@ -286,7 +286,7 @@ class Rows:
         return self._label(self._texts[int(self._rows[index])])
 
     def image(self, index: int) -> Any:
-        """The bytes, the path or the object of the picture."""
+        """The bytes, the path or the object of the image."""
         value = self._pictures[int(self._rows[index])][self._names["image"]]
         if hasattr(value, "convert"):
             return value

@@ -1,4 +1,4 @@
-"""Pictures with captions on disk: tables and WebDataset shards, any number of them, as one numbered list."""
+"""Images with captions on disk: tables and WebDataset shards, any number of them, as one numbered list."""
 
 from __future__ import annotations
 
@@ -46,13 +46,13 @@ class _Source(Protocol):
 
 
 class Pairs:
-    """Pictures with their captions and labels, numbered from 0. Open files with `Pairs.open`.
+    """Images with their captions and labels, numbered from 0. Open files with `Pairs.open`.
 
-    Only an index is kept in memory: a picture is read and decoded each time `image` is called. Threads may share one
+    Only an index is kept in memory: an image is read and decoded each time `image` is called. Threads may share one
     object.
 
     Attributes:
-        left_out: (id, reason) of every unusable item in the files, for example a table row without a picture or a
+        left_out: (id, reason) of every unusable item in the files, for example a table row without an image or a
             member of a shard without a text.
     """
 
@@ -73,9 +73,9 @@ class Pairs:
         image_root: str | os.PathLike[str] | None = None,
         optional: Collection[str] = (),
     ) -> Pairs:
-        """Opens tables, shards and folders of pictures, and indexes what they hold.
+        """Opens tables, shards and folders of images, and indexes what they hold.
 
-        Rows of one picture and label become one pair with several captions. A pair needs a picture and at least one
+        Rows of one image and label become one pair with several captions. A pair needs an image and at least one
         caption or a label; everything else goes into ``left_out``, and the log says how much.
 
         Args:
@@ -83,19 +83,19 @@ class Pairs:
                 (.token); a WebDataset shard (.tar, not compressed); a ``datasets.Dataset``; a pattern of files, for
                 example ``shards-{000..009}.tar`` or ``*.tar``; or a folder. A folder holds one table called captions
                 or metadata, or shards, or one table of any name, or the parts of one Parquet table (also in its folder
-                data/), or what ``save_to_disk`` of Hugging Face's datasets wrote, or pictures with a text beside each,
-                or a folder of pictures for each class.
-            image_column: Column with the paths of the pictures, relative to the table. Default: the first of image,
+                data/), or what ``save_to_disk`` of Hugging Face's datasets wrote, or images with a text beside each,
+                or a folder of images for each class.
+            image_column: Column with the paths of the images, relative to the table. Default: the first of image,
                 file_name, filename, filepath, path, image_path, image_name, img, jpg. In Parquet files the column may
-                hold the pictures themselves.
+                hold the images themselves.
             caption_column: Column, or field of .json members, with the captions. Default: in shards the .txt member;
                 then the first of caption, captions, text, title, sentence, sentences, comment, txt.
             label_column: Column, or field of .json members, with the labels. Default: in shards the .cls member; then
                 label or class.
             separator: Column separator in text tables. Default: a tab in .tsv; in .csv the comma, tab, bar or
                 semicolon that makes names of columns out of the first line.
-            image_root: The folder that paths of pictures are relative to. Default: the table's own, or where COCO and
-                Flickr30k keep their pictures beside it.
+            image_root: The folder that paths of images are relative to. Default: the table's own, or where COCO and
+                Flickr30k keep their images beside it.
             optional: Which of "image", "caption" and "label" may lack the column named for them; the default names
                 serve in such files.
 
@@ -149,7 +149,7 @@ class Pairs:
         return f"Pairs({len(self)} in {', '.join(files[:3])}{', …' if len(files) > 3 else ''})"
 
     def id(self, index: int) -> str:
-        """Returns the name of a pair: the picture's path as the table has it, or ``shard.tar/key``.
+        """Returns the name of a pair: the image's path as the table has it, or ``shard.tar/key``.
 
         It does not depend on where the files are.
 
@@ -176,7 +176,7 @@ class Pairs:
         return source.captions(place)
 
     def label(self, index: int) -> str | None:
-        """Returns the name of the picture's class, or None.
+        """Returns the name of the image's class, or None.
 
         Args:
             index: The number of the pair, from 0.
@@ -189,13 +189,13 @@ class Pairs:
         return source.label(place)
 
     def image(self, index: int) -> Image.Image:
-        """Reads and decodes a picture.
+        """Reads and decodes an image.
 
         Args:
             index: The number of the pair, from 0.
 
         Returns:
-            The picture in RGB, turned upright by its EXIF orientation.
+            The image in RGB, turned upright by its EXIF orientation.
 
         Raises:
             ValueError: It is missing or broken.
@@ -205,7 +205,7 @@ class Pairs:
         picture = source.image(place)
         if isinstance(picture, Image.Image):
             return ImageOps.exif_transpose(picture).convert("RGB")
-        return px.open_image(f"The picture of {source.id(place)}", picture)
+        return px.open_image(source.id(place), picture)
 
     @cached_property
     def fingerprint(self) -> str:
@@ -258,7 +258,7 @@ def _known(path: Path) -> Path:
 
 
 def _in_folder(folder: Path) -> list[Path]:
-    """Returns the files of pairs in a folder, or the folder itself where pictures or a saved data set lie in it."""
+    """Returns the files of pairs in a folder, or the folder itself where images or a saved data set lie in it."""
     files = sorted(file for file in folder.iterdir() if file.is_file() and not file.name.startswith("."))
     tables = [file for file in files if file.suffix.lower() in SUFFIXES]
     named = [file for file in tables if file.stem.lower() in ("captions", "metadata")]
@@ -291,7 +291,7 @@ def _in_folder(folder: Path) -> list[Path]:
     if any(entry.is_dir() for entry in folder.iterdir()) or any(f.suffix.lower() in layouts.PICTURES for f in files):
         return [folder]
     listed = ", ".join(file.name for file in files[:10]) or "no files"
-    rule = "A folder of pairs must hold a table (captions.csv, .tsv, .jsonl, .parquet), .tar shards or pictures"
+    rule = "A folder of pairs must hold a table (captions.csv, .tsv, .jsonl, .parquet), .tar shards or images"
     raise bad_input(rule, f"{listed} in {folder}", fix, FileNotFoundError, shown=True)
 
 

@@ -24,7 +24,7 @@ from clipmb.common.errors import bad_input
 _BLOCK = 512
 _PICTURE, _TXT, _JSON, _CLS = range(4)
 _KINDS = dict.fromkeys((".jpg", ".jpeg", ".png", ".webp"), _PICTURE) | {".txt": _TXT, ".json": _JSON, ".cls": _CLS}
-_NAMES = ("picture", ".txt", ".json", ".cls")
+_NAMES = ("image", ".txt", ".json", ".cls")
 _WIDTH = 2 * len(_NAMES)  # offset and size of each kind
 _NONE, _USED = -1, -2
 _FURTHER = "This key has more than one {}; the first is used."
@@ -58,7 +58,7 @@ class Shard:
         self._join(keys, table)
         complete = (table[:, 2 * _PICTURE] >= 0) & (table[:, 2 * _TXT :: 2] >= 0).any(axis=1)
         for row in np.flatnonzero(~complete & (table[:, 0] != _USED)).tolist():
-            missing = "picture" if table[row, 2 * _PICTURE] < 0 else "text (.txt, .json or .cls)"
+            missing = "image" if table[row, 2 * _PICTURE] < 0 else "text (.txt, .json or .cls)"
             beside = f"; they hold {others[row]}" if row in others else ""
             self.left_out.append((self._shown(keys[row]), f"The members of this key hold no {missing}{beside}."))
         if not complete.all():
@@ -97,7 +97,7 @@ class Shard:
         return None if name is None else label_of(f"Field {name!r} of {self.id(index)}", fields[name])
 
     def image(self, index: int) -> bytes:
-        """The bytes of the picture."""
+        """The bytes of the image."""
         return self._read(index, _PICTURE) or b""
 
     def digest(self) -> bytes:

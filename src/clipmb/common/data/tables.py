@@ -1,4 +1,4 @@
-"""Tables of pictures and captions: CSV, TSV, JSON Lines and Parquet."""
+"""Tables of images and captions: CSV, TSV, JSON Lines and Parquet."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ NAMES = {
     "label": ("label", "class"),
 }
 _REMOTE = ("http://", "https://")
-_LARGEST_GROUP = 1 << 30  # bytes of pictures in a row group of a Parquet file
+_LARGEST_GROUP = 1 << 30  # bytes of images in a row group of a Parquet file
 _KEPT = 1 << 28  # bytes of row groups that are kept in memory
 
 
@@ -37,12 +37,12 @@ class Columns:
     """The columns of tables, or fields of .json members, to read; None for the first known name.
 
     Attributes:
-        image: Column of the pictures' paths.
+        image: Column of the images' paths.
         caption: Column of the captions.
         label: Column of the names of classes.
         separator: Column separator in text tables; None for a tab in .tsv, and in .csv for the one that makes known
             names of columns out of the first line, which is a comma where none does.
-        root: The folder that paths of pictures are relative to; None for the table's own, or a usual one beside it.
+        root: The folder that paths of images are relative to; None for the table's own, or a usual one beside it.
         optional: Which of "image", "caption" and "label" a file may lack under the name given; known names serve then.
     """
 
@@ -64,7 +64,7 @@ class Columns:
         ):
             raise bad_input("separator must be one character", separator, "Pass for example ';'")
         if self.root is not None and not (isinstance(self.root, str | os.PathLike) and os.path.isdir(self.root)):
-            raise bad_input("image_root must be a folder", self.root, "Pass the folder of the pictures")
+            raise bad_input("image_root must be a folder", self.root, "Pass the folder of the images")
         if unknown := [kind for kind in self.optional if kind not in NAMES]:
             raise one_of("optional", unknown[0], tuple(NAMES))
 
@@ -84,7 +84,7 @@ class Columns:
         """Returns the names of the columns of a table; "caption" or "label" may be missing, but not both.
 
         Raises:
-            ValueError: There is no column of pictures, or neither captions nor labels, or not the one asked for.
+            ValueError: There is no column of images, or neither captions nor labels, or not the one asked for.
         """
         found = {kind: name for kind in NAMES if (name := self.first(kind, available)) is not None}
         shown = f"{', '.join(map(repr, available)) or 'none'} in {path}"
@@ -97,11 +97,11 @@ class Columns:
         if "image" not in found:
             if urls := [name for name in available if name.strip().lower() in ("url", "image_url")]:
                 raise bad_input(
-                    "Pictures must be local files; nothing is downloaded", f"only the column {urls[0]!r} in {path}",
+                    "Images must be local files; nothing is downloaded", f"only the column {urls[0]!r} in {path}",
                     "Download them first, for example with img2dataset", shown=True,
                 )  # fmt: skip
             raise bad_input(
-                f"A table needs a column of pictures, called {', '.join(NAMES['image'])}", f"the columns {shown}",
+                f"A table needs a column of images, called {', '.join(NAMES['image'])}", f"the columns {shown}",
                 "Rename it, or pass image_column= (--image-column), or separator= (--separator); the first line must "
                 "hold the names", shown=True,
             )  # fmt: skip
@@ -117,21 +117,21 @@ Row = tuple[str, dict[str, Any] | str]  # its place, and its image, caption and 
 
 
 class Pictures(Protocol):
-    """Pictures that lie inside a file of rows."""
+    """Images that lie inside a file of rows."""
 
     def __getitem__(self, row: int) -> bytes | str: ...
 
 
 class Table:
-    """Rows with the captions or the label of each picture, from whatever they were read.
+    """Rows with the captions or the label of each image, from whatever they were read.
 
-    Rows of the same picture and label are one pair with several captions. Rows without both are left out.
+    Rows of the same image and label are one pair with several captions. Rows without both are left out.
 
     Args:
         name: Name of the file in ids and reasons.
         rows: The place of each row in the file, with its image, caption and label, or why it is unusable.
-        roots: Folders that the paths of pictures may be relative to; the first that has the first picture is taken.
-        pictures: The pictures by row, where they lie in the file itself.
+        roots: Folders that the paths of images may be relative to; the first that has the first image is taken.
+        pictures: The images by row, where they lie in the file itself.
         prefix: Begin all ids with ``name``, because there are several files.
         stamp: What tells versions of the file apart besides its rows.
 
@@ -155,7 +155,7 @@ class Table:
         self.name, self._prefix, self._embedded, self._stamp = name, prefix, pictures, stamp
         self.left_out: list[tuple[str, str]] = []
         self._pictures, self._captions, self._labels = Strings(), Strings(), Strings()
-        self._rows = array("q")  # of embedded pictures: their numbers in the file
+        self._rows = array("q")  # of embedded images: their numbers in the file
         owners = array("q")  # the pair of each caption
         pairs: dict[tuple[str, str], int] = {}
         count = 0
@@ -183,7 +183,7 @@ class Table:
         self._starts = np.searchsorted(of[self._order], np.arange(len(self) + 1))
         self._root = self._found(roots)
         if len(self) < count - len(self.left_out):
-            logger.info("%s: %d rows are %d pictures", name, count - len(self.left_out), len(self))
+            logger.info("%s: %d rows are %d images", name, count - len(self.left_out), len(self))
 
     def _found(self, roots: Sequence[Path]) -> Path:
         first = _unpacked(self._pictures[0]) if len(self) else ""
@@ -193,7 +193,7 @@ class Table:
         return len(self._labels)
 
     def id(self, index: int) -> str:
-        """The path of the picture as the table has it; for pictures inside the file, its name and the row number."""
+        """The path of the image as the table has it; for images inside the file, its name and the row number."""
         if self._embedded is not None:
             return f"{self.name}/{self._rows[index]}"
         picture = _unpacked(self._pictures[index])
@@ -209,12 +209,12 @@ class Table:
         return _unpacked(self._labels[index]) or None
 
     def image(self, index: int) -> bytes | Path:
-        """The bytes or the path of the picture."""
+        """The bytes or the path of the image."""
         picture = _unpacked(self._pictures[index]) if self._embedded is None else self._embedded[self._rows[index]]
         return picture if isinstance(picture, bytes) else _at(self._root, picture)
 
     def digest(self) -> bytes:
-        """SHA-256 over pictures, captions and labels."""
+        """SHA-256 over images, captions and labels."""
         parts = (self._pictures, self._captions, self._labels)
         hashed = sha256(b"".join(part.digest() for part in parts))
         for numbers in (np.array(self._rows, "<i8"), self._order.astype("<i8"), self._starts.astype("<i8")):
@@ -223,16 +223,16 @@ class Table:
         return hashed.digest()
 
     def _checked(self, row: dict[str, Any] | str) -> tuple[str, list[str], str]:
-        """Returns picture, captions and label of one row; "" for a missing picture or label."""
+        """Returns image, captions and label of one row; "" for a missing image or label."""
         if isinstance(row, str):
             raise ValueError(row)
         picture = row.get("image")
         if self._embedded is None:
             if not isinstance(picture, str) or not picture.strip() or "\0" in picture:
-                raise bad_input("A row needs the path of a picture", picture, "Fill it in, or remove the row")
+                raise bad_input("A row needs the path of an image", picture, "Fill it in, or remove the row")
             if picture.startswith(_REMOTE):
                 raise bad_input(
-                    "Pictures must be local files; nothing is downloaded", picture,
+                    "Images must be local files; nothing is downloaded", picture,
                     "Download them first, for example with img2dataset",
                 )  # fmt: skip
         captions = texts_of("The caption", row.get("caption"))
@@ -265,7 +265,7 @@ def open_table(path: Path, name: str, columns: Columns, *, prefix: bool = False)
 
 
 def roots_of(path: Path, columns: Columns) -> list[Path]:
-    """Returns the folders that the pictures of a table may be relative to, the likeliest first.
+    """Returns the folders that the images of a table may be relative to, the likeliest first.
 
     Beside the table itself: the folders in which Flickr30k, COCO and open_clip's examples keep theirs.
     """
@@ -278,7 +278,7 @@ def roots_of(path: Path, columns: Columns) -> list[Path]:
 
 
 def _at(root: Path, picture: str) -> Path:
-    """Returns where a picture is; a path that Windows wrote is read with its backslashes as slashes."""
+    """Returns where an image is; a path that Windows wrote is read with its backslashes as slashes."""
     path = root / picture
     return root / picture.replace("\\", "/") if "\\" in picture and not path.exists() else path
 
@@ -330,11 +330,11 @@ def rows_of(batch: Any, names: Mapping[str, str], classes: Sequence[str]) -> Ite
 
 
 class _Embedded:
-    """The pictures inside a Parquet file, by row. Row groups are read at once, and the last ones are kept.
+    """The images inside a Parquet file, by row. Row groups are read at once, and the last ones are kept.
 
     Args:
         path: The file.
-        column: The column of pictures: binary, or a struct of bytes and path, as Hugging Face's datasets write it.
+        column: The column of images: binary, or a struct of bytes and path, as Hugging Face's datasets write it.
         metadata: The metadata of the file.
     """
 
@@ -348,7 +348,7 @@ class _Embedded:
             sizes.append(sum(part.total_uncompressed_size for part in own))
         if max(sizes, default=0) > _LARGEST_GROUP:
             raise bad_input(
-                "A row group may hold at most 1 GiB of pictures, because it is read at once",
+                "A row group may hold at most 1 GiB of images, because it is read at once",
                 f"{max(sizes) >> 20} MiB in {path}",
                 "Rewrite the file with row groups of about 100 rows",
                 shown=True,
@@ -374,7 +374,7 @@ class _Embedded:
 
 
 def picture_of(value: Any) -> bytes | str:
-    """Returns the bytes or the path of a picture in a cell: itself, or a struct of bytes and path.
+    """Returns the bytes or the path of an image in a cell: itself, or a struct of bytes and path.
 
     Raises:
         ValueError: There is none.
@@ -382,7 +382,7 @@ def picture_of(value: Any) -> bytes | str:
     if isinstance(value, Mapping):
         value = value.get("bytes") or value.get("path")
     if not value:
-        raise bad_input("A row needs a picture", value, "Fill it in, or remove the row")
+        raise bad_input("A row needs an image", value, "Fill it in, or remove the row")
     return value
 
 
@@ -598,7 +598,7 @@ def _parquet(path: Path, metadata: Any = None) -> Iterator[Any]:
 
 
 def holds_bytes(kind: Any) -> bool:
-    """Whether a column of this Arrow type holds pictures rather than paths."""
+    """Whether a column of this Arrow type holds images rather than paths."""
     from pyarrow import types
 
     if types.is_struct(kind):

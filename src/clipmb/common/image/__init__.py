@@ -1,1 +1,1 @@
-"""Pictures to pixel values: reading, resizing, cropping, and the image processor."""
+"""Images to pixel values: reading, resizing, cropping, and the image processor."""

@@ -174,7 +174,7 @@ def is_scaled(array: np.ndarray) -> bool:
 
 @dataclass(frozen=True)
 class Resizing:
-    """How pictures are resized and cropped.
+    """How images are resized and cropped.
 
     Attributes:
         resample: Pillow's filter.

@@ -47,7 +47,7 @@ _SIZE_KEYS = (
 
 
 class CLIPImageProcessor:
-    """Turns pictures into the ``pixel_values`` of a CLIP model.
+    """Turns images into the ``pixel_values`` of a CLIP model.
 
     Args:
         do_resize: Resize to ``size``.
@@ -64,8 +64,8 @@ class CLIPImageProcessor:
         do_convert_rgb: Convert Pillow images to RGB. Arrays are never converted.
         resize_backend: What resizes: "native" is the compiled kernel, several times as fast; "pillow" is Pillow; "auto"
             is the kernel where it was compiled and has the bits of the installed Pillow. It is not saved.
-        pass_order: The bits of resized pictures: "installed" gives those of the installed Pillow, which takes the
-            vertical pass first for tall pictures since 12.2, and for more of them since 13.0; "horizontal" gives the
+        pass_order: The bits of resized images: "installed" gives those of the installed Pillow, which takes the
+            vertical pass first for tall images since 12.2, and for more of them since 13.0; "horizontal" gives the
             same bits with every version, which are those of Pillow before 12.2.
         **kwargs: Kept as attributes and written back by `save_pretrained`, so that unknown entries of a file survive.
 
@@ -441,13 +441,13 @@ class CLIPImageProcessor:
         return_unused_kwargs: bool = False,
         **kwargs: Any,
     ) -> Self | tuple[Self, dict[str, Any]]:
-        """Loads the settings from a folder, a hub id or a JSON file.
+        """Loads the settings from a folder, a Hub id or a JSON file.
 
         The ``image_processor`` entry of processor_config.json (transformers 5) comes before preprocessor_config.json
         (transformers 4), as in transformers 5.
 
         Args:
-            pretrained_model_name_or_path: The folder, hub id or file.
+            pretrained_model_name_or_path: The folder, Hub id or file.
             return_unused_kwargs: Return the keyword arguments that are not settings too; otherwise they are logged.
             **kwargs: The options of `Source`, and settings that override those in the file.
 

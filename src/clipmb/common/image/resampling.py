@@ -1,7 +1,7 @@
-"""Resizing of 8-bit pictures with the bits of Pillow, by a compiled kernel where it was built.
+"""Resizing of 8-bit images with the bits of Pillow, by a compiled kernel where it was built.
 
-The kernel computes only the part of the picture that a crop keeps, and can write it through a table of floats. It
-serves where its bits are those of the installed Pillow, which is tried out on small pictures at first use.
+The kernel computes only the part of the image that a crop keeps, and can write it through a table of floats. It
+serves where its bits are those of the installed Pillow, which is tried out on small images at first use.
 
 Source: the order of the passes is that of Pillow 11 and 12.0 (always horizontal first), of 12.2 (pull request 9524) and
 of 13.0 (pull request 9549).
@@ -42,7 +42,7 @@ _RULES: dict[str, Rule] = {
 }
 _FIXED = _RULES["horizontal first"]
 _CHANNELS = {"L": 1, "LA": 2, "RGB": 3, "RGBA": 4}
-_STRIP = 1 << 23  # bytes of a picture that is read in parts
+_STRIP = 1 << 23  # bytes of an image that is read in parts
 _REACH = 4.0  # more input pixels than any filter looks at to either side, in units of its scale
 
 
@@ -73,18 +73,18 @@ def check_order(order: Any) -> str:
 def installed_rule() -> str | None:
     """Returns the pass order of the installed Pillow by its name in the rules; None where the kernel does not serve."""
     if _resize is None:
-        logger.info("Pictures are resized by Pillow: the faster kernel was not compiled at installation.")
+        logger.info("Images are resized by Pillow: the faster kernel was not compiled at installation.")
         return None
     probes = list(_probes())
     for name, rule in _RULES.items():
         if all(_agrees(rule, *probe) for probe in probes):
             return name
-    logger.warning("Pictures are resized by Pillow %s: the faster kernel has other bits.", Image.__version__)
+    logger.warning("Images are resized by Pillow %s: the faster kernel has other bits.", Image.__version__)
     return None
 
 
 def serves(sizes: tuple[int, ...], resample: int) -> bool:
-    """Whether the kernel takes pictures with these sides, and has one of Pillow's filters."""
+    """Whether the kernel takes images with these sides, and has one of Pillow's filters."""
     return max(sizes) <= MOST and resample in FILTERS
 
 
@@ -105,11 +105,11 @@ def resize_pillow(
     """Resizes with Pillow.
 
     Args:
-        image: A picture of any mode.
+        image: An image of any mode.
         target: (width, height) of the result.
         resample: Pillow's filter.
         order: "installed", or "horizontal" for the same bits with every version of Pillow.
-        box: The part of the picture to resize, (left, top, right, bottom) in pixels; all of it when None.
+        box: The part of the image to resize, (left, top, right, bottom) in pixels; all of it when None.
     """
     filter_ = cast(Image.Resampling, resample)
     left, top, right, bottom = box or (0, 0, *image.size)
@@ -132,15 +132,15 @@ def resize_image(
     order: str,
     box: tuple[float, float, float, float] | None = None,
 ) -> Image.Image:
-    """Resizes a picture, or a part of it, by the kernel where it serves.
+    """Resizes an image, or a part of it, by the kernel where it serves.
 
     Args:
-        image: A picture of any mode.
+        image: An image of any mode.
         target: (width, height) of the result.
         resample: Pillow's filter.
         backend: One of ``BACKENDS``.
         order: One of ``ORDERS``.
-        box: The part of the picture to resize, (left, top, right, bottom) in pixels; all of it when None.
+        box: The part of the image to resize, (left, top, right, bottom) in pixels; all of it when None.
     """
     rule = rule_of(backend, order) if image.mode in _CHANNELS and serves((*image.size, *target), resample) else None
     if rule is None:
@@ -150,7 +150,7 @@ def resize_image(
 
 
 class Window:
-    """A part of a resized picture, which the kernel computes where it is wanted.
+    """A part of a resized image, which the kernel computes where it is wanted.
 
     Args:
         picture: A Pillow image of mode L, LA, RGB or RGBA, or [height, width, channels] uint8 with 1 to 4 channels, of
@@ -159,7 +159,7 @@ class Window:
         resample: Pillow's filter.
         rule: The order of the passes.
         window: (left, top, width, height) of the part of the result; all of it when None.
-        box: The part of the picture that is resized, (left, top, right, bottom); all of it when None.
+        box: The part of the image that is resized, (left, top, right, bottom); all of it when None.
 
     Attributes:
         shape: (channels, height, width) of the part.
@@ -222,7 +222,7 @@ class Window:
     def _in_strips(
         self, picture: Image.Image, step: int, out: np.ndarray, table: np.ndarray | None, planar: bool
     ) -> None:
-        """Resizes a large picture, whose pixels Pillow keeps in several places: the first pass part by part.
+        """Resizes a large image, whose pixels Pillow keeps in several places: the first pass part by part.
 
         A pass that keeps a size changes nothing, so that each call of the kernel makes one pass.
         """
@@ -274,7 +274,7 @@ def _kernel(
 
 
 def _lent(picture: Image.Image) -> tuple[Any, int] | None:
-    """Returns a picture's own memory and the bytes of a pixel; None where Pillow does not lend it in one piece."""
+    """Returns an image's own memory and the bytes of a pixel; None where Pillow does not lend it in one piece."""
     if picture.mode == "LA" or not hasattr(picture, "__arrow_c_array__"):
         return None
     try:
@@ -293,7 +293,7 @@ def _parts(first: int, count: int, target: int, size: int, step: int) -> list[tu
 
 
 def _probes() -> list[tuple[Image.Image, tuple[int, int], int, tuple[float, float, float, float] | None]]:
-    """Returns small pictures, targets, filters and boxes, by which the kernel and the pass orders differ."""
+    """Returns small images, targets, filters and boxes, by which the kernel and the pass orders differ."""
     numbers = np.random.Philox(0)
     found = []
     for mode, channels in (("RGB", 3), ("L", 1), ("RGBA", 4)):

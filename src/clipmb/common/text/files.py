@@ -21,10 +21,10 @@ class SavedTokens(DecodingTokens):
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: Any, *init_inputs: Any, **kwargs: Any) -> Self:
-        """Reads a tokenizer from a folder or from the hub.
+        """Reads a tokenizer from a folder or from the Hub.
 
         Args:
-            pretrained_model_name_or_path: A folder or hub id with vocab.json and merges.txt, or tokenizer.json.
+            pretrained_model_name_or_path: A folder or Hub id with vocab.json and merges.txt, or tokenizer.json.
                 Where all are there, CLIPTokenizerFast reads tokenizer.json.
             *init_inputs: First arguments of the class.
             **kwargs: Options of `clipmb.common.hub.Source` (revision, subfolder, cache_dir, token, local_files_only,

@@ -1,4 +1,4 @@
-"""The curves of a training run as a picture."""
+"""The curves of a training run as an image."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def draw(folder: str | os.PathLike[str]) -> Path:
         folder: Folder of a run, which may still be running.
 
     Returns:
-        The path of the picture.
+        The path of the image.
 
     Raises:
         FileNotFoundError: The folder has no metrics.

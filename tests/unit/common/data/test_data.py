@@ -265,7 +265,7 @@ PARQUET_TWICE = written(pa.Table.from_arrays([["a"], ["b"], ["c"]], ["image", "t
         ("x.jsonl", b"\n", "must have at least one row"),
         ("x.csv", b"image,caption\n,\n", "at least one pair"),
         ("x.csv", b"image,words\na,b\n", "column of captions, called caption, .*the columns 'image', 'words'"),
-        ("x.csv", b"caption\na\n", "column of pictures, called image, "),
+        ("x.csv", b"caption\na\n", "column of images, called image, "),
         ("x.csv", b"url,caption\nhttp://x,a\n", r"nothing is downloaded\. Received: only the column 'url'"),
         ("x.csv", b"image,caption\nhttps://x/a.jpg,a\n", "nothing is downloaded"),
         ("x.csv", b"image,image,caption\na,b,c\n", "different names"),
@@ -291,7 +291,7 @@ def test_missing_and_broken_pictures_are_named(tmp_path):
     (tmp_path / "sub").mkdir()
     pairs = Pairs.open(tmp_path)
     for index, name in enumerate(("gone.jpg", "text.jpg", "cut.jpg", "sub")):
-        with pytest.raises(ValueError, match=f"The picture of {name} must be a readable image"):
+        with pytest.raises(ValueError, match=f"{name} must be a readable image"):
             pairs.image(index)
     for index in (-1, 4):
         with pytest.raises(IndexError, match="There are 4 pairs"):
@@ -335,7 +335,7 @@ def test_parquet_with_pictures(tmp_path, kind):
     assert [name for name, _ in pairs.left_out] == ["x.parquet/2"]
     for index, number in reversed(list(enumerate(numbers))):
         if kind == "struct" and number == 3:
-            with pytest.raises(ValueError, match="A row needs a picture"):
+            with pytest.raises(ValueError, match="A row needs an image"):
                 pairs.image(index)
             continue
         expected = np.asarray(Image.open(io.BytesIO(pictures[number])))
@@ -441,10 +441,10 @@ def test_members_that_are_no_pair_are_left_out(tmp_path):
         reasons.setdefault(name.removeprefix("s.tar/"), []).append(why)
     assert reasons == {
         "picture": ["The members of this key hold no text (.txt, .json or .cls)."],
-        "text": ["The members of this key hold no picture."],
-        "link": ["The members of this key hold no picture; they hold .jpg (a link or special file)."],
-        "my": ["The members of this key hold no picture; they hold .photo.jpg."],
-        "twice": [f"This key has more than one {kind}; the first is used." for kind in ("picture", ".txt")],
+        "text": ["The members of this key hold no image."],
+        "link": ["The members of this key hold no image; they hold .jpg (a link or special file)."],
+        "my": ["The members of this key hold no image; they hold .photo.jpg."],
+        "twice": [f"This key has more than one {kind}; the first is used." for kind in ("image", ".txt")],
     }
 
 
@@ -461,7 +461,7 @@ def test_members_that_cannot_be_read_are_named(tmp_path):
     for index, message in enumerate(("must be UTF-8", "must be JSON", "must be a JSON object", "must be a text")):
         with pytest.raises(ValueError, match=f"of s.tar/{index} {message}"):
             pairs.captions(index)
-        with pytest.raises(ValueError, match=f"The picture of s.tar/{index} must be"):
+        with pytest.raises(ValueError, match=f"s.tar/{index} must be"):
             pairs.image(index)
     whole = (tmp_path / "s.tar").read_bytes()
     (tmp_path / "s.tar").write_bytes(whole[:512])
@@ -875,7 +875,7 @@ def test_a_run_that_goes_on_repeats_nothing_in_the_ledger(partly, tmp_path):
 def test_without_a_ledger_broken_items_are_logged(partly, caplog):
     list(batches(partly).epoch(0))
     assert caplog.text.count("is broken and left out") == 3
-    assert "003.jpg is broken and left out: The picture of 003.jpg must be a readable image" in caplog.text
+    assert "003.jpg is broken and left out: 003.jpg must be a readable image" in caplog.text
 
 
 def test_pairs_without_captions_are_broken(tmp_path):
@@ -1035,7 +1035,7 @@ def test_errors_of_the_augmentation_come_out(ten, workers):
 
     with pytest.raises(ValueError, match="wrong") as caught:
         list(batches(ten, augment=wrong, workers=workers).epoch(0))
-    assert "The augment function raised this error for the picture of 00" in caught.value.__notes__[0]
+    assert "The augment function raised this error for the image of 00" in caught.value.__notes__[0]
     with pytest.raises(TypeError, match=r"augment must return a Pillow image\. Received: <class 'NoneType'>"):
         list(batches(ten, augment=lambda image, generator: None, workers=workers).epoch(0))
 
@@ -1143,7 +1143,7 @@ def test_wrong_epochs_are_refused_before_anything_is_read(ten):
 
 def test_the_processor_must_give_one_size(ten):
     for options in ({"do_center_crop": False}, {"do_center_crop": False, "do_resize": False}):
-        with pytest.raises(ValueError, match="must resize all pictures to one size"):
+        with pytest.raises(ValueError, match="must resize all images to one size"):
             Batches(ten, CLIPProcessor(CLIPImageProcessor(**options)), batch_size=2, context=77)
     squashed = CLIPImageProcessor(size={"height": 6, "width": 4}, do_center_crop=False)
     for augment in (None, "crop"):

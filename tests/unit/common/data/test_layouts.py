@@ -197,7 +197,7 @@ def test_folders_of_parquet_files(tmp_path, place, stems):
     pairs = Pairs.open(tmp_path)
     assert [pairs.captions(i) for i in range(4)] == [["c0"], ["failed"], ["c1"], ["failed"]]
     assert pairs.image(2).getpixel((0, 0))[0] == 1
-    with pytest.raises(ValueError, match="A row needs a picture"):
+    with pytest.raises(ValueError, match="A row needs an image"):
         pairs.image(1)
 
 
