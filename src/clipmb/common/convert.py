@@ -118,6 +118,7 @@ def convert(
             if overwrite:
                 save.remove(*(path.name for path in folder.iterdir() if _belongs(path.name)))
             weights = {e.canonical: originals[e.canonical].astype(numpy_dtype(e.dtype)) for e in done.mapping}
+            save.reserve(sum(tensor.nbytes for tensor in weights.values()))
             with progress_bar(progress, f"writing {to}", len(done.mapping)) as advance:
                 counted = _counted(weights, advance)
                 files = target.write(save, counted, done.config, done.head, max_shard_size=max_shard_size)

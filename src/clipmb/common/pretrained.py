@@ -4,19 +4,37 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Mapping
-from typing import Any, ClassVar, Literal, Self, Unpack, overload
+from typing import Any, ClassVar, Literal, NamedTuple, Self, Unpack, overload
 
 import numpy as np
 
-from clipmb.common.checkpoint import OwnArrays, fit, formats, write_safetensors
+from clipmb.common.checkpoint import LoadingInfo, OwnArrays, fit, formats, write_safetensors
 from clipmb.common.checkpoint.tensors import Deferred, Loaded
 from clipmb.common.config import CONFIG_NAME, BaseConfig
 from clipmb.common.dtypes import DTYPES, dtype_name
 from clipmb.common.errors import CheckpointError, bad_input, log_once, logger, one_of
 from clipmb.common.former import SavingOptions, check_saving, drop_unneeded
 from clipmb.common.hub import Source
-from clipmb.common.parameters import specs
-from clipmb.common.saving import Transaction
+from clipmb.common.parameters import Spec, specs
+from clipmb.common.saving import Transaction, read_whole
+
+
+class _Read(NamedTuple):
+    """What `from_pretrained` reads before it makes a model of it.
+
+    Attributes:
+        config: That of the head.
+        arrays: Canonical name to array.
+        info: How the file differed from the model.
+        initialised: The parameters that are to be drawn.
+        options: Those that belong to the framework.
+    """
+
+    config: Any
+    arrays: dict[str, np.ndarray]
+    info: LoadingInfo
+    initialised: list[Spec]
+    options: dict[str, Any]
 
 
 class PretrainedMixin:
@@ -123,11 +141,43 @@ class PretrainedMixin:
         dtype = normal_dtype(torch_dtype if dtype is None else dtype, cls.__name__)
         source = None if name_or_path is None else Source.of(name_or_path, options)
         drop_unneeded(options)
-        tensors: Mapping[str, np.ndarray] | None = None
-        if config is None and state_dict is None and source is not None and source.find(CONFIG_NAME) is None:
+        tensors = None
+        if state_dict is not None:
+            tensors = {name: cls.canonical_array(value) for name, value in state_dict.items()}
+
+        def read() -> _Read:
+            return cls._read(source, config, variant, tensors, options, strict, ignore_mismatched_sizes)
+
+        saved_into = None if source is None or source.file is not None else source.folder
+        found = read_whole(saved_into, read)
+        if found.info.initialised:
+            names = ", ".join(found.info.initialised)
+            logger.warning("%s: newly initialised; train the model before using it: %s", cls.__name__, names)
+        arrays = found.arrays
+        if dtype == "auto":
+            dtype = found.config.dtype or next((array.dtype.name for array in arrays.values()), None)
+        if state_dict is None:
+            arrays = OwnArrays(arrays)
+        model = cls.from_arrays(found.config, arrays, found.initialised, dtype, **found.options)
+        return (model, found.info.to_dict()) if output_loading_info else model
+
+    @classmethod
+    def _read(
+        cls,
+        source: Source | None,
+        config: Any,
+        variant: str | None,
+        tensors: Mapping[str, np.ndarray] | None,
+        options: Mapping[str, Any],
+        strict: bool,
+        ignore_mismatched_sizes: bool,
+    ) -> _Read:
+        """Reads config and weights and compares them: what is repeated when somebody saves meanwhile."""
+        origin = source or "state_dict"
+        if config is None and tensors is None and source is not None and source.find(CONFIG_NAME) is None:
             tensors, config = _weights_and_config(source, variant)
-        config, options = cls._config_for(source, config, options)
-        if unknown := options.keys() - set(cls.load_options):
+        config, left = cls._config_for(source, config, dict(options))
+        if unknown := left.keys() - set(cls.load_options):
             raise bad_input(
                 f"{cls.__name__}.from_pretrained takes fields of its config and {', '.join(cls.load_options)}",
                 ", ".join(sorted(unknown)),
@@ -135,35 +185,23 @@ class PretrainedMixin:
                 TypeError,
                 shown=True,
             )
-        if state_dict is not None:
-            tensors = {name: cls.canonical_array(value) for name, value in state_dict.items()}
-        elif source is None:
+        if tensors is None and source is None:
             raise bad_input(
-                "Without a folder or Hub id a state_dict is needed",
-                name_or_path,
-                "Pass a name, or config= and state_dict=",
+                "Without a folder or Hub id a state_dict is needed", None, "Pass a name, or config= and state_dict="
             )
-        elif tensors is None:
+        if tensors is None and source is not None:
             tensors = read_weights(source, variant)
         table = specs(config, cls.head)
         arrays, info = fit(
-            tensors,
+            tensors or {},
             table,
             cls.head,
-            origin=source or "state_dict",
+            origin=origin,
             strict=strict,
             ignore_mismatched_sizes=ignore_mismatched_sizes,
         )
-        if info.initialised:
-            names = ", ".join(info.initialised)
-            logger.warning("%s: newly initialised; train the model before using it: %s", cls.__name__, names)
-        if dtype == "auto":
-            dtype = config.dtype or next((array.dtype.name for array in arrays.values()), None)
-        initialised = [spec for spec in table if spec.name in set(info.initialised)]
-        if state_dict is None:
-            arrays = OwnArrays(arrays)
-        model = cls.from_arrays(config, arrays, initialised, dtype, **options)
-        return (model, info.to_dict()) if output_loading_info else model
+        initialised = set(info.initialised)
+        return _Read(config, arrays, info, [spec for spec in table if spec.name in initialised], left)
 
     @classmethod
     def _config_for(cls, source: Source | None, config: Any, options: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
@@ -202,6 +240,7 @@ class PretrainedMixin:
             **options: Arguments of transformers 4's, for which see `clipmb.common.former.check_saving`.
 
         Raises:
+            OSError: The disk has no room for the weights, or the files cannot be written.
             ValueError: ``safe_serialization=False`` or ``push_to_hub=True`` was asked for, or the folder is a file.
             TypeError: An option is unknown.
         """
@@ -229,6 +268,7 @@ class PretrainedMixin:
         """
         content = config_text(self.config, self.head, (tensor.dtype.name for tensor in arrays.lazy.values()))
         with Transaction(save_directory) as save:
+            save.reserve(sum(tensor.nbytes for tensor in arrays.lazy.values()))
             save.write(CONFIG_NAME, content)
             write_safetensors(save, arrays, max_shard_size=max_shard_size, variant=variant)
 

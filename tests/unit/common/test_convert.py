@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import tempfile
 from pathlib import Path
 
@@ -533,7 +534,17 @@ def test_a_full_disk_leaves_what_was_there(source, tmp_path, format):
     done = python("-c", FULL, source, folder, format)
     assert done.returncode == 0, done.stderr
     assert "could not be written and was left unchanged" in done.stdout, done.stderr
+    assert "There is no room for the save" in done.stdout
     assert content(folder) == before
+
+
+@pytest.mark.parametrize("format", FORMATS)
+def test_a_disk_that_is_too_small_is_found_out_before_anything_is_written(source, tmp_path, format, monkeypatch):
+    free = shutil.disk_usage(tmp_path)._replace(free=100_000)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: free)
+    with pytest.raises(CheckpointError, match=r"The save needs [\d,]{7,} bytes, and the disk has 100,000 left"):
+        convert(source, tmp_path / "result", format)
+    assert not (tmp_path / "result").exists()
 
 
 # -- models -----------------------------------------------------------------------------------------------------------

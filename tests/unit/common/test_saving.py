@@ -7,14 +7,19 @@ import io
 import itertools
 import json
 import os
+import shutil
 import threading
 import time
 from pathlib import Path
 
 import pytest
+from cases import CONFIGS, random_arrays
 from processes import python
 
-from clipmb import CheckpointError
+from clipmb import CheckpointError, CLIPTextConfig
+from clipmb.common.checkpoint import write_safetensors
+from clipmb.common.checkpoint.tensors import Deferred, lazy
+from clipmb.common.pretrained import PretrainedMixin
 from clipmb.common.saving import Transaction, current, names, read_whole
 
 OLD = {"config.json": "old", "model.safetensors": "old", "model.safetensors.index.json": "old"}
@@ -344,3 +349,57 @@ def test_readers_and_two_writers_in_processes_of_their_own(tmp_path):
         assert done.returncode == 0, f"{role}: {done.stderr[-2000:]}"
         assert int(done.stdout.split()[0]) > 3, role
     assert len(set(plain(tmp_path).values())) == 1
+
+
+# -- models -----------------------------------------------------------------------------------------------------------
+
+
+class Reader(PretrainedMixin):
+    """A text tower that is nothing but its config and its arrays."""
+
+    config_class, head = CLIPTextConfig, "CLIPTextModel"
+
+    @classmethod
+    def from_arrays(cls, config, arrays, initialised, dtype):
+        return config.vocab_size, arrays["text_model.embeddings.token_embedding.weight"].shape
+
+
+def save_tower(folder: Path, vocab_size: int, **options: object) -> None:
+    """Saves a tower of another vocabulary, so that neither fits the config of the other."""
+    config = CLIPTextConfig.from_dict(CONFIGS["plain"].text_config.to_dict(), vocab_size=vocab_size)
+    with Transaction(folder) as opened:
+        opened.write("config.json", config.to_json_string())
+        write_safetensors(opened, random_arrays(config, "CLIPTextModel"), **options)
+
+
+@pytest.mark.parametrize("steps", [None, 4, 7])
+def test_a_model_is_of_one_save_whatever_a_writer_does_meanwhile(tmp_path, stepped, steps):
+    """The reader stops at every look, and the writer saves then: all of it, or on to the commit and the first moves."""
+    save_tower(tmp_path / "first", 99)
+    looks = count(lambda: Reader.from_pretrained(tmp_path / "first"), OBSERVING)
+    assert looks > 10
+    for look in range(looks):
+        folder = tmp_path / str(look)
+        save_tower(folder, 99)
+        reader = Paused(lambda folder=folder: Reader.from_pretrained(folder), OBSERVING)
+        reader.advance(look)
+        writer = Paused(lambda folder=folder: save_tower(folder, 120, max_shard_size="20KB"), MUTATING)
+        writer.advance(steps)
+        if steps is not None:
+            writer.kill()
+        reader.advance()
+        assert reader.result in ((99, (99, 32)), (120, (120, 32))), (look, reader.result)
+        if steps is None:
+            assert Reader.from_pretrained(folder) == (120, (120, 32))
+
+
+def test_a_model_is_not_saved_where_there_is_no_room_for_it(tmp_path, monkeypatch):
+    model = Reader()
+    model.config = CONFIGS["plain"].text_config
+    weights = Deferred(lazy(random_arrays(model.config, "CLIPTextModel")))
+    free = shutil.disk_usage(tmp_path)._replace(free=10_000)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: free)
+    with pytest.raises(OSError, match=r"The save needs [\d,]{7,} bytes, and the disk has 10,000 left") as caught:
+        model.save_arrays(weights, tmp_path / "to")
+    assert (caught.value.errno, caught.value.filename) == (errno.ENOSPC, tmp_path / "to")
+    assert not (tmp_path / "to").exists()

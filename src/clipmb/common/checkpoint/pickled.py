@@ -24,6 +24,7 @@ from typing import Any
 
 import numpy as np
 
+from clipmb.common.checkpoint.disk import KeptErrors
 from clipmb.common.checkpoint.sniffing import LEGACY, ZIP
 from clipmb.common.checkpoint.tensors import Lazy
 from clipmb.common.dtypes import BFLOAT16
@@ -337,9 +338,13 @@ def write_pickle(path: Path, tensors: Mapping[str, Lazy]) -> None:
 
     Raises:
         MissingBackendError: PyTorch is not installed.
+        OSError: The file cannot be written.
     """
     torch = import_torch()
-    torch.save({name: _to_torch(torch, tensor.make()) for name, tensor in tensors.items()}, path)
+    with open(path, "wb", buffering=0) as disk:
+        kept = KeptErrors(disk)
+        torch.save({name: _to_torch(torch, tensor.make()) for name, tensor in tensors.items()}, kept)
+    kept.raise_first()
 
 
 def _to_torch(torch: Any, array: np.ndarray) -> Any:
