@@ -10,6 +10,7 @@ import torch
 
 import clipmb
 from clipmb import (
+    BatchEncoding,
     BatchFeature,
     CLIPConfig,
     CLIPImageProcessor,
@@ -17,6 +18,7 @@ from clipmb import (
     CLIPOutput,
     CLIPPipeline,
     CLIPProcessor,
+    CLIPTokenizer,
     CLIPTokenizerFast,
     CLIPVisionModelWithProjection,
     Conversion,
@@ -45,7 +47,24 @@ assert_type(CLIPImageProcessor.from_pretrained("folder"), CLIPImageProcessor)
 assert_type(CLIPProcessor.from_pretrained("folder"), CLIPProcessor)
 assert_type(CLIPPipeline.from_pretrained("folder", backend="pt"), CLIPPipeline)
 
-# The processor's parts and results.
+# The tokenizers.
+assert_type(CLIPTokenizer.from_pretrained("folder"), CLIPTokenizer)
+tokenizer = CLIPTokenizerFast()
+assert_type(tokenizer("a cat"), BatchEncoding)
+assert_type(tokenizer.pad({"input_ids": [[1]]}), BatchEncoding)
+assert_type(tokenizer.encode("a cat"), list[int])
+assert_type(tokenizer.tokenize("a cat"), list[str])
+assert_type(tokenizer.decode([1]), str)
+assert_type(tokenizer.batch_decode([[1]]), list[str])
+assert_type(tokenizer.convert_ids_to_tokens(1), str | None)
+assert_type(tokenizer.convert_ids_to_tokens([1]), list[str | None])
+assert_type(tokenizer.get_vocab(), dict[str, int])
+assert_type(tokenizer.eos_token, str | None)
+assert_type(tokenizer.eos_token_id, int | None)
+assert_type(tokenizer.save_pretrained("folder"), tuple[str, ...])
+
+# The processors' parts and results.
+assert_type(CLIPImageProcessor()(["a.png"], return_tensors="np"), BatchFeature)
 assert_type(CLIPProcessor()(["a cat"], return_tensors="np"), BatchFeature)
 CLIPProcessor(CLIPImageProcessor(), CLIPTokenizerFast())
 
@@ -53,11 +72,20 @@ CLIPProcessor(CLIPImageProcessor(), CLIPTokenizerFast())
 model = CLIPModel.from_pretrained("folder")
 assert_type(model, CLIPModel)
 assert_type(CLIPModel.from_pretrained("folder", output_loading_info=True)[0], CLIPModel)
+assert_type(model.config, CLIPConfig)
+assert_type(model().logits_per_image, torch.Tensor | Any)
 assert_type(model.forward().logits_per_image, torch.Tensor | Any)
+assert_type(model.get_text_features(), torch.Tensor)
+model(return_dict="yes")  # pyright: ignore[reportArgumentType]
 model.forward().logits_per_imag  # noqa: B018  # pyright: ignore[reportAttributeAccessIssue]
 assert_type(CLIPVisionModelWithProjection.from_pretrained("folder").forward().image_embeds, torch.Tensor | Any)
 assert_type(FlaxCLIPModel.from_pretrained("folder")().text_embeds, jax.Array | Any)
-assert_type(TFCLIPModel.from_pretrained("folder"), TFCLIPModel)
+assert_type(FlaxCLIPModel.from_pretrained("folder").config, CLIPConfig)
+tf_model = TFCLIPModel.from_pretrained("folder")  # TensorFlow ships no types: its tensors are unknown
+assert_type(tf_model, TFCLIPModel)
+assert_type(tf_model.config, CLIPConfig)
+tf_model().logits_per_imag  # noqa: B018  # pyright: ignore[reportAttributeAccessIssue]
+tf_model(return_dict="yes")  # pyright: ignore[reportArgumentType]
 
 output: CLIPOutput[torch.Tensor] = CLIPOutput()
 assert_type(output.loss, torch.Tensor | None)

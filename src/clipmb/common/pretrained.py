@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Mapping
-from typing import Any, ClassVar, Literal, NamedTuple, Self, Unpack, overload
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, ClassVar, Literal, NamedTuple, Self, TypeVar, Unpack, overload
 
 import numpy as np
 
@@ -17,6 +17,8 @@ from clipmb.common.former import SavingOptions, check_saving, drop_unneeded
 from clipmb.common.hub import Source
 from clipmb.common.parameters import Spec, specs
 from clipmb.common.saving import Transaction, read_whole
+
+Method = TypeVar("Method", bound=Callable[..., Any])
 
 
 class _Read(NamedTuple):
@@ -35,6 +37,11 @@ class _Read(NamedTuple):
     info: LoadingInfo
     initialised: list[Spec]
     options: dict[str, Any]
+
+
+def called_like(method: Method) -> Callable[[Callable[..., Any]], Method]:
+    """Gives ``__call__``, which frameworks leave untyped, the signature of a model's own method."""
+    return lambda _: method
 
 
 class PretrainedMixin:

@@ -377,6 +377,7 @@ class FlaxCLIPModel(FlaxCLIPPreTrainedModel):
     """Both towers, their projections, and the similarity of every text with every image."""
 
     head = "CLIPModel"
+    config: CLIPConfig
     module_class = FlaxCLIPModule
 
     def get_text_features(
@@ -492,6 +493,7 @@ class FlaxCLIPTextPreTrainedModel(FlaxCLIPPreTrainedModel):
     """What the two text heads share."""
 
     config_class = CLIPTextConfig
+    config: CLIPTextConfig
 
     def __call__(
         self,
@@ -529,6 +531,7 @@ class FlaxCLIPVisionPreTrainedModel(FlaxCLIPPreTrainedModel):
     """What the two vision heads share."""
 
     config_class = CLIPVisionConfig
+    config: CLIPVisionConfig
     main_input_name = "pixel_values"
 
     def __call__(
@@ -567,6 +570,7 @@ class FlaxCLIPForImageClassification(FlaxCLIPPreTrainedModel):
     """The vision tower with a linear classifier over the mean of the patch states."""
 
     head = "CLIPForImageClassification"
+    config: CLIPConfig
     main_input_name = "pixel_values"
     module_class = FlaxCLIPForImageClassificationModule
 

@@ -6,7 +6,7 @@ of the checkpoints. Source of every behaviour not explained here: the PyTorch mo
 
 from __future__ import annotations
 
-from typing import Any, ClassVar, Self
+from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 import numpy as np
 import torch
@@ -30,7 +30,7 @@ from clipmb.common.outputs import (
     returned,
 )
 from clipmb.common.parameters import Spec, specs
-from clipmb.common.pretrained import PretrainedMixin
+from clipmb.common.pretrained import PretrainedMixin, called_like
 from clipmb.pt.layers import ACTIVATIONS, Uninitialised, interpolate_positions, look_up, statistics_dtype
 from clipmb.pt.losses import classification_loss, contrastive_loss, normalize
 from clipmb.pt.tensors import from_numpy, lazy_numpy, register_output, to_numpy
@@ -495,6 +495,7 @@ class CLIPModel(CLIPPreTrainedModel):
     """Both towers, their projections, and the similarity of every text with every image."""
 
     head = "CLIPModel"
+    config: CLIPConfig
 
     def __init__(self, config: CLIPConfig) -> None:
         super().__init__(config)
@@ -606,12 +607,19 @@ class CLIPModel(CLIPPreTrainedModel):
         )
         return returned(output, return_dict, self.config.return_dict)
 
+    if TYPE_CHECKING:
+
+        @called_like(forward)
+        def __call__(self) -> Any:
+            """Runs `forward` and its hooks."""
+
 
 class CLIPTextModel(CLIPPreTrainedModel):
     """The text tower alone."""
 
     head = "CLIPTextModel"
     config_class = CLIPTextConfig
+    config: CLIPTextConfig
 
     def __init__(self, config: CLIPTextConfig) -> None:
         super().__init__(config)
@@ -631,12 +639,19 @@ class CLIPTextModel(CLIPPreTrainedModel):
         output = self.text_model(input_ids, attention_mask, position_ids, output_attentions, output_hidden_states)
         return returned(output, return_dict, self.config.return_dict)
 
+    if TYPE_CHECKING:
+
+        @called_like(forward)
+        def __call__(self) -> Any:
+            """Runs `forward` and its hooks."""
+
 
 class CLIPTextModelWithProjection(CLIPPreTrainedModel):
     """The text tower with its projection."""
 
     head = "CLIPTextModelWithProjection"
     config_class = CLIPTextConfig
+    config: CLIPTextConfig
 
     def __init__(self, config: CLIPTextConfig) -> None:
         super().__init__(config)
@@ -663,12 +678,19 @@ class CLIPTextModelWithProjection(CLIPPreTrainedModel):
         )
         return returned(projected, return_dict, self.config.return_dict)
 
+    if TYPE_CHECKING:
+
+        @called_like(forward)
+        def __call__(self) -> Any:
+            """Runs `forward` and its hooks."""
+
 
 class CLIPVisionModel(CLIPPreTrainedModel):
     """The vision tower alone."""
 
     head = "CLIPVisionModel"
     config_class = CLIPVisionConfig
+    config: CLIPVisionConfig
     main_input_name = "pixel_values"
 
     def __init__(self, config: CLIPVisionConfig) -> None:
@@ -688,12 +710,19 @@ class CLIPVisionModel(CLIPPreTrainedModel):
         output = self.vision_model(pixel_values, output_attentions, output_hidden_states, interpolate_pos_encoding)
         return returned(output, return_dict, self.config.return_dict)
 
+    if TYPE_CHECKING:
+
+        @called_like(forward)
+        def __call__(self) -> Any:
+            """Runs `forward` and its hooks."""
+
 
 class CLIPVisionModelWithProjection(CLIPPreTrainedModel):
     """The vision tower with its projection."""
 
     head = "CLIPVisionModelWithProjection"
     config_class = CLIPVisionConfig
+    config: CLIPVisionConfig
     main_input_name = "pixel_values"
 
     def __init__(self, config: CLIPVisionConfig) -> None:
@@ -720,6 +749,12 @@ class CLIPVisionModelWithProjection(CLIPPreTrainedModel):
         )
         return returned(projected, return_dict, self.config.return_dict)
 
+    if TYPE_CHECKING:
+
+        @called_like(forward)
+        def __call__(self) -> Any:
+            """Runs `forward` and its hooks."""
+
 
 class CLIPForImageClassification(CLIPPreTrainedModel):
     """The vision tower with a linear classifier over the mean of the patch states.
@@ -729,6 +764,7 @@ class CLIPForImageClassification(CLIPPreTrainedModel):
     """
 
     head = "CLIPForImageClassification"
+    config: CLIPConfig
     main_input_name = "pixel_values"
 
     def __init__(self, config: CLIPConfig) -> None:
@@ -772,3 +808,9 @@ class CLIPForImageClassification(CLIPPreTrainedModel):
             attentions=output.attentions,
         )
         return returned(classified, return_dict, self.config.return_dict)
+
+    if TYPE_CHECKING:
+
+        @called_like(forward)
+        def __call__(self) -> Any:
+            """Runs `forward` and its hooks."""

@@ -37,6 +37,7 @@ from clipmb.common.outputs import (
     returned,
 )
 from clipmb.common.parameters import Spec, specs
+from clipmb.common.pretrained import called_like
 from clipmb.tf.export import ExportMixin
 from clipmb.tf.keras_model import KerasModel
 from clipmb.tf.layers import (
@@ -518,6 +519,7 @@ class TFCLIPModel(TFCLIPPreTrainedModel):
     """Both towers, their projections, and the similarity of every text with every image."""
 
     head = "CLIPModel"
+    config: CLIPConfig
 
     def __init__(self, config: CLIPConfig, dtype: Any = None, **kwargs: Any) -> None:
         super().__init__(config, dtype, **kwargs)
@@ -649,6 +651,12 @@ class TFCLIPModel(TFCLIPPreTrainedModel):
         )
         return returned(output, return_dict, self.config.return_dict)
 
+    if TYPE_CHECKING:
+
+        @called_like(call)
+        def __call__(self) -> Any:
+            """Runs `call` as a Keras layer."""
+
     def own_loss(self, y: Any, y_pred: CLIPOutput[Tensor] | tuple[Any, ...]) -> Tensor:
         """Returns the contrastive loss of the batch."""
         return contrastive_loss(y_pred[-5])  # logits_per_text, whether or not there is a loss before it
@@ -660,6 +668,7 @@ class TFCLIPTextModel(TFCLIPPreTrainedModel):
 
     head = "CLIPTextModel"
     config_class = CLIPTextConfig
+    config: CLIPTextConfig
 
     def __init__(self, config: CLIPTextConfig, dtype: Any = None, **kwargs: Any) -> None:
         super().__init__(config, dtype, **kwargs)
@@ -680,6 +689,12 @@ class TFCLIPTextModel(TFCLIPPreTrainedModel):
         output = self.text_model(input_ids, attention_mask, position_ids, output_attentions, output_hidden_states)
         return returned(output, return_dict, self.config.return_dict)
 
+    if TYPE_CHECKING:
+
+        @called_like(call)
+        def __call__(self) -> Any:
+            """Runs `call` as a Keras layer."""
+
 
 @keras.saving.register_keras_serializable("clipmb")
 class TFCLIPTextModelWithProjection(TFCLIPPreTrainedModel):
@@ -687,6 +702,7 @@ class TFCLIPTextModelWithProjection(TFCLIPPreTrainedModel):
 
     head = "CLIPTextModelWithProjection"
     config_class = CLIPTextConfig
+    config: CLIPTextConfig
 
     def __init__(self, config: CLIPTextConfig, dtype: Any = None, **kwargs: Any) -> None:
         super().__init__(config, dtype, **kwargs)
@@ -714,6 +730,12 @@ class TFCLIPTextModelWithProjection(TFCLIPPreTrainedModel):
         )
         return returned(projected, return_dict, self.config.return_dict)
 
+    if TYPE_CHECKING:
+
+        @called_like(call)
+        def __call__(self) -> Any:
+            """Runs `call` as a Keras layer."""
+
 
 @keras.saving.register_keras_serializable("clipmb")
 class TFCLIPVisionModel(TFCLIPPreTrainedModel):
@@ -721,6 +743,7 @@ class TFCLIPVisionModel(TFCLIPPreTrainedModel):
 
     head = "CLIPVisionModel"
     config_class = CLIPVisionConfig
+    config: CLIPVisionConfig
     main_input_name = "pixel_values"
 
     def __init__(self, config: CLIPVisionConfig, dtype: Any = None, **kwargs: Any) -> None:
@@ -741,6 +764,12 @@ class TFCLIPVisionModel(TFCLIPPreTrainedModel):
         output = self.vision_model(pixel_values, output_attentions, output_hidden_states, interpolate_pos_encoding)
         return returned(output, return_dict, self.config.return_dict)
 
+    if TYPE_CHECKING:
+
+        @called_like(call)
+        def __call__(self) -> Any:
+            """Runs `call` as a Keras layer."""
+
 
 @keras.saving.register_keras_serializable("clipmb")
 class TFCLIPVisionModelWithProjection(TFCLIPPreTrainedModel):
@@ -748,6 +777,7 @@ class TFCLIPVisionModelWithProjection(TFCLIPPreTrainedModel):
 
     head = "CLIPVisionModelWithProjection"
     config_class = CLIPVisionConfig
+    config: CLIPVisionConfig
     main_input_name = "pixel_values"
 
     def __init__(self, config: CLIPVisionConfig, dtype: Any = None, **kwargs: Any) -> None:
@@ -775,6 +805,12 @@ class TFCLIPVisionModelWithProjection(TFCLIPPreTrainedModel):
         )
         return returned(projected, return_dict, self.config.return_dict)
 
+    if TYPE_CHECKING:
+
+        @called_like(call)
+        def __call__(self) -> Any:
+            """Runs `call` as a Keras layer."""
+
 
 @keras.saving.register_keras_serializable("clipmb")
 class TFCLIPForImageClassification(TFCLIPPreTrainedModel):
@@ -785,6 +821,7 @@ class TFCLIPForImageClassification(TFCLIPPreTrainedModel):
     """
 
     head = "CLIPForImageClassification"
+    config: CLIPConfig
     main_input_name = "pixel_values"
 
     def __init__(self, config: CLIPConfig, dtype: Any = None, **kwargs: Any) -> None:
@@ -830,6 +867,12 @@ class TFCLIPForImageClassification(TFCLIPPreTrainedModel):
             attentions=output.attentions,
         )
         return returned(classified, return_dict, self.config.return_dict)
+
+    if TYPE_CHECKING:
+
+        @called_like(call)
+        def __call__(self) -> Any:
+            """Runs `call` as a Keras layer."""
 
     def own_loss(self, y: Any, y_pred: ImageClassifierOutput[Tensor] | tuple[Any, ...]) -> Tensor | None:
         """Returns the loss of labels beside the inputs, else that of labels among them, else None."""

@@ -45,12 +45,25 @@ class SpecialToken:
         tokens._rebuild()
 
 
-def _special_token_id(name: str) -> property:
-    def get(self: Tokens) -> int | None:
-        token = self._special.get(name)
-        return None if token is None else self.convert_tokens_to_ids(token)
+class SpecialTokenId:
+    """The id of one special token, or None; read only."""
 
-    return property(get, doc=f"The id of the {name.replace('_', ' ')}, or None.")
+    def __set_name__(self, owner: type[Tokens], name: str) -> None:
+        self._name = name.removesuffix("_id")
+        self.__doc__ = f"The id of the {self._name.replace('_', ' ')}, or None."
+
+    @overload
+    def __get__(self, tokens: None, owner: type[Tokens]) -> Self: ...
+    @overload
+    def __get__(self, tokens: Tokens, owner: type[Tokens]) -> int | None: ...
+    def __get__(self, tokens: Tokens | None, owner: type[Tokens]) -> Self | int | None:
+        if tokens is None:
+            return self
+        token = tokens._special.get(self._name)
+        return None if token is None else tokens.convert_tokens_to_ids(token)
+
+    def __set__(self, tokens: Tokens, value: object) -> None:
+        raise AttributeError(f"{self._name}_id follows from {self._name}, which can be set.")
 
 
 class Tokens:
@@ -72,13 +85,13 @@ class Tokens:
     pad_token = SpecialToken()
     cls_token = SpecialToken()
     mask_token = SpecialToken()
-    bos_token_id = _special_token_id("bos_token")
-    eos_token_id = _special_token_id("eos_token")
-    unk_token_id = _special_token_id("unk_token")
-    sep_token_id = _special_token_id("sep_token")
-    pad_token_id = _special_token_id("pad_token")
-    cls_token_id = _special_token_id("cls_token")
-    mask_token_id = _special_token_id("mask_token")
+    bos_token_id = SpecialTokenId()
+    eos_token_id = SpecialTokenId()
+    unk_token_id = SpecialTokenId()
+    sep_token_id = SpecialTokenId()
+    pad_token_id = SpecialTokenId()
+    cls_token_id = SpecialTokenId()
+    mask_token_id = SpecialTokenId()
     pad_token_type_id = 0
 
     def __init__(
