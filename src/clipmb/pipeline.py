@@ -157,7 +157,7 @@ class CLIPPipeline:
         limit = self.config.text_config.max_position_embeddings
         tokenizer = self.processor.tokenizer
         rows, owners = [], []
-        for i, ids in enumerate(tokenizer(texts, truncation=False, padding=False)["input_ids"]):
+        for i, ids in enumerate(tokenizer(texts, truncation=False, padding=False, verbose=False)["input_ids"]):
             ids = list(ids)
             if len(ids) <= limit:
                 pieces = [ids]

@@ -18,8 +18,9 @@ from clipmb.common.hub import Source
 from clipmb.common.image.pixels import is_array
 from clipmb.common.image.processor import FILE, PROCESSOR_FILE, CLIPImageProcessor
 from clipmb.common.json_files import json_text, read_json
-from clipmb.common.saving import Transaction
-from clipmb.common.text.tokenizer import CLIPTokenizerFast
+from clipmb.common.saving import Transaction, read_whole
+from clipmb.common.text.base import SPECIAL, Tokens
+from clipmb.common.text.tokenizer import CLIPTokenizer, CLIPTokenizerFast
 
 
 def _arguments(function: Any) -> frozenset[str]:
@@ -33,6 +34,8 @@ _ARGUMENTS = {
     "common_kwargs": frozenset({"return_tensors"}),
 }
 _IMAGE_SETTINGS = _arguments(CLIPImageProcessor)
+_OF_TEXT = _arguments(CLIPTokenizerFast) | _arguments(Tokens) | {"model_input_names", *SPECIAL}
+_OF_TEXT |= _ARGUMENTS["text_kwargs"]
 _TOKENIZER_FILES = ("tokenizer.json", "vocab.json", "merges.txt", "special_tokens_map.json", "added_tokens.json")
 # Every file of a tokenizer and of an image processor that clipmb or transformers writes.
 PROCESSOR_FILES = (*_TOKENIZER_FILES, "tokenizer_config.json", FILE, PROCESSOR_FILE)
@@ -124,11 +127,17 @@ class CLIPProcessor:
         if text is None and images is None:
             raise bad_input("CLIPProcessor needs text, images or both", "neither", "Pass text= or images=", shown=True)
         options = _sort(kwargs)
+        options["text_kwargs"] = self._text_defaults() | options["text_kwargs"]
         encoding = None if text is None else self.tokenizer(text, **options["text_kwargs"])
         if images is None and isinstance(encoding, BatchFeature):
             return encoding
         data = {} if images is None else dict(self.image_processor(images, **options["images_kwargs"]))
         return BatchFeature(data | dict(encoding or {}))
+
+    def _text_defaults(self) -> dict[str, Any]:
+        """Returns the arguments of a call that the tokenizer was made or loaded with, as transformers 4 takes them."""
+        kept: dict[str, Any] = getattr(self.tokenizer, "init_kwargs", {})
+        return {name: getattr(self.tokenizer, name, kept[name]) for name in kept if name in _ARGUMENTS["text_kwargs"]}
 
     def batch_decode(self, *args: Any, **kwargs: Any) -> list[str]:
         """Turns rows of ids into texts; see the tokenizer's method."""
@@ -144,18 +153,34 @@ class CLIPProcessor:
 
         Args:
             pretrained_model_name_or_path: Where they are. No config.json is needed.
-            **kwargs: The options of `Source`; settings of the image processor by name, and of the tokenizer, which
-                override those in the files.
+            **kwargs: The options of `Source`; settings of the image processor and of the tokenizer by name, which
+                override those in the files; arguments of the tokenizer's call (``max_length``, ``padding``), which
+                become defaults of this processor's; ``use_fast=False`` for a `CLIPTokenizer`; ``image_processor`` or
+                ``tokenizer`` in the place of the one in the files.
 
         Raises:
             CheckpointError: A file is missing or unreadable.
+            TypeError: Neither part has an argument of this name.
+            ValueError: A setting is out of its range.
         """
         source = Source.of(pretrained_model_name_or_path, kwargs)
-        of_images = {name: kwargs.pop(name) for name in list(kwargs) if name in _IMAGE_SETTINGS}
+        tokenizer_class = CLIPTokenizer if kwargs.get("use_fast") is False else CLIPTokenizerFast
         drop_unneeded(kwargs)
-        return cls(
-            CLIPImageProcessor.from_pretrained(source, **of_images), CLIPTokenizerFast.from_pretrained(source, **kwargs)
-        )
+        parts = {name: kwargs.pop(name, None) for name in cls.attributes}
+        of_images = {name: kwargs.pop(name) for name in list(kwargs) if name in _IMAGE_SETTINGS}
+        of_text = {name: kwargs.pop(name) for name in list(kwargs) if name in _OF_TEXT}
+        if unknown := sorted(name for name, value in kwargs.items() if value is not None and value is not False):
+            allowed = sorted({*_IMAGE_SETTINGS, *_OF_TEXT, *cls.attributes, "use_fast"})
+            _unknown("CLIPProcessor.from_pretrained", unknown, ", ".join(allowed))
+
+        def read() -> Self:
+            images, tokenizer = parts["image_processor"], parts["tokenizer"]
+            return cls(
+                CLIPImageProcessor.from_pretrained(source, **of_images) if images is None else images,
+                tokenizer_class.from_pretrained(source, **of_text) if tokenizer is None else tokenizer,
+            )
+
+        return read_whole(source.folder, read)
 
     def save_pretrained(
         self,

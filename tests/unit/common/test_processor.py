@@ -5,7 +5,15 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from clipmb import BatchEncoding, BatchFeature, CheckpointError, CLIPImageProcessor, CLIPProcessor, CLIPTokenizerFast
+from clipmb import (
+    BatchEncoding,
+    BatchFeature,
+    CheckpointError,
+    CLIPImageProcessor,
+    CLIPProcessor,
+    CLIPTokenizer,
+    CLIPTokenizerFast,
+)
 
 TEXTS = ["a photo of a cat", "dogs"]
 
@@ -215,3 +223,30 @@ def test_saving_does_not_upload(processor, tmp_path):
 def test_repr_shows_both_parts(processor):
     assert "CLIPImageProcessor" in repr(processor)
     assert "CLIPTokenizerFast" in repr(processor)
+
+
+def test_no_argument_of_from_pretrained_vanishes(processor, tmp_path):
+    processor.save_pretrained(tmp_path)
+    with pytest.raises(TypeError, match=r"from_pretrained has no arguments .* Received: do_rescal, frobnicate"):
+        CLIPProcessor.from_pretrained(tmp_path, do_rescal=1, frobnicate=3)
+    CLIPProcessor.from_pretrained(tmp_path, frobnicate=None, return_unused_kwargs=False)
+
+
+def test_arguments_of_the_tokenizers_call_become_defaults_of_the_processors(processor, tmp_path):
+    processor.save_pretrained(tmp_path)
+    loaded = CLIPProcessor.from_pretrained(tmp_path, max_length=40, padding="max_length")
+    assert len(loaded(text="a cat")["input_ids"]) == 40
+    assert len(loaded(text="a cat", padding=False)["input_ids"]) == 4
+    assert len(loaded.tokenizer("a cat")["input_ids"]) == 4  # as in transformers 4
+
+
+def test_use_fast_chooses_the_tokenizer(processor, tmp_path):
+    processor.save_pretrained(tmp_path)
+    assert type(CLIPProcessor.from_pretrained(tmp_path, use_fast=False).tokenizer) is CLIPTokenizer
+    assert type(CLIPProcessor.from_pretrained(tmp_path, use_fast=True).tokenizer) is CLIPTokenizerFast
+
+
+def test_a_part_given_by_name_takes_the_place_of_the_one_in_the_files(processor, tmp_path):
+    processor.save_pretrained(tmp_path)
+    given = CLIPTokenizer()
+    assert CLIPProcessor.from_pretrained(tmp_path, tokenizer=given).tokenizer is given

@@ -305,10 +305,12 @@ class _Done:
 
 def _encode(tokenizer: Any, text: str) -> list[int]:
     """Returns the ids of a caption; the last one is the only end token."""
-    ids = list(tokenizer(text, padding=False, truncation=False)["input_ids"])
+    ids = list(tokenizer(text, padding=False, truncation=False, verbose=False)["input_ids"])
     end = tokenizer.eos_token_id
     if end in ids[:-1] and tokenizer.eos_token.lower() in text.lower():  # written out: the model would pool there
-        ids = list(tokenizer(text, padding=False, truncation=False, split_special_tokens=True)["input_ids"])
+        ids = list(
+            tokenizer(text, padding=False, truncation=False, split_special_tokens=True, verbose=False)["input_ids"]
+        )
     return ids
 
 

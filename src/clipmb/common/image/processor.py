@@ -27,7 +27,7 @@ from clipmb.common.hub import Source
 from clipmb.common.image import pixels as px
 from clipmb.common.image.resampling import Window, check_backend, check_order
 from clipmb.common.json_files import json_text, read_json
-from clipmb.common.saving import Transaction, write_atomically
+from clipmb.common.saving import Transaction, read_whole, write_atomically
 from clipmb.common.workers import default_workers
 
 # Red, green and blue, for values in [0, 1]. Source: github.com/openai/CLIP, clip/clip.py.
@@ -458,15 +458,16 @@ class CLIPImageProcessor:
         kwargs = {name: value for name, value in kwargs.items() if name not in ("_from_auto", "_from_pipeline")}
         source = Source.of(pretrained_model_name_or_path, kwargs)
         name = kwargs.pop("image_processor_filename", FILE)
-        if Path(source.name_or_path).is_file():
-            settings = read_json(Path(source.name_or_path))
-            settings = settings.get("image_processor", settings)
-            return cls._from_settings(settings, return_unused_kwargs, kwargs)
-        nested = source.find(PROCESSOR_FILE)
-        settings = None if nested is None else read_json(nested).get("image_processor")
-        if not isinstance(settings, dict):
-            settings = read_json(source.require(name))
-        return cls._from_settings(settings, return_unused_kwargs, kwargs)
+
+        def read() -> dict[str, Any]:
+            if Path(source.name_or_path).is_file():
+                content = read_json(Path(source.name_or_path))
+                return content.get("image_processor", content)
+            nested = source.find(PROCESSOR_FILE)
+            settings = None if nested is None else read_json(nested).get("image_processor")
+            return settings if isinstance(settings, dict) else read_json(source.require(name))
+
+        return cls._from_settings(read_whole(source.folder, read), return_unused_kwargs, kwargs)
 
     def save_pretrained(
         self, save_directory: str | os.PathLike[str], push_to_hub: bool = False, **options: Any

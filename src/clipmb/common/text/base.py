@@ -20,7 +20,7 @@ from clipmb.common.text.vocabulary import (
 )
 
 MODEL_MAX_LENGTH = 77
-_SPECIAL = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
+SPECIAL = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 
 
 class SpecialToken:
@@ -136,7 +136,7 @@ class Tokens:
 
         special: dict[str, Any] = {
             "bos_token": bos_token, "eos_token": eos_token, "unk_token": unk_token, "pad_token": pad_token,
-            **{name: kwargs.pop(name) for name in _SPECIAL if name in kwargs},
+            **{name: kwargs.pop(name) for name in SPECIAL if name in kwargs},
         }  # fmt: skip
         # Start, end and unknown token are found in any case when cleaned; other special tokens only as they are.
         tokens = {
@@ -248,7 +248,7 @@ class Tokens:
     @property
     def special_tokens_map(self) -> dict[str, Any]:
         """Name (``bos_token``, …) to special token."""
-        named: dict[str, Any] = {name: self._special[name] for name in _SPECIAL if name in self._special}
+        named: dict[str, Any] = {name: self._special[name] for name in SPECIAL if name in self._special}
         return {**named, "additional_special_tokens": list(self._additional)} if self._additional else named
 
     @property
@@ -264,7 +264,7 @@ class Tokens:
     @property
     def all_special_tokens(self) -> list[str]:
         """Every special token once."""
-        return list(dict.fromkeys([*(self._special[n] for n in _SPECIAL if n in self._special), *self._additional]))
+        return list(dict.fromkeys([*(self._special[n] for n in SPECIAL if n in self._special), *self._additional]))
 
     @property
     def all_special_ids(self) -> list[int]:
@@ -312,7 +312,7 @@ class Tokens:
             TypeError: A token is neither a string nor an AddedToken, or the additional ones are not a list.
             ValueError: A name is unknown, or a token is empty.
         """
-        names = (*_SPECIAL, "additional_special_tokens")
+        names = (*SPECIAL, "additional_special_tokens")
         for name in special_tokens_dict:
             if name not in names:
                 raise one_of("The name of a special token", name, names)

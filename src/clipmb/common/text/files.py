@@ -10,7 +10,7 @@ from clipmb.common.errors import CheckpointError, bad_input
 from clipmb.common.former import check_saving, drop_unneeded
 from clipmb.common.hub import Source
 from clipmb.common.json_files import json_text, read_json
-from clipmb.common.saving import Transaction
+from clipmb.common.saving import Transaction, read_whole
 from clipmb.common.text.decoding import DecodingTokens
 from clipmb.common.text.options import NO_LIMIT
 from clipmb.common.text.vocabulary import read_tokenizer_json, tokenizer_json
@@ -41,6 +41,10 @@ class SavedTokens(DecodingTokens):
         """
         source = Source.of(pretrained_model_name_or_path, kwargs)
         drop_unneeded(kwargs)
+        return read_whole(source.folder, lambda: cls._from_files(source, init_inputs, kwargs))
+
+    @classmethod
+    def _from_files(cls, source: Source, init_inputs: tuple[Any, ...], kwargs: dict[str, Any]) -> Self:
         config = _optional_json(source, "tokenizer_config.json")
         files = cls._files(source)
         merged: dict[str, Any] = {}
@@ -53,10 +57,9 @@ class SavedTokens(DecodingTokens):
             merged.pop("model_max_length")
         if merged.get("text_cleaning") is None:
             merged.pop("text_cleaning", None)
-        decoder = dict(merged.pop("added_tokens_decoder", None) or {})
-        known = {token["content"] if isinstance(token, dict) else str(token) for token in decoder.values()}
-        beyond = _optional_json(source, "added_tokens.json").items()
-        decoder.update({index: token for token, index in beyond if token not in known})
+        decoder = merged.pop("added_tokens_decoder", None)
+        if decoder is None:  # otherwise added_tokens.json is what an older version left, as transformers 4 reads it
+            decoder = {index: token for token, index in _optional_json(source, "added_tokens.json").items()}
         for name in (*cls.vocab_files_names, "name_or_path"):
             merged.pop(name, None)  # paths on the machine that saved it
         try:

@@ -36,9 +36,10 @@ class Options:
     return_offsets_mapping: bool = False
     return_length: bool = False
     split_special_tokens: bool = False
+    warns_of_length: bool = False
 
 
-_NAMES = tuple(Options.__dataclass_fields__)
+_NAMES = tuple(name for name in Options.__dataclass_fields__ if name != "warns_of_length")
 
 
 def read_options(
@@ -64,7 +65,7 @@ def read_options(
         TypeError: An argument is unknown.
         ValueError: An argument is out of its range, or padding is asked for and there is no pad token.
     """
-    given.pop("verbose", None)
+    verbose = given.pop("verbose", True)
     if given.pop("pad_to_max_length", False):  # transformers 3's name for it, which 4 still takes
         given["padding"] = "max_length"
     for name in given:
@@ -83,6 +84,7 @@ def read_options(
     if padding != "do_not_pad" and not can_pad:
         raise bad_input("Padding needs a pad token", None, "Set tokenizer.pad_token, or pass padding=False")
     length = given.get("max_length")
+    given["warns_of_length"] = length is None and verbose
     given["max_length"] = max_length if length is None else whole_number("max_length", length)
     multiple = given.get("pad_to_multiple_of")
     if multiple is not None:

@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any, overload
 
-from clipmb.common.errors import bad_input
+from clipmb.common.errors import bad_input, logger
 from clipmb.common.features import to_numpy
 from clipmb.common.text.added import AddedToken
 from clipmb.common.text.encoding import BatchEncoding, CharSpan, Encoding, TokenSpan
@@ -21,6 +21,8 @@ __all__ = ["AddedToken", "BatchEncoding", "CLIPTokenizer", "CLIPTokenizerFast", 
 
 class _Tokenizer(SavedTokens):
     """What both tokenizers share; the arguments are `CLIPTokenizer`'s."""
+
+    _warned_of_length = False
 
     def _engine_for(self, options: Options) -> Engine:
         if not options.split_special_tokens:
@@ -81,7 +83,7 @@ class _Tokenizer(SavedTokens):
             return_special_tokens_mask: Give "special_tokens_mask", 1 at special and padding tokens.
             return_offsets_mapping: Give "offset_mapping", start and end of each token's characters in the text.
             return_length: Give "length".
-            verbose: Accepted for compatibility; nothing is printed.
+            verbose: Warn, once for each tokenizer, of a row longer than `model_max_length` that nothing asked to cut.
             **kwargs: ``split_special_tokens``: take special tokens inside texts for ordinary text. Nothing else.
 
         Returns:
@@ -97,7 +99,7 @@ class _Tokenizer(SavedTokens):
             padding_side=padding_side, return_tensors=return_tensors, return_token_type_ids=return_token_type_ids,
             return_attention_mask=return_attention_mask, return_overflowing_tokens=return_overflowing_tokens,
             return_special_tokens_mask=return_special_tokens_mask, return_offsets_mapping=return_offsets_mapping,
-            return_length=return_length, **kwargs,
+            return_length=return_length, verbose=verbose, **kwargs,
         )  # fmt: skip
         if text is None and text_target is None:
             raise bad_input("A text is needed", None, "Pass text, or text_target for labels", ValueError)
@@ -303,6 +305,8 @@ class _Tokenizer(SavedTokens):
         else:
             made = [[bos, *ids, eos] for ids in lists] if special else lists
         lengths = [len(row) for row in made]
+        if options.warns_of_length and not self._warned_of_length:
+            self._warn_of_length(max(lengths, default=0))
         padding = Padding(options, lengths)
         data: dict[str, Any] = {"input_ids": padding.fill("input_ids", made, self.pad_token_id)}
         if options.return_token_type_ids:
@@ -345,6 +349,16 @@ class _Tokenizer(SavedTokens):
             data["overflowing_tokens"] = [tokens for tokens, _ in cut]
             data["num_truncated_tokens"] = [count for _, count in cut]
         return BatchEncoding(data, options.return_tensors, encodings=described, n_sequences=1 if second is None else 2)
+
+    def _warn_of_length(self, length: int) -> None:
+        """Warns of a row that the model cannot take, the first time that this tokenizer makes one."""
+        if length > self.model_max_length:
+            self._warned_of_length = True
+            logger.warning(
+                "A text of %d tokens is longer than the %d that the model takes. Pass truncation=True to cut it.",
+                length,
+                self.model_max_length,
+            )
 
     def num_special_tokens_to_add(self, pair: bool = False) -> int:
         """Returns how many special tokens go around a text, or around a pair."""

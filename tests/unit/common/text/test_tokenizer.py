@@ -460,3 +460,28 @@ def test_construction_needs_no_network_or_framework():
         "[name for name in ('torch', 'tensorflow', 'jax', 'ftfy', 'regex', 'transformers') if name in sys.modules])"
     )
     assert output("-c", script).strip() == f"[{BOS}, 320, 2368, {EOS}] []"
+
+
+@pytest.mark.parametrize("kind", [CLIPTokenizer, CLIPTokenizerFast])
+def test_a_text_longer_than_the_model_takes_warns_once(kind, caplog):
+    tokenizer = kind()
+    tokenizer(["a " * 200], truncation=True)
+    tokenizer(["a " * 200], max_length=300)
+    tokenizer(["a " * 200], verbose=False)
+    assert caplog.messages == []
+    tokenizer(["a", "a " * 200])
+    tokenizer("a " * 200)
+    assert caplog.messages == [
+        "A text of 202 tokens is longer than the 77 that the model takes. Pass truncation=True to cut it."
+    ]
+
+
+@pytest.mark.parametrize("kind", [CLIPTokenizer, CLIPTokenizerFast])
+def test_left_over_added_tokens_are_ignored_where_the_config_has_its_own(kind, tmp_path):
+    kind().save_pretrained(tmp_path)
+    (tmp_path / "added_tokens.json").write_text('{"<old>": 49408}')
+    assert len(kind.from_pretrained(tmp_path)) == 49408
+    config = json.loads((tmp_path / "tokenizer_config.json").read_text())
+    del config["added_tokens_decoder"]
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
+    assert kind.from_pretrained(tmp_path).convert_tokens_to_ids("<old>") == 49408
