@@ -15,7 +15,7 @@ def main() -> int:
     parser.add_argument("dst", help="folder to write into")
     parser.add_argument("--to", default="safetensors", choices=FORMATS)
     parser.add_argument("--dtype", choices=("float32", "float16", "bfloat16"), help="the source's own if not given")
-    parser.add_argument("--head", help="write this model out of a larger one, such as CLIPTextModel")
+    parser.add_argument("--head", help="write only this part of a larger model, for example CLIPTextModel")
     parser.add_argument("--shard-size", default="5GB", help="split larger results")
     parser.add_argument("--subfolder", default="", help="folder inside SRC")
     parser.add_argument("--revision", help="branch, tag or commit on the hub")

@@ -18,7 +18,7 @@ from training_cases import VARIANTS, batch, batches, recipe, share
 from clipmb import CLIPConfig, TFCLIPModel
 from clipmb.tf.training import Trainer, scope, start_processes
 
-# Of one block, since it is traced for each device anew.
+# One block, because it is traced again for each device.
 CONFIG = CLIPConfig({**TEXT, "num_hidden_layers": 1}, {**VISION, "num_hidden_layers": 1}, projection_dim=24)
 SIZES = (12, 7, 1)  # 1: one of the devices has nothing
 STEPS = [*batches(5), batch(1)]

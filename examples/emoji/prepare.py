@@ -119,7 +119,7 @@ def render(icon: dict) -> bytes:
 
 
 class Matcher:
-    """Tells which emoji a picture of a set shows."""
+    """Returns which emoji a picture of a set shows."""
 
     def __init__(self, node_modules: Path, emoji: list[Emoji]) -> None:
         self.node_modules = node_modules
@@ -189,7 +189,7 @@ def code_points(code: str) -> tuple[int, ...]:
 
 
 def country(hexcode: str) -> str:
-    """The ISO code of a flag, such as "fr" or "gb-wls"; empty for other emoji."""
+    """The ISO code of a flag, for example "fr" or "gb-wls"; empty for other emoji."""
     points = code_points(hexcode)
     if len(points) == 2 and all(0x1F1E6 <= point <= 0x1F1FF for point in points):
         return "".join(chr(point - 0x1F1E6 + ord("a")) for point in points)

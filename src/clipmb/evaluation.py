@@ -335,7 +335,7 @@ def _retrieval(
 
     Args:
         images: (images, proj), of unit length.
-        captions: Those of each image, at least one.
+        captions: Captions of each image, at least one.
         encode_text: Texts to unit embeddings.
     """
     number: dict[str, int] = {}  # of every distinct caption; each is embedded once, so that equal ones tie exactly

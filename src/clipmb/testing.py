@@ -19,7 +19,7 @@ def assert_backends_agree(
     """Raises unless every backend computes the same from a checkpoint, at every stage.
 
     Args:
-        checkpoint: Folder or Hub id of a whole CLIP.
+        checkpoint: Folder or Hub id of a full CLIP model.
         backends: Which; every installed one when None.
         dtype: "float32", "float64", "bfloat16" or "float16".
         **options: The other arguments of `compare`.

@@ -49,7 +49,7 @@ class TrainingResult(TypedDict):
         out: The folder of the trained model.
         steps: Optimizer steps of the whole run.
         skipped: Unusable items that this process left out in this call.
-        loss: That of the last step; missing when the run was over before.
+        loss: Loss of the last step; missing if the run had already ended.
         evaluation: What `clipmb.evaluate` found at the end, with ``evaluation_data``.
     """
 
@@ -87,8 +87,8 @@ def train(
     The folder ``out`` becomes a checkpoint that every framework reads, with ``training_state.safetensors`` beside the
     weights. Each save replaces both at once, so that a run that is killed at any moment continues from its last save,
     with exactly the steps that it would have taken: in the same framework on the CPU to the bit, in another one to
-    rounding. ``metrics.jsonl`` has a line for each step, ``curves.png`` shows them at the end, and ``skipped.jsonl``
-    names the items that could not be read.
+    rounding error. ``metrics.jsonl`` has a line for each step, ``curves.png`` shows them at the end, and
+    ``skipped.jsonl`` names the items that could not be read.
 
     Args:
         data: Images with captions, as ``Pairs.open`` takes them, or opened `Pairs`.
@@ -99,7 +99,7 @@ def train(
         steps: Optimizer steps.
         from_scratch: Draw new weights, which depend on the seed alone, and take only config, tokenizer and image
             processor from ``model``.
-        resume: Continue the run in ``out``, or begin it when there is none yet. The recipe is the saved one; what is
+        resume: Continue the run in ``out``, or start it if there is none yet. The recipe is the saved one; what is
             passed must agree with it, except chunk_size, local_loss, gradient_checkpointing and distributed.
         overwrite: Start over even if ``out`` holds a checkpoint.
         evaluation_data: Held-out labelled or captioned images, for `clipmb.evaluate` during training and at the end.

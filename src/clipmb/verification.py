@@ -115,7 +115,7 @@ def compare(
     """Runs the same texts and images through several backends, or two checkpoints, and compares every stage.
 
     Args:
-        checkpoint: Folder or Hub id of a whole CLIP.
+        checkpoint: Folder or Hub id of a full CLIP model.
         backends: Which; every installed one when None. The first is the standard for the others.
         dtype: "float32", "float64", "bfloat16" or "float16".
         against: Another checkpoint, which becomes the standard; its own tokenizer and image processor are compared too.
@@ -167,7 +167,7 @@ def verify_conversion(source: Source, result: Source, dtype: str) -> dict[str, A
     Args:
         source: What was converted, run on the first installed backend.
         result: What was written, run on each.
-        dtype: In which to compute: that of the result, so that rounding to it is no difference.
+        dtype: Dtype to compute in: that of the result, so that rounding to it is no difference.
 
     Returns:
         ``contenders``, ``dtype``, and the largest ``difference`` of a stage, for the record.

@@ -24,7 +24,7 @@ def check_text(ids: Array | None, mask: Any, positions: Any, config: CLIPTextCon
         ids: (batch, seq).
         mask: The same shape; None for none.
         positions: (batch or 1, seq); None for none.
-        config: Of the text tower.
+        config: The text tower's config.
 
     Returns:
         The ids.
@@ -69,7 +69,7 @@ def check_pixels(pixels: Array | None, config: CLIPVisionConfig, interpolate: bo
 
     Args:
         pixels: (batch, channels, height, width).
-        config: Of the vision tower.
+        config: The vision tower's config.
         interpolate: Whether the model accepts images of any size.
 
     Returns:
@@ -119,13 +119,13 @@ def check_ids(ids: np.ndarray, size: int, field: str) -> None:
     """Checks that ids can be looked up in a table, where their values are known.
 
     Args:
-        ids: Of any shape.
+        ids: Integers, in any shape.
         size: Rows of the table.
         field: What they are called: input_ids, position_ids or labels.
 
     Raises:
         TypeError: They are not integers.
-        ValueError: Some lie outside of the table.
+        ValueError: Some are outside the table.
     """
     check_integers(ids, field)
     low, high = (int(ids.min()), int(ids.max())) if ids.size else (0, 0)

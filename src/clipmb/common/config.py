@@ -189,7 +189,7 @@ class BaseConfig:
         Args:
             save_directory: A folder; made when it is missing.
             push_to_hub: Refused when true; saving never uploads.
-            **options: As in `clipmb.common.former.check_saving`.
+            **options: The arguments of transformers 4's `save_pretrained`.
         """
         check_saving({"push_to_hub": push_to_hub, **options})
         with Transaction(save_directory) as save:
@@ -568,7 +568,7 @@ class CLIPConfig(BaseConfig):
         """Sets one choice for the full model, or one per tower: {"text_config": …, "vision_config": …}.
 
         Raises:
-            ValueError: It is another choice, or for something that is no tower.
+            ValueError: It is another choice, or for something that is not a tower.
         """
         if isinstance(value, dict):
             for key in value:
@@ -598,8 +598,8 @@ class CLIPConfig(BaseConfig):
         """Builds the config of the full model from those of its towers.
 
         Args:
-            text_config: That of the text tower; copied.
-            vision_config: That of the vision tower; copied.
+            text_config: Config of the text tower; copied.
+            vision_config: Config of the vision tower; copied.
             **kwargs: Other arguments of `CLIPConfig`.
         """
         return cls(text_config=text_config.to_dict(), vision_config=vision_config.to_dict(), **kwargs)

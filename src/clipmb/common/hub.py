@@ -155,7 +155,7 @@ class Source:
         folder = self.folder
         if folder is None:
             names = ", ".join((self._found.names or [])[:20])
-            offline = " in the cache, and the hub cannot be reached" if self._found.offline else ""
+            offline = " in the cache, and the Hub cannot be reached" if self._found.offline else ""
             return f" Its files{offline}: {names}." if names else ""
         if self.file is not None:
             return " You passed a single file; the missing file may be next to it, so try the folder instead."
@@ -201,7 +201,7 @@ class Source:
         return None
 
     def _listed(self) -> list[str]:
-        """Asks the hub which files there are, or the cache when the hub cannot be reached."""
+        """Asks the Hub which files there are, or the cache when the Hub cannot be reached."""
         import huggingface_hub
         from huggingface_hub import constants, errors
 
@@ -220,7 +220,7 @@ class Source:
                     raise
         snapshot = self._snapshot()
         if snapshot is None:
-            raise CheckpointError(f"{self} is not in the local cache, and the hub cannot be reached{_OR_OFFLINE}")
+            raise CheckpointError(f"{self} is not in the local cache, and the Hub cannot be reached{_OR_OFFLINE}")
         self._found.offline = True
         folder = snapshot / self.subfolder
         return sorted(path.name for path in folder.iterdir() if path.is_file()) if folder.is_dir() else []
@@ -230,7 +230,7 @@ class Source:
         self._found.offline = True
         if self._snapshot() is None:
             raise CheckpointError(
-                f"{name} of {self} is not in the local cache, and the hub cannot be reached{_OR_OFFLINE}"
+                f"{name} of {self} is not in the local cache, and the Hub cannot be reached{_OR_OFFLINE}"
             ) from error
 
     def _snapshot(self) -> Path | None:
@@ -277,7 +277,7 @@ class Source:
 
 
 def _was_cut(error: BaseException | None) -> bool:
-    """Whether a connection broke, which a further attempt may survive; an answer of the hub is none of these."""
+    """Whether a connection broke, which a further attempt may survive; an answer of the Hub is not one of these."""
     answered = getattr(error, "response", None) is not None
     of_http = any(
         cls.__module__.startswith(("requests", "urllib3", "httpx", "httpcore")) for cls in type(error).__mro__

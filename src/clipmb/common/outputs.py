@@ -182,7 +182,7 @@ def stages(output: CLIPOutput[Array], text_features: Array, image_features: Arra
     """Lists what a full model computed on the way, in the order of computation, for comparison stage by stage.
 
     Args:
-        output: That of a `CLIPModel` called with ``output_hidden_states=True``.
+        output: Output of a `CLIPModel` called with ``output_hidden_states=True``.
         text_features: (texts, proj), not normalised.
         image_features: (images, proj), not normalised.
 

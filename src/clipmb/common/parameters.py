@@ -115,7 +115,7 @@ def specs(config: BaseConfig, head: str) -> list[Spec]:
     vision = config.vision_config if isinstance(config, CLIPConfig) else config
     if (has_text and not isinstance(text, CLIPTextConfig)) or (has_vision and not isinstance(vision, CLIPVisionConfig)):
         raise bad_input(
-            f"{head} needs a config of its own kind", type(config).__name__, "Pass its config class", TypeError
+            f"{head} needs a config of its own class", type(config).__name__, "Pass its config class", TypeError
         )
     found: list[Spec] = []
     if "logit_scale" in others:

@@ -113,7 +113,7 @@ class PretrainedMixin:
         state_dict: Mapping[str, Any] | None = None,
         **options: Any,
     ) -> Any:
-        """Loads a model from a folder, a single file or the hub, whichever framework wrote it and in which format.
+        """Loads a model from a folder, a single file or the Hub, whichever framework wrote it and in which format.
 
         A single tower loads from the checkpoint of a CLIPModel. Whatever the model has and the checkpoint lacks, or the
         checkpoint has and no CLIP has, is listed in one error.
@@ -244,7 +244,7 @@ class PretrainedMixin:
             save_directory: The folder; made when it is missing.
             max_shard_size: Files larger than this are split and given an index.
             variant: Write ``model.<variant>.safetensors``.
-            **options: Arguments of transformers 4's, for which see `clipmb.common.former.check_saving`.
+            **options: The arguments of transformers 4's `save_pretrained`.
 
         Raises:
             OSError: The disk has no room for the weights, or the files cannot be written.

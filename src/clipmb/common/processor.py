@@ -198,7 +198,7 @@ class CLIPProcessor:
             save_directory: A folder; made when missing.
             push_to_hub: Refused when true; saving never uploads.
             legacy_serialization: Without effect; in transformers 4 it chose between the two layouts.
-            **options: As in `clipmb.common.former.check_saving`.
+            **options: The arguments of transformers 4's `save_pretrained`.
 
         Returns:
             The paths of the two settings files.
@@ -285,7 +285,7 @@ def _sort(given: dict[str, Any]) -> dict[str, dict[str, Any]]:
         if unknown := sorted(set(group) - _ARGUMENTS[name]):
             _unknown(name, unknown, ", ".join(sorted(_ARGUMENTS[name])))
         if twice := sorted(set(group) & set(flat)):
-            raise bad_input(f"An argument is given once, flat or in {name}", twice, "Remove one of the two")
+            raise bad_input(f"An argument must be given once, either flat or in {name}", twice, "Remove one of the two")
     common = groups.pop("common_kwargs")
     return {
         name: common | {key: value for key, value in flat.items() if key in _ARGUMENTS[name]} | group

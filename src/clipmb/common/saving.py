@@ -95,7 +95,7 @@ def read_whole(folder: Path | None, read: Callable[[], T]) -> T:
 
 
 def version(folder: Path) -> list[tuple[Path, int, int, int]]:
-    """Returns what tells the saves of a folder apart: where each file is, and which file that is."""
+    """Identifies a save of a folder: where each file is, and which file that is."""
     found = []
     with suppress(FileNotFoundError):  # a file that is moved between its listing and here: not the version of before
         for name in names(folder):
@@ -120,7 +120,7 @@ def _plan_of(folder: Path) -> _Plan | None:
 
 
 def _is_plain_file(path: Path) -> bool:
-    """Whether there is a file of this name that is no link."""
+    """Whether there is a file of this name that is not a link."""
     try:
         return stat.S_ISREG(path.lstat().st_mode)
     except OSError:
@@ -141,7 +141,7 @@ class Transaction:
         folder: Where the files go; made when it is missing.
 
     Raises:
-        ValueError: ``folder`` is a file, or something that is no file bears the name of one that is written.
+        ValueError: ``folder`` is a file, or something other than a file has the name of one that is written.
         CheckpointError: The folder holds a `.clipmb-save` that no save of clipmb made.
         OSError: The files cannot be written; a full disk is reported with the room that is needed.
     """
@@ -209,7 +209,7 @@ class Transaction:
         removed = sorted(self._removed - set(written))
         for name in (*written, *removed):  # what can fail, fails now
             if not _OWN.fullmatch(name):
-                raise bad_input("A save consists of plain files of its folder", name, "Choose another name")
+                raise bad_input("A save may only write plain files of its folder", name, "Choose another name")
             if (self.folder / name).is_dir() and not (self.folder / name).is_symlink():
                 raise bad_input(f"A save writes a file called {name}", f"{self.folder} with a folder of this name",
                                 "Move that folder away", shown=True)  # fmt: skip
@@ -249,7 +249,7 @@ def _repair(folder: Path) -> None:
     """Finishes a save whose writer was killed after it was committed, and clears away those killed before.
 
     Raises:
-        CheckpointError: The committed save is none of clipmb's.
+        CheckpointError: The committed save is not one of clipmb's.
     """
     committed = folder / _COMMITTED
     if committed.is_symlink() or committed.exists():
@@ -257,9 +257,7 @@ def _repair(folder: Path) -> None:
         if plan is None and not (committed.is_symlink() or committed.is_file() or any(committed.iterdir())):
             committed.rmdir()  # everything was moved
         elif plan is None:
-            raise CheckpointError(
-                f"{committed} is not what a save of clipmb leaves behind. Look at it, and move it away to save here."
-            )
+            raise CheckpointError(f"{committed} was not written by clipmb. Move it away to save here.")
         else:
             _finish(folder, plan)
     for path in folder.glob(f"{_STAGING}*"):
@@ -302,7 +300,7 @@ def _locked(folder: Path, *, shared: bool = False) -> Iterator[None]:
             except BlockingIOError:
                 logger.info("%s: waiting for another process that saves into it", folder)
                 fcntl.flock(handle, how)
-            except OSError:  # such as on a network file system without locks
+            except OSError:  # for example on a network file system without locks
                 pass
             if _is_still(folder, handle):  # and was not removed and made again while this waited
                 yield

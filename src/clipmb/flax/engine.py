@@ -24,7 +24,7 @@ class Engine:
     """A loaded CLIP that takes and returns numpy arrays, as `clipmb.backends.Engine` describes it.
 
     Args:
-        model: A whole CLIP.
+        model: A `FlaxCLIPModel`.
         compile: Compile both towers (jax.jit), once for every shape.
     """
 

@@ -124,7 +124,7 @@ def patch_product(pixel_values: Array, kernel: Array, *_: Any, precision: Any, *
     Args:
         pixel_values: (batch, height, width, channels); what is left of a patch at the right and bottom is not seen.
         kernel: (patch, patch, channels, width).
-        precision: Of the product, as in ``jax.lax.dot``.
+        precision: Precision of the product, as in ``jax.lax.dot``.
 
     Returns:
         (batch, rows, columns, width).
@@ -151,7 +151,7 @@ def look_up(table: nn.Embed, ids: Array, field: str) -> Array:
 
     Raises:
         TypeError: They are not integers.
-        ValueError: Some lie outside.
+        ValueError: Some are outside the range.
     """
     ids = checked_ids(ids, table.num_embeddings, field)
     return jnp.take(table.embedding, ids, axis=0, mode="fill", fill_value=jnp.nan).astype(table.dtype)
@@ -162,7 +162,7 @@ def checked_ids(ids: Array, size: int, field: str) -> Array:
 
     Raises:
         TypeError: They are not integers.
-        ValueError: Some lie outside, and this is not under a transformation.
+        ValueError: Some are outside the range, and this is not under a transformation.
     """
     checks.check_integers(ids, field)
     if not isinstance(ids, Tracer):
@@ -229,7 +229,7 @@ def fused_attention(query: Array, key: Array, value: Array, bias: Array | None, 
         key: The same shape.
         value: The same shape.
         bias: (batch or 1, 1, seq, seq), added to the scores.
-        scale: Of the scores, which are in float32 at least.
+        scale: Factor of the scores, which are in float32 at least.
 
     Returns:
         (batch, seq, heads, head_dim).

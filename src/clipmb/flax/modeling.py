@@ -58,7 +58,7 @@ class FlaxCLIPPreTrainedModel(PretrainedMixin):
     Args:
         config: The config of the head.
         input_shape: Accepted and unneeded: parameters follow from the config alone.
-        seed: Of the initialisation.
+        seed: Random seed of the initialisation.
         dtype: What the model computes in: float32, float16, bfloat16, or float64 (which needs ``jax_enable_x64``).
         _do_init: Initialise the parameters. Otherwise the model has none and every call needs ``params=``.
         gradient_checkpointing: As `enable_gradient_checkpointing`.
@@ -73,7 +73,6 @@ class FlaxCLIPPreTrainedModel(PretrainedMixin):
     module_class: ClassVar[type[Module]]
     base_model_prefix = "clip"
     main_input_name = "input_ids"
-    framework = "flax"
     supports_gradient_checkpointing = True
     load_options: ClassVar[tuple[str, ...]] = ("seed", "input_shape", "_do_init", "gradient_checkpointing")
 
@@ -165,7 +164,7 @@ class FlaxCLIPPreTrainedModel(PretrainedMixin):
             params: The parameters to save; the model's own when None.
             max_shard_size: Files larger than this are split and given an index.
             variant: Write ``model.<variant>.safetensors``.
-            **options: Arguments of transformers 4's, for which see `clipmb.common.former.check_saving`.
+            **options: The arguments of transformers 4's `save_pretrained`.
 
         Raises:
             ValueError: ``params`` do not fit the model, ``safe_serialization=False`` or ``push_to_hub=True`` was asked

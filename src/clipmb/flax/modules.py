@@ -355,7 +355,7 @@ def check_channels_last(pixels: Array | None, config: CLIPVisionConfig, interpol
 
     Args:
         pixels: (batch, height, width, channels).
-        config: Of the vision tower.
+        config: The vision tower's config.
         interpolate: Whether the module accepts images of any size.
 
     Returns:

@@ -106,7 +106,7 @@ class Trainer:
     second moment in both. Clipping is PyTorch's: optax leaves a norm below the limit alone and adds no 1e-6.
 
     Args:
-        model: A whole CLIP; its parameters become float32, or float64 with that precision, whatever
+        model: A `FlaxCLIPModel`; its parameters become float32, or float64 with that precision, whatever
             ``jax_enable_x64`` says. They are copied: arrays that you hold stay as they are. ``model.params`` are the
             trainer's own from then on, current after every step, and each step reuses the memory of those before.
         recipe: How to train.

@@ -22,7 +22,7 @@ class Engine:
     """A loaded CLIP that takes and returns numpy arrays, as `clipmb.backends.Engine` describes it.
 
     Args:
-        model: A whole CLIP.
+        model: A `CLIPModel`.
         compile: Compile both towers with frozen weights (torch.compile, inductor) at their first use.
     """
 

@@ -86,7 +86,7 @@ def look_up(table: nn.Embedding, ids: Tensor, field: str) -> Tensor:
 
     Raises:
         TypeError: They are not integers.
-        ValueError: Some lie outside.
+        ValueError: Some are outside the range.
     """
     if torch.compiler.is_compiling():
         return table(ids)

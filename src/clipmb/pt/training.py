@@ -77,7 +77,7 @@ class Trainer:
     """A model and its optimizer, as `clipmb.backends.Trainer` describes it.
 
     Args:
-        model: A whole CLIP; its parameters become float32, or float64 with that precision.
+        model: A `CLIPModel`; its parameters become float32, or float64 with that precision.
         recipe: How to train.
         state: The state to continue from, with the weights of the same moment in ``model``; None to begin.
 

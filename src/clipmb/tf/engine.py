@@ -23,7 +23,7 @@ class Engine:
     """A loaded CLIP that takes and returns numpy arrays, as `clipmb.backends.Engine` describes it.
 
     Args:
-        model: A whole CLIP.
+        model: A `TFCLIPModel`.
         compile: Trace both towers at their first use (tf.function), once for all batches and lengths.
     """
 

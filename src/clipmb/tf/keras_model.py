@@ -88,7 +88,7 @@ class KerasModel(PretrainedMixin, keras.Model):
             return super().compute_loss(x, y, self.scored(y_pred), sample_weight, training)
         own = self.own_loss(y, y_pred)
         if own is None:
-            return super().compute_loss(x, y, y_pred, sample_weight, training)  # which says that there is none
+            return super().compute_loss(x, y, y_pred, sample_weight, training)  # which raises that there is none
         return tf.add_n([own, *(tf.cast(loss, own.dtype) for loss in self.losses)])
 
     def compute_metrics(self, x: Any, y: Any, y_pred: Any, sample_weight: Any = None) -> dict[str, Any]:

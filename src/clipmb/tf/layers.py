@@ -186,7 +186,7 @@ def look_up(table: keras.layers.Embedding, ids: Tensor, field: str) -> Tensor:
 
     Raises:
         TypeError: They are not integers.
-        ValueError: Some lie outside; in a graph an InvalidArgumentError is raised at the call.
+        ValueError: Some are outside the range; in a graph an InvalidArgumentError is raised at the call.
     """
     with plain_errors():
         check_range(ids, table.input_dim, field)

@@ -96,7 +96,7 @@ class Trainer:
     """A model and its optimizer, as `clipmb.backends.Trainer` describes it.
 
     Args:
-        model: A whole CLIP, made within `scope`; one with another dtype policy than the precision needs, or made
+        model: A `TFCLIPModel`, made within `scope`; one with another dtype policy than the precision needs, or made
             elsewhere, is copied.
         recipe: How to train.
         state: The state to continue from, with the weights of the same moment in ``model``; None to begin.
@@ -256,7 +256,7 @@ class Trainer:
         text, vision = self.model.config.text_config, self.model.config.vision_config
         if len(ids) != len(pixels):
             raise bad_input(
-                "A batch has as many texts as images", f"{len(ids)} and {len(pixels)}", "Pass pairs", shown=True
+                "A batch must have as many texts as images", f"{len(ids)} and {len(pixels)}", "Pass pairs", shown=True
             )
         checks.check_text(ids, None, None, text)
         checks.check_pixels(pixels, vision, False)

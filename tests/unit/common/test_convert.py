@@ -131,7 +131,7 @@ def test_values_too_large_for_the_dtype_are_refused(tmp_path):
         save.write("config.json", CONFIG.to_json_string())
         write_safetensors(save, arrays)
     with pytest.raises(
-        CheckpointError, match=r"final_layer_norm\.bias has values too large for float16, such as 7e\+04"
+        CheckpointError, match=r"final_layer_norm\.bias has values too large for float16, for example 7e\+04"
     ):
         convert(tmp_path / "big", tmp_path / "half", dtype="float16")
     assert not (tmp_path / "half").exists()

@@ -303,7 +303,7 @@ def test_a_strangers_plan_is_not_obeyed(tmp_path, prepare):
         save(folder, NEW)
         assert plain(folder) == NEW
     else:
-        with pytest.raises(CheckpointError, match="not what a save of clipmb leaves behind"):
+        with pytest.raises(CheckpointError, match="was not written by clipmb"):
             save(folder, NEW)
         assert {name: (folder / name).read_text() for name in OLD} == OLD
     assert (foreign / "config.json").read_text() == "foreign"

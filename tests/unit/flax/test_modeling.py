@@ -257,7 +257,6 @@ def test_options(tmp_path):
     folder = write_checkpoint(tmp_path, CONFIG)
     options = {"from_pt": True, "from_tf": True, "seed": 3, "input_shape": ((1, 1), (1, 20, 20, 3))}
     model = flax.FlaxCLIPModel.from_pretrained(folder, attn_implementation="eager", **options)
-    assert model.framework == "flax"
     assert model.config.text_config.attn_implementation == "eager"
     assert model.input_shape == options["input_shape"]
     assert np.array_equal(model.key, jax.random.PRNGKey(3))

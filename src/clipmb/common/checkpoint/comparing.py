@@ -71,7 +71,7 @@ def _difference(got: np.ndarray, original: np.ndarray, dtype: np.dtype) -> tuple
                 finite = np.isfinite(before)
                 before, after = before[finite], after[finite]
                 if not np.isfinite(after).all():
-                    return np.inf, f"has values too large for {dtype}, such as {np.abs(before).max():.3g}"
+                    return np.inf, f"has values too large for {dtype}, for example {np.abs(before).max():.3g}"
             gap = max(gap, float(np.abs(after - before).max(initial=0.0)))
             scale = max(scale, float(np.abs(before).max(initial=0.0)))
     return gap / scale if scale else 0.0, ""

@@ -107,7 +107,7 @@ def _flatten(tree: dict[str, Any], prefix: str, tensors: dict[str, Lazy], reader
         if isinstance(value, dict):
             _flatten(value, f"{name}/", tensors, reader)
         elif not isinstance(value, Lazy):
-            raise reader.damaged(f"a value that is no array: {name[:200]}")
+            raise reader.damaged(f"a value that is not an array: {name[:200]}")
         elif name in tensors:
             raise reader.damaged(f"a parameter twice: {name[:200]}")
         else:
@@ -184,7 +184,7 @@ class _Reader:
         try:
             return self.content[start : start + size].decode("utf-8")
         except UnicodeDecodeError as error:
-            raise self.damaged(f"a name that is no UTF-8, at byte {start}") from error
+            raise self.damaged(f"a name that is not UTF-8, at byte {start}") from error
 
     def extension(self, size: int) -> Lazy:
         code = self.number("b")
@@ -204,10 +204,10 @@ class _Reader:
 
     def complex(self) -> complex:
         if self.header() != ("array", 2):
-            raise self.damaged("a complex number that is none")
+            raise self.damaged("a malformed complex number")
         (real, x), (imaginary, y) = self.header(), self.header()
         if real != "float" or imaginary != "float":
-            raise self.damaged("a complex number that is none")
+            raise self.damaged("a malformed complex number")
         return complex(x, y)
 
     def array(self) -> Lazy:
@@ -241,7 +241,7 @@ class _Reader:
         if not all(isinstance(axis, int) and axis >= 0 for axis in shape) or not chunks:
             raise self.damaged("a divided array of an impossible shape")
         if not all(isinstance(chunk, Lazy) and len(chunk.shape) == 1 for chunk in chunks):
-            raise self.damaged("a divided array whose parts are no arrays of one axis")
+            raise self.damaged("a divided array whose parts are not arrays of one axis")
         if len({chunk.dtype for chunk in chunks}) > 1 or sum(chunk.shape[0] for chunk in chunks) != math.prod(shape):
             raise self.damaged(f"a divided array whose parts do not make the shape {shape}")
 

@@ -15,7 +15,7 @@ _TF_TOKENS = "token_embedding/weight:0"  # the one name in which transformers 4'
 
 
 def dialect_of(names: Iterable[str]) -> str:
-    """Tells whose names these are: "pt", "tf" or "flax". Unknown names are PyTorch's, whose reader reports them."""
+    """Returns whose names these are: "pt", "tf" or "flax". Unknown names are PyTorch's, whose reader reports them."""
     names = list(names)
     of = {framework: {name for name in names if _find(name, framework)} for framework in ("pt", "tf", "flax")}
     shared = of["pt"] & of["flax"]  # logit_scale and the biases, for example: they decide nothing

@@ -153,7 +153,7 @@ def _read_config(
     eos, pooling = _pooling(given_text, problems)
     if problems:
         raise CheckpointError(
-            f"{path} describes a model that is no CLIP of two vision and text transformers:", problems
+            f"{path} describes a model that is not a CLIP of a vision and a text transformer:", problems
         )
 
     text, vision, proj = sizes_of(tensors, path.parent)
@@ -256,7 +256,7 @@ def write(
         The names of the files.
 
     Raises:
-        CheckpointError: open_clip has no such model.
+        CheckpointError: open_clip cannot hold this model.
     """
     model = _write_config(config)
     write_file(save.path(FILE), from_canonical(arrays).lazy)
@@ -301,7 +301,7 @@ def _write_config(config: BaseConfig) -> dict[str, Any]:
     if vision.num_channels != 3:
         problems.append(f"vision_config.num_channels is {vision.num_channels}, and open_clip has 3")
     if problems:
-        raise CheckpointError("open_clip has no such model:", problems)
+        raise CheckpointError("open_clip cannot hold this model:", problems)
     model = {"embed_dim": config.projection_dim, "vision_cfg": vision_cfg, "text_cfg": text_cfg}
     return model | ({"quick_gelu": True} if quick == {True} else {"quick_gelu": False})
 

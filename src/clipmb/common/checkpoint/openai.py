@@ -193,7 +193,7 @@ def sizes_of(tensors: Mapping[str, np.ndarray], origin: Any) -> tuple[dict[str, 
     cells = (shapes["visual.positional_embedding"] or (0,))[0] - 1
     if cells < 1 or math.isqrt(cells) ** 2 != cells:
         raise CheckpointError(
-            f"{origin} has {cells + 1} image positions; they must be a square of patches and one more."
+            f"{origin} has {cells + 1} image positions, which must be a square number of patches plus one."
         )
     text = {
         "vocab_size": vocab_size,
@@ -318,11 +318,11 @@ def write(
         The name of the file.
 
     Raises:
-        CheckpointError: OpenAI's code has no such model.
+        CheckpointError: OpenAI's format cannot hold this model.
         MissingBackendError: PyTorch is not installed.
     """
     if problems := _inexpressible(config):
-        raise CheckpointError("OpenAI's code has no such model; open_clip's format may. Problems:", problems)
+        raise CheckpointError("OpenAI's format cannot hold this model; open_clip's may. Problems:", problems)
     tensors = dict(from_canonical(arrays))
     original = {
         name: rounded(array, np.dtype(np.float32 if _FLOAT32.fullmatch(name) else np.float16))

@@ -79,7 +79,7 @@ class Layout:
         """Says what is impossible about it, if anything is."""
         numbers = (self.offset, *self.shape, *self.strides)
         if not all(type(number) is int and number >= 0 for number in numbers):
-            return "has sizes that are no natural numbers"
+            return "has sizes that are not natural numbers"
         if len(self.shape) != len(self.strides) or len(self.shape) > _MAX_AXES:
             return f"has {len(self.shape)} axes and {len(self.strides)} strides"
         count = math.prod(self.shape)

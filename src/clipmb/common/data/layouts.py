@@ -39,7 +39,7 @@ def open_coco(path: Path, name: str, columns: Columns, *, prefix: bool = False) 
     Args:
         path: The file.
         name: Name of the file in ids and reasons.
-        columns: Of which only ``root`` counts.
+        columns: Only ``root`` is used.
         prefix: Begin all ids with ``name``.
 
     Raises:
@@ -81,7 +81,7 @@ def open_token(path: Path, name: str, columns: Columns, *, prefix: bool = False)
     Args:
         path: The file.
         name: Name of the file in ids and reasons.
-        columns: Of which only ``root`` counts.
+        columns: Only ``root`` is used.
         prefix: Begin all ids with ``name``.
 
     Raises:
@@ -134,7 +134,7 @@ def open_folder(folder: Path, name: str, columns: Columns, *, prefix: bool = Fal
             shown = path.relative_to(folder).as_posix()
             if not beside:
                 inside = path.relative_to(folder).parts[:-1]
-                row = {"image": shown, "label": inside[0]} if inside else "It lies in the folder of no class."
+                row = {"image": shown, "label": inside[0]} if inside else "It is not in the folder of a class."
             elif texts := found.get(path.with_suffix("")):
                 row = _beside(path, texts, columns, shown)
             else:

@@ -229,7 +229,7 @@ class Pairs:
 def _files(path: str | os.PathLike[str]) -> list[Path]:
     """Returns the files that a path names, a folder holds or a pattern matches."""
     if not isinstance(path, str | os.PathLike) or not os.fspath(path):
-        raise bad_input("Files of pairs must be given by their paths", path, "Pass a string or a path", TypeError)
+        raise bad_input("Files of pairs must be given as paths", path, "Pass a string or a path", TypeError)
     whole = os.fspath(path)
     if os.path.exists(whole):
         return _in_folder(Path(whole)) if os.path.isdir(whole) else [_known(Path(whole))]

@@ -133,7 +133,7 @@ class Table:
         roots: Folders that the paths of images may be relative to; the first that has the first image is taken.
         pictures: The images by row, where they lie in the file itself.
         prefix: Begin all ids with ``name``, because there are several files.
-        stamp: What tells versions of the file apart besides its rows.
+        stamp: Identifies the version of the file, beside its rows.
 
     Attributes:
         left_out: (id, reason) of the unusable rows.

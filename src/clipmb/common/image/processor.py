@@ -477,7 +477,7 @@ class CLIPImageProcessor:
         Args:
             save_directory: The folder; created when it is missing.
             push_to_hub: Must be False; clipmb does not upload.
-            **options: The options of `clipmb.common.former.check_saving`.
+            **options: The arguments of transformers 4's `save_pretrained`.
 
         Returns:
             The path of the file, in a list.

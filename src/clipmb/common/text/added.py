@@ -42,7 +42,7 @@ class AddedToken:
         """Builds one from a string, from a dict as tokenizer files hold it, or from any object with these attributes.
 
         Raises:
-            TypeError: It is none of these.
+            TypeError: It is not one of these.
             ValueError: The content is empty.
         """
         names = ("content", "single_word", "lstrip", "rstrip", "normalized", "special")

@@ -34,7 +34,7 @@ def cleaner(cleaning: str, *, spaced: bool) -> Callable[[str], tuple[str, Spans]
         characters. "ftfy" and "openai" don't know the places.
 
     Raises:
-        ValueError: The cleaning is none of CLEANINGS.
+        ValueError: The cleaning is not one of CLEANINGS.
         ImportError: The cleaning needs ftfy, which is not installed.
     """
     if cleaning not in CLEANINGS:

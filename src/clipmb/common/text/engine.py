@@ -68,7 +68,7 @@ class Engine:
         unknown: The token for what the vocabulary lacks; None to leave that out.
 
     Raises:
-        ValueError: The cleaning is none of CLEANINGS.
+        ValueError: The cleaning is not one of CLEANINGS.
         ImportError: The cleaning needs ftfy, which is not installed.
     """
 
@@ -124,7 +124,7 @@ class Engine:
         """Turns texts into ids, without special tokens around them.
 
         Raises:
-            TypeError: A text is no string.
+            TypeError: A text is not a string.
             ValueError: A text holds a lone surrogate, which has no UTF-8 form.
         """
         try:
@@ -142,7 +142,7 @@ class Engine:
         """Turns a text into ids, with the place of every token in the text.
 
         Raises:
-            TypeError: The text is no string.
+            TypeError: The text is not a string.
             ValueError: The cleaning rewrites texts so that places are lost, or the text holds a lone surrogate.
         """
         if not isinstance(text, str):
@@ -221,11 +221,11 @@ class Engine:
 
 
 class TextTypeError(TypeError, ValueError):
-    """A text is no string. It is a ValueError too because that is what transformers 4 raises."""
+    """A text is not a string. It is a ValueError too because that is what transformers 4 raises."""
 
 
 def not_a_text(value: object) -> Exception:
-    """Builds the error for a text that is no string."""
+    """Builds the error for a text that is not a string."""
     return bad_input("A text must be a string", value, "Pass str, or a list of str for a batch", TextTypeError)
 
 

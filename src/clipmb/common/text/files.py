@@ -1,4 +1,4 @@
-"""The files of a tokenizer: what is read from a folder or the hub, and what is written for others to read."""
+"""The files of a tokenizer: what is read from a folder or the Hub, and what is written for others to read."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ class SavedTokens(DecodingTokens):
         except (TypeError, ValueError) as error:
             if kwargs or init_inputs:
                 raise
-            raise CheckpointError(f"The tokenizer files of {source} do not fit: {error}") from error
+            raise CheckpointError(f"The tokenizer files of {source} do not fit together: {error}") from error
 
     @classmethod
     def _files(cls, source: Source) -> dict[str, Path]:
@@ -141,7 +141,7 @@ class SavedTokens(DecodingTokens):
         Args:
             save_directory: A folder, created when missing. All files are replaced at once.
             filename_prefix: Goes before each file's name, with a hyphen.
-            **kwargs: ``legacy_format``, without effect, and those of `clipmb.common.former.check_saving`.
+            **kwargs: ``legacy_format``, without effect, and the arguments of transformers 4's `save_pretrained`.
 
         Returns:
             The paths written.
@@ -176,7 +176,9 @@ class SavedTokens(DecodingTokens):
         """
         if not os.path.isdir(save_directory):
             raise bad_input(
-                "The vocabulary is saved into a folder that exists", str(save_directory), "Create the folder first"
+                "The vocabulary can only be saved into a folder that exists",
+                str(save_directory),
+                "Create the folder first",
             )
         prefix = f"{filename_prefix}-" if filename_prefix else ""
         names = (f"{prefix}vocab.json", f"{prefix}merges.txt")

@@ -293,7 +293,7 @@ def encodings(
 
 
 class _Cell(NamedTuple):
-    """A token of a row: of which text, and its number there."""
+    """A token of a row: the text it comes from, and its number there."""
 
     sequence: int
     token: int

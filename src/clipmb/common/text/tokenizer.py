@@ -341,7 +341,7 @@ class _Tokenizer(SavedTokens):
         elif options.return_overflowing_tokens:
             if second is not None and options.truncation == "longest_first":
                 raise bad_input(
-                    "Of pairs, overflowing tokens are known only where one of the texts is cut",
+                    "Overflowing tokens of pairs are available only if just one of the texts is truncated",
                     options.truncation,
                     "Pass truncation='only_first' or 'only_second', or use CLIPTokenizerFast",
                 )
@@ -524,7 +524,7 @@ class CLIPTokenizer(_Tokenizer):
     Args:
         vocab_file: vocab.json; without any file, the vocabulary of the published models is used.
         merges_file: merges.txt.
-        errors: How `decode` treats bytes that are no UTF-8: "replace", "ignore" or "strict".
+        errors: How `decode` treats bytes that are not UTF-8: "replace", "ignore" or "strict".
         unk_token: Stands for what the vocabulary lacks.
         bos_token: Goes before the text.
         eos_token: Goes after the text; CLIP's text embedding is taken there.

@@ -601,7 +601,7 @@ def test_a_file_is_given_once_and_by_a_path(tmp_path):
     with pytest.raises(ValueError, match="A file may be given only once"):
         Pairs.open([path, f"{tmp_path}/*.tar"])
     for wrong in ([3], 3, "", [""], None, b"s.tar"):
-        with pytest.raises(TypeError, match="Files of pairs must be given by their paths"):
+        with pytest.raises(TypeError, match="Files of pairs must be given as paths"):
             Pairs.open(wrong)
     with pytest.raises(ValueError, match="at least one file"):
         Pairs.open([])
