@@ -16,6 +16,7 @@ def main() -> int:
     parser.add_argument("--to", default="safetensors", choices=FORMATS)
     parser.add_argument("--dtype", choices=("float32", "float16", "bfloat16"), help="the source's own if not given")
     parser.add_argument("--head", help="write only this part of a larger model, for example CLIPTextModel")
+    parser.add_argument("--config", help="config.json of the source, or its folder, if the source has none")
     parser.add_argument("--shard-size", default="5GB", help="split larger results")
     parser.add_argument("--subfolder", default="", help="folder inside SRC")
     parser.add_argument("--revision", help="branch, tag or commit on the hub")

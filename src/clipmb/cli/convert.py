@@ -26,6 +26,10 @@ def run(
         str | None,
         common.choice(values=HEADS, help="Model to write, if only a part", show_default="as in SRC"),
     ] = None,
+    config: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="config.json of SRC, or its folder, if SRC has none.", show_default="SRC's"),
+    ] = None,
     shard_size: Annotated[
         str, typer.Option(metavar="SIZE", help="Largest file; bigger results are split: 200MB, 2GiB.")
     ] = "5GB",
@@ -54,6 +58,7 @@ def run(
         to,
         dtype=dtype,
         head=head,
+        config=config,
         max_shard_size=shard_size,
         variant=variant,
         overwrite=overwrite,

@@ -9,6 +9,7 @@ import typer
 
 from clipmb.cli import common
 from clipmb.common.checkpoint.fitting import canonical_names
+from clipmb.common.checkpoint.formats import config_of
 from clipmb.common.checkpoint.tensors import lazy
 from clipmb.common.config import CONFIG_NAME, CLIPConfig, CLIPTextConfig, CLIPVisionConfig
 from clipmb.common.errors import CheckpointError
@@ -50,10 +51,7 @@ def describe(source: Source) -> dict[str, Any]:
     """
     path = source.find(CONFIG_NAME)
     loaded = load_weights(source)
-    if path is None and loaded.config is not None:
-        fields = loaded.config.to_dict()
-    else:
-        fields = read_json(path or source.require(CONFIG_NAME))  # which raises, with the list of files
+    fields = config_of(loaded, source)[0].to_dict() if path is None else read_json(path)
     kind = fields.get("model_type", "clip")
     if kind not in _CONFIGS:
         raise CheckpointError(f"{source} has a model of type {kind!r}, expected one of {', '.join(_CONFIGS)}.")

@@ -53,6 +53,7 @@ def convert(
     *,
     dtype: str | None = None,
     head: str | None = None,
+    config: Any = None,
     max_shard_size: int | str = "5GB",
     variant: str | None = None,
     overwrite: bool = False,
@@ -73,6 +74,7 @@ def convert(
         dtype: "float32", "float16" or "bfloat16"; each tensor's own when None.
         head: The model to write, for example "CLIPTextModel" to take the text tower out of a CLIPModel; what the source
             is when None.
+        config: A config, or where to read one, for weights that have none or another; the source's own when None.
         max_shard_size: Split larger results if the format has shards: bytes, or text like "5GB".
         variant: Read ``model.<variant>.safetensors``.
         overwrite: Replace the checkpoint in a folder that is not empty. Files that belong to no checkpoint stay.
@@ -103,7 +105,7 @@ def convert(
     folder = Path(dst)
     _require_free(folder, source, overwrite)
     loaded = formats.load(source, variant)
-    done, originals = plan(source, folder, loaded, to, dtype, head)
+    done, originals = plan(source, folder, loaded, to, dtype, head, config)
     if check is not None and done.head != "CLIPModel":
         raise bad_input(
             "check= (--verify) needs a full CLIPModel", done.head, "Leave it out; tensors are compared in any case"

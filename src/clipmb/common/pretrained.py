@@ -12,7 +12,7 @@ from clipmb.common.checkpoint import LoadingInfo, OwnArrays, fit, formats, write
 from clipmb.common.checkpoint.tensors import Deferred, Loaded
 from clipmb.common.config import CONFIG_NAME, BaseConfig
 from clipmb.common.dtypes import DTYPES, dtype_name
-from clipmb.common.errors import CheckpointError, bad_input, log_once, logger, one_of
+from clipmb.common.errors import bad_input, log_once, logger, one_of
 from clipmb.common.former import SavingOptions, check_saving, drop_unneeded
 from clipmb.common.hub import Source
 from clipmb.common.parameters import Spec, specs
@@ -182,7 +182,8 @@ class PretrainedMixin:
         """Reads config and weights and compares them: what is repeated when somebody saves meanwhile."""
         origin = source or "state_dict"
         if config is None and tensors is None and source is not None and source.find(CONFIG_NAME) is None:
-            tensors, config = _weights_and_config(source, variant)
+            loaded = load_weights(source, variant).of(cls.head)
+            tensors, config = loaded.tensors, _config_of(loaded, source)
         config, left = cls._config_for(source, config, dict(options))
         if unknown := left.keys() - set(cls.load_options):
             raise bad_input(
@@ -197,7 +198,7 @@ class PretrainedMixin:
                 "Without a folder or Hub id a state_dict is needed", None, "Pass a name, or config= and state_dict="
             )
         if tensors is None and source is not None:
-            tensors = read_weights(source, variant)
+            tensors = load_weights(source, variant).of(cls.head).tensors
         table = specs(config, cls.head)
         arrays, info = fit(
             tensors or {},
@@ -291,17 +292,12 @@ def read_weights(source: Source, variant: str | None = None) -> Mapping[str, np.
     return load_weights(source, variant).tensors
 
 
-def _weights_and_config(source: Source, variant: str | None) -> tuple[Mapping[str, np.ndarray], BaseConfig]:
-    """Reads a source that has no ``config.json``: its format has a config of its own, or the shapes imply one.
-
-    Raises:
-        CheckpointError: There is no config either, or the weights cannot be read.
-    """
-    loaded = load_weights(source, variant)
+def _config_of(loaded: Loaded, source: Source) -> BaseConfig:
+    """Returns the config of weights without a ``config.json``, and says once what was inferred about the activation."""
+    config, decisions = formats.config_of(loaded, source)
     if loaded.config is None:
-        source.require(CONFIG_NAME)  # raises, with the list of what is there
-        raise CheckpointError(f"{source} has no {CONFIG_NAME}.")
-    return loaded.tensors, loaded.config
+        log_once(f"{source} has no config. Inferred: {decisions['activation']}. Pass config= for another.")
+    return config
 
 
 def load_weights(source: Source, variant: str | None = None) -> Loaded:

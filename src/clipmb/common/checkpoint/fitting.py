@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from clipmb.common.checkpoint.wrapping import common_start, stripped
 from clipmb.common.errors import CheckpointError
 from clipmb.common.parameters import HEADS, Spec, is_known
 
@@ -66,16 +67,16 @@ class LoadingInfo:
 
 
 def canonical_names(names: Iterable[str], head: str) -> dict[str, str]:
-    """Maps canonical names to those in a file, without the ``position_ids`` buffers of old files.
+    """Maps canonical names to those in a file, without prefixes of training and the ``position_ids`` of old files.
 
     Raises:
         CheckpointError: Two names in the file stand for the same parameter.
     """
-    stripped = {name: name.removeprefix("clip.") for name in names}
-    tower = _bare_tower(stripped.values(), head)
+    plain = {name: stripped(name).removeprefix("clip.") for name in names}
+    tower = _bare_tower(plain.values(), head)
     found: dict[str, str] = {}
     twice = []
-    for name, short in stripped.items():
+    for name, short in plain.items():
         if short.endswith("embeddings.position_ids"):
             continue
         canonical = f"{tower}.{short}" if tower and short.startswith(_BARE) else short
@@ -146,6 +147,8 @@ def fit(
         if canonical not in shapes and (not is_known(canonical) or own.get(canonical.split(".")[0], False))
     ]
     problems += info.problems(strict=strict, ignore_mismatched_sizes=ignore_mismatched_sizes)
+    if strict and names and not shapes:
+        raise CheckpointError(_foreign(list(names.values()), head, origin))
     if problems:
         raise CheckpointError(
             f"{origin} does not fit {head}. Pass strict=False to initialise missing weights and ignore unexpected "
@@ -153,3 +156,15 @@ def fit(
             problems,
         )
     return arrays, info
+
+
+def _foreign(names: list[str], head: str, origin: Any) -> str:
+    """Returns the message for a file none of whose names belongs to the head."""
+    start = common_start(names)
+    where = f", all of which begin with {start[:200]!r}" if start else ""
+    few = ", ".join(name[:200] for name in names[:5])
+    fix = "Remove what stands before CLIP's own names" if start else "Pass the weights of a CLIP"
+    return (
+        f"{origin} has no weight of {head}, whose names begin with text_model or vision_model. Received: "
+        f"{len(names)} names{where}: {few}{', …' if len(names) > 5 else ''}. {fix}."
+    )

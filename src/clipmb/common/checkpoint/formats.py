@@ -17,8 +17,9 @@ from clipmb.common.checkpoint import (
     safetensors,
     tf_h5,
 )
+from clipmb.common.checkpoint.single_towers import infer
 from clipmb.common.checkpoint.tensors import Loaded
-from clipmb.common.config import BaseConfig
+from clipmb.common.config import CONFIG_NAME, BaseConfig
 from clipmb.common.errors import CheckpointError, one_of
 from clipmb.common.hub import Source
 from clipmb.common.parameters import Spec
@@ -143,4 +144,32 @@ def load(source: Source, variant: str | None = None) -> Loaded:
     wanted = f" of variant {variant!r}" if variant else ""
     raise CheckpointError(
         f"{source} has no weights{wanted} in any of the formats {', '.join(FORMATS)}.{source.listing()}"
+    )
+
+
+def config_of(loaded: Loaded, source: Source) -> tuple[BaseConfig, dict[str, str]]:
+    """Returns the config of weights without a ``config.json``: that of their format, or what their shapes imply.
+
+    Args:
+        loaded: The weights.
+        source: Where they are from.
+
+    Returns:
+        The config, and the decisions of the weights with the reasons for what was inferred.
+
+    Raises:
+        CheckpointError: There is neither.
+    """
+    if loaded.config is not None:
+        return loaded.config, loaded.decisions
+    if loaded.undescribed:
+        raise CheckpointError(loaded.undescribed)
+    if (inferred := infer(loaded)) is not None:
+        config, reasons = inferred
+        return config, {**loaded.decisions, **reasons}
+    if source.file is None:
+        source.require(CONFIG_NAME)  # raises, with the list of what is there
+    raise CheckpointError(
+        f"{source} has no config, and its shapes are not those of exactly one published model: activation and number "
+        "of heads are unknown. Pass config=, or the folder with its config.json if there is one."
     )

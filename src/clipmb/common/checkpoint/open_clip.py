@@ -24,6 +24,7 @@ from clipmb.common.checkpoint.pickled import inspect
 from clipmb.common.checkpoint.safetensors import map_file, write_file
 from clipmb.common.checkpoint.sniffing import kind_of
 from clipmb.common.checkpoint.tensors import Loaded
+from clipmb.common.checkpoint.wrapping import explain_stripping
 from clipmb.common.config import BaseConfig, CLIPConfig, CLIPTextConfig, CLIPVisionConfig
 from clipmb.common.errors import CheckpointError
 from clipmb.common.hub import Source
@@ -78,18 +79,18 @@ def read(source: Source, variant: str | None = None) -> Loaded | None:
 
     The config is ``open_clip_config.json``, or in a local folder the only JSON file with a model's part of one. The
     weights are ``open_clip_model.safetensors``, ``open_clip_pytorch_model.bin``, the only ``*.pt``, or a source that is
-    a file; training checkpoints and ``module.`` prefixes are understood.
+    a file; training checkpoints and their prefixes are understood.
 
     Args:
         source: Where they are.
         variant: The format has none; with one, nothing is found.
 
     Returns:
-        The weights under canonical names, and the config. None when there are no weights with OpenAI's names.
+        The weights under canonical names, and the config, if there is one: without it the activation is unknown. None
+        when there are no weights with OpenAI's names.
 
     Raises:
-        CheckpointError: There is no config, without which the activation is unknown; it describes something other
-            than a CLIP; or a file is damaged or hostile.
+        CheckpointError: The config describes something other than a CLIP, or a file is damaged or hostile.
         MissingBackendError: PyTorch is not installed, and the file is pickled.
     """
     path = None if variant else find_weights(source, (*_OWN, "model.safetensors", "pytorch_model.bin", "model.pt"))
@@ -100,20 +101,36 @@ def read(source: Source, variant: str | None = None) -> Loaded | None:
     stored: Mapping[str, Any] = map_file(path) if pickled is None else pickled.layouts()
     if not is_openai(stored):
         return None
-    config_path, model = _find_config(source, path)
+    names_of = plain(stored)
+    found = _find_config(source)
     if pickled is not None:
         stored = pickled.arrays()
     tensors = {
         name.removeprefix("text."): stored[full]
-        for name, full in plain(stored).items()
+        for name, full in names_of.items()
         if name not in METADATA and name != "attn_mask"
     }
-    config, decisions = _read_config(model, tensors, config_path)
-    needed = ("safetensors",) if pickled is None else () if pickled.scripted else packages
-    return Loaded("open_clip", to_canonical(tensors), [path.name, config_path.name], config, decisions, needed)
+    loaded = Loaded("open_clip", to_canonical(tensors), [path.name])
+    loaded.decisions = explain_stripping(names_of.values(), "" if pickled is None else pickled.wrapper)
+    loaded.packages = ("safetensors",) if pickled is None else () if pickled.scripted else packages
+    if len(found) != 1:
+        loaded.undescribed = (
+            f"{path} has the names of OpenAI's and open_clip's models, but nothing says whether its activation is "
+            "QuickGELU (as OpenAI's) or GELU (as most of open_clip's), nor the number of heads, and clipmb does not "
+            f"guess. Pass config=, or put the model's {CONFIG}, or its one file from open_clip's model_configs, into a "
+            "folder with the weights and pass the folder. Found there: "
+            f"{', '.join(path.name for path in found) or 'none'}."
+        )
+        return loaded
+    ((config_path, content),) = found.items()
+    loaded.config, decisions = _read_config(_model_part(config_path, content), tensors, config_path)
+    loaded.decisions |= decisions
+    loaded.files.append(config_path.name)
+    return loaded
 
 
-def _find_config(source: Source, weights: Path) -> tuple[Path, dict[str, Any]]:
+def _find_config(source: Source) -> dict[Path, dict[str, Any]]:
+    """Returns the configs of open_clip that a source has: path to content."""
     found = {}
     if (path := source.find(CONFIG)) is not None:
         found[path] = read_json(path)
@@ -122,18 +139,14 @@ def _find_config(source: Source, weights: Path) -> tuple[Path, dict[str, Any]]:
             with contextlib.suppress(CheckpointError):  # files of others need not be objects
                 if (content := read_json(path)).keys() >= _MODEL_KEYS:
                     found[path] = content
-    if len(found) != 1:
-        raise CheckpointError(
-            f"{weights} has the names of OpenAI's and open_clip's models, but nothing says whether its activation is "
-            "QuickGELU (as OpenAI's) or GELU (as most of open_clip's), nor the number of heads, and clipmb does not "
-            f"guess. Put the model's {CONFIG}, or its one file from open_clip's model_configs, into a folder with the "
-            f"weights and pass the folder. Found there: {', '.join(path.name for path in found) or 'none'}."
-        )
-    path, content = found.popitem()
+    return found
+
+
+def _model_part(path: Path, content: dict[str, Any]) -> dict[str, Any]:
     model = content.get("model_cfg", content)
     if not isinstance(model, dict) or not all(isinstance(model.get(key), dict) for key in ("vision_cfg", "text_cfg")):
         raise CheckpointError(f"{path} must hold a model_cfg with embed_dim, vision_cfg and text_cfg.")
-    return path, model
+    return model
 
 
 def _read_config(

@@ -16,6 +16,7 @@ import numpy as np
 from clipmb.common.checkpoint.pickled import inspect, write_pickle
 from clipmb.common.checkpoint.sniffing import kind_of
 from clipmb.common.checkpoint.tensors import Deferred, Lazy, Loaded, lazy, rounded
+from clipmb.common.checkpoint.wrapping import explain_stripping, stripped
 from clipmb.common.config import CONFIG_NAME, BaseConfig, CLIPConfig
 from clipmb.common.errors import CheckpointError
 from clipmb.common.hub import Source
@@ -72,14 +73,22 @@ _FLOAT32 = re.compile(
 
 def is_openai(names: Iterable[str]) -> bool:
     """Whether these are OpenAI's and open_clip's names, rather than canonical ones."""
-    return any(name.startswith(("visual.", "text.transformer.", "transformer.resblocks.")) for name in plain(names))
+    return any(stripped(name).startswith(("visual.", "text.transformer.", "transformer.resblocks.")) for name in names)
 
 
 def plain(names: Iterable[str]) -> dict[str, str]:
-    """Maps names without the ``module.`` of distributed training to those in the file."""
-    names = list(names)
-    prefix = "module." if names and all(name.startswith("module.") for name in names) else ""
-    return {name.removeprefix(prefix): name for name in names}
+    """Maps names without the prefixes of training to those in the file.
+
+    Raises:
+        CheckpointError: Two names differ in their prefixes only.
+    """
+    found: dict[str, str] = {}
+    for name in names:
+        short = stripped(name)
+        if short in found:
+            raise CheckpointError("The file has two tensors for one parameter:", [f"{found[short]} and {name}"])
+        found[short] = name
+    return found
 
 
 def to_canonical(tensors: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
@@ -268,15 +277,18 @@ def read(source: Source, variant: str | None = None) -> Loaded | None:
     tensors = {name: arrays[stored] for name, stored in names.items() if name not in METADATA}
     text, vision, proj = sizes_of(tensors, path)
     needed = () if pickled.scripted else packages
+    stripping = explain_stripping(names.values(), pickled.wrapper)
     if described:
-        decisions = {"config": f"{CONFIG_NAME}, which is beside the weights"}
+        decisions = {"config": f"{CONFIG_NAME}, which is beside the weights", **stripping}
         return Loaded("openai", to_canonical(tensors), [path.name], None, decisions, needed)
     for part in (text, vision):
         if part["hidden_size"] % 64:
-            raise CheckpointError(
-                f"{path} has a tower of width {part['hidden_size']}, but OpenAI's heads are 64 wide. For another "
-                f"number of heads put {CONFIG} beside it, with head_width in vision_cfg and heads in text_cfg."
-            )
+            return Loaded(
+                "openai", to_canonical(tensors), [path.name], decisions=stripping, packages=needed,
+                undescribed=f"{path} has a tower of width {part['hidden_size']}, but OpenAI's heads are 64 wide. For "
+                f"another number of heads pass config=, or put {CONFIG} beside it, with head_width in vision_cfg and "
+                "heads in text_cfg.",
+            )  # fmt: skip
         part |= {
             "num_attention_heads": part["hidden_size"] // 64,
             "hidden_act": "quick_gelu",
@@ -284,6 +296,7 @@ def read(source: Source, variant: str | None = None) -> Loaded | None:
         }
     text |= {"bos_token_id": 0, "eos_token_id": 2, "pad_token_id": 1}
     decisions = {
+        **stripping,
         "num_attention_heads": "width // 64 in both towers, as in OpenAI's code; the file does not say",
         "activation": "quick_gelu, which all of OpenAI's models have; the file does not say",
         "pooling": "eos_token_id 2, which means: pool at the largest id, as OpenAI's code and its hub configs have it",

@@ -27,6 +27,7 @@ import numpy as np
 from clipmb.common.checkpoint.disk import KeptErrors
 from clipmb.common.checkpoint.sniffing import LEGACY, ZIP
 from clipmb.common.checkpoint.tensors import Lazy
+from clipmb.common.checkpoint.wrapping import unwrapped
 from clipmb.common.dtypes import BFLOAT16
 from clipmb.common.errors import CheckpointError, MissingBackendError
 
@@ -238,12 +239,14 @@ class Pickled:
         tree: What was pickled, with a `Layout` for each tensor.
         scripted: It is a TorchScript archive.
         zipped: It is a zip archive, as since PyTorch 1.6.
+        wrapper: Where in the tree the state dict is, once `layouts` or `arrays` found it; see `unwrapped`.
     """
 
     path: Path
     tree: Any
     scripted: bool = False
     zipped: bool = True
+    wrapper: str = ""
     _starts: dict[str, int] = field(default_factory=dict)
 
     def layouts(self) -> dict[str, Any]:
@@ -295,8 +298,7 @@ class Pickled:
     def _state_dict(self, tree: Any) -> dict[str, Any]:
         if self.scripted:
             return _attributes(tree)
-        if isinstance(tree, dict) and isinstance(tree.get("state_dict"), dict):
-            tree = tree["state_dict"]  # what trainers save: weights, epoch, optimizer …
+        tree, self.wrapper = unwrapped(tree)  # what trainers save: weights, epoch, optimizer …
         if not isinstance(tree, dict) or not all(isinstance(name, str) for name in tree):
             raise CheckpointError(f"{self.path} holds no dict of names and tensors. Save the model's state_dict().")
         strange = [
@@ -412,7 +414,7 @@ def _inspect_zip(path: Path, file: Any) -> Pickled:
             raise ValueError(f"it claims {storage.count} elements of {storage.dtype} in the record {storage.key!r:.40}")
         starts[storage.key] = start
     _refuse(path, interpreter, scripted)
-    return Pickled(path, tree, scripted, True, starts)
+    return Pickled(path, tree, scripted, True, _starts=starts)
 
 
 def _records(file: Any) -> dict[str, tuple[int, int]]:

@@ -9,12 +9,16 @@ from typing import Any, NamedTuple
 
 from clipmb.common.checkpoint import formats
 from clipmb.common.checkpoint.fitting import canonical_names, fit
+from clipmb.common.checkpoint.formats import config_of
 from clipmb.common.checkpoint.tensors import Lazy, Loaded, lazy
+from clipmb.common.checkpoint.wrapping import explain_stripping
 from clipmb.common.config import CONFIG_NAME, BaseConfig, CLIPConfig, CLIPTextConfig, CLIPVisionConfig
 from clipmb.common.errors import CheckpointError
 from clipmb.common.hub import Source
 from clipmb.common.json_files import read_json
 from clipmb.common.parameters import HEADS, Spec, specs
+
+_ABOUT_FILES = ("dialect", "encoder", "prefix", "wrapper")  # the decisions of a format that are not about the config
 
 
 class Mapped(NamedTuple):
@@ -68,7 +72,7 @@ class Conversion:
 
 
 def plan(
-    source: Source, folder: Path, loaded: Loaded, to: str, dtype: str | None, head: str | None
+    source: Source, folder: Path, loaded: Loaded, to: str, dtype: str | None, head: str | None, config: Any = None
 ) -> tuple[Conversion, dict[str, Lazy]]:
     """Chooses head and config, and maps every parameter; no array is made.
 
@@ -79,6 +83,7 @@ def plan(
         to: Key of `formats.FORMATS`.
         dtype: The dtype of the result; each tensor's own when None.
         head: Key of `HEADS`; what the source is when None.
+        config: A config, its fields, or where to read one; the source's own when None.
 
     Returns:
         The conversion, and the source's arrays by their canonical names and in their own dtypes.
@@ -86,21 +91,16 @@ def plan(
     Raises:
         CheckpointError: There is no config, the source does not fit it, or the format cannot hold this head.
     """
-    path = source.find(CONFIG_NAME)
-    decisions = dict(loaded.decisions)
-    if path is not None:  # which then decides these, whatever the file's own config says
-        decisions = {key: why for key, why in decisions.items() if key not in ("activation", "pooling")}
-    if path is None and loaded.config is None:
-        source.require(CONFIG_NAME)  # raises, with the list of what is there
-    fields = read_json(path) if path is not None else loaded.config.to_dict() if loaded.config else {}
-    origin = CONFIG_NAME if path is not None else f"the {loaded.format} file"
+    if head is not None:
+        loaded = loaded.of(head)
+    fields, origin, decisions = _config_fields(source, loaded, config)
     tensors = lazy(loaded.tensors, own=True)
     if head is None:
         head, decisions["head"] = _head(fields, canonical_names(tensors, "CLIPModel"), origin)
     else:
         decisions["head"] = f"{head}: asked for"
-    config: BaseConfig = _config_class(head).from_dict(fields)
-    table = specs(config, head)
+    own: BaseConfig = _config_class(head).from_dict(fields)
+    table = specs(own, head)
     try:
         fit({name: tensor.stand_in() for name, tensor in tensors.items()}, table, head, origin=source)
     except CheckpointError as error:
@@ -122,10 +122,27 @@ def plan(
     mapping = [
         Mapped(stored[s.name], s.name, targets[s.name], s.shape, dtype or found[s.name].dtype.name) for s in table
     ]
+    decisions |= explain_stripping(name for canonical, name in names.items() if canonical in found)
     if left := sorted(tensors.keys() - {names[spec.name] for spec in table}):
         decisions["left out"] = f"{', '.join(left)}: not part of {head}"
-    _explain_config(config, origin, decisions)
-    return Conversion(source, folder, loaded.format, to, head, config, mapping, decisions), found
+    _explain_config(own, origin, decisions)
+    return Conversion(source, folder, loaded.format, to, head, own, mapping, decisions), found
+
+
+def _config_fields(source: Source, loaded: Loaded, given: Any) -> tuple[dict[str, Any], str, dict[str, str]]:
+    """Returns the fields of the config, where it comes from, and the decisions about the source."""
+    decisions = dict(loaded.decisions)
+    if isinstance(given, BaseConfig):
+        given = given.to_dict()
+    elif given is not None and not isinstance(given, dict):
+        given = CLIPConfig.get_config_dict(given)[0]
+    if given is not None:
+        return given, "the config given", {key: why for key, why in decisions.items() if key in _ABOUT_FILES}
+    if (path := source.find(CONFIG_NAME)) is not None:  # which then decides these, whatever the file's own config says
+        own = {key: why for key, why in decisions.items() if key not in ("activation", "pooling")}
+        return read_json(path), CONFIG_NAME, own
+    config, decisions = config_of(loaded, source)
+    return config.to_dict(), f"the {loaded.format} file", decisions
 
 
 def _shaped(tensor: Lazy, spec: Spec) -> Lazy:

@@ -11,8 +11,10 @@ from clipmb.common.checkpoint.names import names_in
 from clipmb.common.checkpoint.openai import is_openai
 from clipmb.common.checkpoint.pickled import inspect, write_pickle
 from clipmb.common.checkpoint.sharding import write_shards
+from clipmb.common.checkpoint.single_towers import encoders_in
 from clipmb.common.checkpoint.sniffing import read_files
 from clipmb.common.checkpoint.tensors import Loaded, lazy
+from clipmb.common.checkpoint.wrapping import explain_stripping
 from clipmb.common.config import BaseConfig
 from clipmb.common.hub import Source
 from clipmb.common.parameters import Spec
@@ -42,17 +44,25 @@ def read(source: Source, variant: str | None = None) -> Loaded | None:
     """
     single = f"pytorch_model.{variant}.bin" if variant else _SINGLE
     index = f"pytorch_model.bin.index.{variant}.json" if variant else _INDEX
-    found = read_files(source, "pickle", single, index, _read_file)
-    return None if found is None or is_openai(found[0]) else Loaded("pytorch", *found, packages=packages)
+    wrappers: list[str] = []
+
+    def read_file(path: Path) -> dict[str, np.ndarray]:
+        pickled = inspect(path)
+        arrays = pickled.arrays()
+        wrappers.append(pickled.wrapper)
+        return arrays
+
+    found = read_files(source, "pickle", single, index, read_file)
+    if found is None or is_openai(found[0]):
+        return None
+    loaded = Loaded("pytorch", *found, packages=packages)
+    loaded.decisions = explain_stripping(found[0], next(iter(wrappers), ""))
+    return encoders_in(lazy(loaded.tensors), loaded) or loaded
 
 
 def names(table: list[Spec]) -> dict[str, str]:
     """Maps canonical names to those in the files, which are the same."""
     return names_in("pt", table)
-
-
-def _read_file(path: Path) -> dict[str, np.ndarray]:
-    return inspect(path).arrays()
 
 
 def write(

@@ -15,8 +15,10 @@ import safetensors
 from clipmb.common.checkpoint.names import canonical, dialect_of, names_in
 from clipmb.common.checkpoint.openai import is_openai
 from clipmb.common.checkpoint.sharding import write_shards
+from clipmb.common.checkpoint.single_towers import encoders_in
 from clipmb.common.checkpoint.sniffing import read_files
 from clipmb.common.checkpoint.tensors import Deferred, Lazy, Loaded, lazy, mapped
+from clipmb.common.checkpoint.wrapping import explain_stripping
 from clipmb.common.config import BaseConfig
 from clipmb.common.dtypes import numpy_dtype
 from clipmb.common.errors import CheckpointError
@@ -52,8 +54,11 @@ def read(source: Source, variant: str | None = None) -> Loaded | None:
     if found is None or is_openai(found[0]):
         return None  # open_clip's, which needs its config
     tensors, files = found
+    if (encoder := encoders_in(tensors, Loaded("safetensors", {}, files, packages=("safetensors",)))) is not None:
+        return encoder
     dialect = dialect_of(tensors)
     loaded = Loaded("safetensors", canonical(tensors, dialect, source), files, packages=("safetensors",))
+    loaded.decisions = explain_stripping(tensors)
     if dialect != "pt":
         loaded.decisions["dialect"] = f"{dialect}, from the tensors' names"
         loaded.names = partial(names_in, dialect)

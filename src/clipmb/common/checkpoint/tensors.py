@@ -11,7 +11,7 @@ from functools import partial
 import numpy as np
 
 from clipmb.common.config import BaseConfig
-from clipmb.common.parameters import Spec
+from clipmb.common.parameters import HEADS, Spec
 
 
 def _nothing() -> None:
@@ -171,6 +171,8 @@ class Loaded:
         decisions: What was inferred, and why, for the record of a conversion.
         packages: The packages that took part in reading, beside numpy and ml_dtypes.
         names: As `formats.Format.names`, where the files have other names than those that the format writes.
+        undescribed: Why there is neither a config nor a way to infer one, for whoever needs one.
+        others: Further models of the same file, such as the second text encoder of SDXL.
     """
 
     format: str
@@ -180,3 +182,10 @@ class Loaded:
     decisions: dict[str, str] = field(default_factory=dict)
     packages: tuple[str, ...] = ()
     names: Callable[[list[Spec]], dict[str, str]] | None = None
+    undescribed: str = ""
+    others: list[Loaded] = field(default_factory=list)
+
+    def of(self, head: str) -> Loaded:
+        """Returns the first model of the file that has all that a head has beside its towers, else the first one."""
+        needed = HEADS[head][2]
+        return next((one for one in (self, *self.others) if all(name in one.tensors for name in needed)), self)

@@ -165,12 +165,18 @@ def test_state_dicts(tmp_path, name, form):
         check(loaded, model)
 
 
+def described(path):
+    """The config of weights that are alone."""
+    source = Source(str(path))
+    return formats.config_of(formats.load(source), source)
+
+
 def test_a_bare_state_dict_is_ambiguous_and_a_config_json_settles_it(tmp_path):
     model = random_model(SMALL)
     torch.save(model.state_dict(), tmp_path / "model.pt")
     for source in (tmp_path, tmp_path / "model.pt"):
         with pytest.raises(CheckpointError, match=r"does not guess(.|\n)*open_clip_config\.json"):
-            formats.load(Source(str(source)))
+            described(source)
     (tmp_path / "config.json").write_text(CONFIG.to_json_string())
     loaded = formats.load(Source(str(tmp_path)))
     assert loaded.config is None
@@ -199,7 +205,7 @@ def test_shapes_that_tell_nothing(tmp_path, change, match):
     change(state)
     torch.save(state, tmp_path / "model.pt")
     with pytest.raises(CheckpointError, match=match):
-        formats.load(Source(str(tmp_path)))
+        described(tmp_path)
 
 
 def test_names_that_are_not_openais_come_through_to_the_strict_check(tmp_path):
