@@ -31,6 +31,7 @@ from clipmb.common.training.metrics import METRICS_NAME, Metrics
 from clipmb.common.training.plots import CURVES_NAME, draw
 from clipmb.common.training.recipe import Recipe
 from clipmb.common.training.state import STATE_NAME, TrainingState
+from clipmb.common.training.stopping import Stopping
 from clipmb.evaluation import Evaluation, evaluate
 from clipmb.pipeline import CLIPPipeline, processor_for
 
@@ -90,6 +91,9 @@ def train(
     rounding error. ``metrics.jsonl`` has a line for each step, ``curves.png`` shows them at the end, and
     ``skipped.jsonl`` names the items that could not be read.
 
+    SIGINT (Ctrl-C) and SIGTERM end the run after its current step with a save; a second signal ends the process at
+    once. Signals that the program handles itself, and those to a run of several processes, do what they always do.
+
     Args:
         data: Images with captions, as ``Pairs.open`` takes them, or opened `Pairs`.
         model: Folder or Hub id to begin from; not needed to resume.
@@ -123,6 +127,8 @@ def train(
             finite.
         CheckpointError: The model or the state cannot be read, or they do not fit each other.
         MissingBackendError: The backend is not installed.
+        KeyboardInterrupt: SIGINT ended the run; it is saved.
+        SystemExit: SIGTERM ended the run; it is saved, and the exit code is 143.
     """
     folder = Path(out)
     state = _saved_state(folder, resume, overwrite)
@@ -185,20 +191,29 @@ def train(
                 metrics.write({"step": trainer.steps, "evaluation": {**found, "skipped": len(found["skipped"])}})
             return found
 
-        for epoch, number, batch, values in _steps(trainer, loader, state):
-            last = trainer.steps == chosen.steps
-            if metrics is not None:
-                metrics.write({"step": trainer.steps, "epoch": epoch, **values})
-            summary = f"loss {values['loss']:.4f}, {values['pairs_per_second']:.1f} pairs/s"
-            advance(1, summary)
-            log.write(trainer.steps, summary)
-            if held_out is not None and evaluate_every and trainer.steps % evaluate_every == 0 and not last:
-                evaluated(held_out)
-            if last or trainer.steps % save_every == 0:
-                here = (epoch, number + 1) if number + 1 < loader.per_epoch else (epoch + 1, 0)
-                _save(folder, trainer, config, pairs.fingerprint, here)
-            result["loss"] = values["loss"]
-            result["skipped"] += batch.skipped
+        with Stopping(count == 1) as stopping:
+            for epoch, number, batch, values in _steps(trainer, loader, state):
+                last = trainer.steps == chosen.steps
+                if metrics is not None:
+                    metrics.write({"step": trainer.steps, "epoch": epoch, **values})
+                summary = f"loss {values['loss']:.4f}, {values['pairs_per_second']:.1f} pairs/s"
+                advance(1, summary)
+                log.write(trainer.steps, summary)
+                due = evaluate_every and trainer.steps % evaluate_every == 0 and not last and not stopping.signal
+                if held_out is not None and due:
+                    evaluated(held_out)
+                ended = stopping.signal
+                if last or ended or trainer.steps % save_every == 0:
+                    here = (epoch, number + 1) if number + 1 < loader.per_epoch else (epoch + 1, 0)
+                    _save(folder, trainer, config, pairs.fingerprint, here)
+                result["loss"] = values["loss"]
+                result["skipped"] += batch.skipped
+                if ended:
+                    logger.warning(
+                        "clipmb: %s after step %d of %d; saved in %s. Pass resume=True (--resume) to continue.",
+                        ended.name, trainer.steps, chosen.steps, folder,
+                    )  # fmt: skip
+                    stopping.check()
         if held_out is not None:
             result["evaluation"] = evaluated(held_out)
     if rank == 0:

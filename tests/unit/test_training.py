@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +14,7 @@ import pytest
 from cases import random_arrays
 from conftest import BACKENDS
 from PIL import Image
-from processes import python, run
+from processes import HANG, python, run, start
 from training_cases import small_model, small_pairs
 from typer.testing import CliRunner
 
@@ -185,6 +188,83 @@ def _stops_after(count: int):
         return image
 
     return augment
+
+
+def _signals(number: int, at: int):
+    """An augmentation that changes nothing and sends this process a signal at an image."""
+    seen = []
+
+    def augment(image: Image.Image, generator: np.random.Generator) -> Image.Image:
+        seen.append(image)
+        if len(seen) == at:
+            os.kill(os.getpid(), number)
+        return image
+
+    return augment
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_signal_ends_a_run_with_a_save_from_which_it_continues(files, tmp_path, backend, caplog):
+    options = {**STEPS, "backend": backend, "workers": 0}
+    whole, parted = tmp_path / "whole", tmp_path / "parted"
+    train(files / "pairs", files / "model", whole, **options)
+    with pytest.raises(SystemExit) as caught:
+        train(files / "pairs", files / "model", parted, augment=_signals(signal.SIGTERM, 1), **options)
+    assert caught.value.code == 143
+    step = TrainingState.read(parted).step
+    assert 0 < step < options["steps"]
+    assert len(lines(parted)) == step
+    assert f"SIGTERM after step {step} of {options['steps']}; saved in" in caplog.messages[-1]
+    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    train(files / "pairs", out=parted, backend=backend, resume=True)
+    assert same_bits(whole, parted)
+
+
+def test_signals_that_the_program_handles_are_its_own(files, tmp_path):
+    received = []
+    before = signal.signal(signal.SIGTERM, lambda number, frame: received.append(number))
+    try:
+        options = {**STEPS, "backend": BACKENDS[0], "workers": 0, "steps": 2}
+        train(files / "pairs", files / "model", tmp_path, augment=_signals(signal.SIGTERM, 1), **options)
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert received == [signal.SIGTERM]
+    assert TrainingState.read(tmp_path).step == 2
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_the_command_ends_at_a_signal_with_one_line(files, tmp_path, number, code):
+    arguments = ["train", files / "pairs", "--model", files / "model", "--out", tmp_path, "--backend", BACKENDS[0]]
+    running = start("-m", "clipmb", *arguments, "--steps", 1_000_000, "--batch-size", 4, "--workers", 0)
+    metrics = tmp_path / "metrics.jsonl"
+    while running.poll() is None and not (metrics.is_file() and metrics.stat().st_size):
+        time.sleep(0.05)
+    running.send_signal(number)
+    _, errors = running.communicate(timeout=HANG)
+    assert running.returncode == code, errors
+    assert [line for line in errors.splitlines() if number.name in line] == errors.splitlines()[-1:]
+    assert TrainingState.read(tmp_path).step == len(lines(tmp_path)) > 0
+
+
+def test_a_second_signal_ends_a_step_that_does_not_return(files, tmp_path):
+    script = f"""
+import time, clipmb
+def augment(image, generator):
+    print("waiting", flush=True)
+    while True:
+        time.sleep(1)
+clipmb.train({str(files / "pairs")!r}, {str(files / "model")!r}, {str(tmp_path)!r}, steps=2, batch_size=4, workers=0,
+             augment=augment, backend={BACKENDS[0]!r})
+"""
+    running = start("-c", script)
+    assert running.stdout is not None
+    assert running.stdout.readline() == "waiting\n"
+    while running.poll() is None:  # signals that come together count as one
+        running.send_signal(signal.SIGTERM)
+        time.sleep(0.2)
+    assert running.returncode == 143
+    assert running.communicate()[1].count("Traceback") == 0
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
