@@ -16,6 +16,7 @@ import typer
 from clipmb.backends import BACKENDS
 from clipmb.common.dtypes import DTYPES
 from clipmb.common.errors import ClipmbError
+from clipmb.common.json_files import json_values
 from clipmb.common.zero_shot import TEMPLATES
 
 if TYPE_CHECKING:
@@ -202,8 +203,8 @@ def load_pipeline(model: str, backend: str | None, dtype: str, device: str | Non
 
 
 def print_json(values: Any) -> None:
-    """Prints JSON."""
-    typer.echo(json.dumps(values, indent=2))
+    """Prints JSON, with null for NaN and infinity."""
+    typer.echo(json.dumps(json_values(values), indent=2, allow_nan=False))
 
 
 def table(title: str, columns: list[str], rows: list[list[str]], right: tuple[int, ...] = ()) -> None:

@@ -68,7 +68,8 @@ def run(
             kind: [{"name": name, "embedding": row.tolist()} for name, row in zip(names[kind], matrix, strict=True)]
             for kind, matrix in embeds.items()
         }
-        typer.echo(json.dumps({"model": model, "backend": pipeline.backend, **rows}, ensure_ascii=False))
+        result = {"model": model, "backend": pipeline.backend, **rows}
+        typer.echo(json.dumps(result, ensure_ascii=False, allow_nan=False))
         return
     _write(Path(out), embeds, names, {"model": model, "backend": pipeline.backend})
     shapes = ", ".join(f"{kind} {' x '.join(map(str, matrix.shape))}" for kind, matrix in embeds.items())

@@ -17,6 +17,7 @@ from clipmb.common.hub import Source
 from clipmb.common.json_files import read_json
 from clipmb.common.parameters import is_known
 from clipmb.common.pretrained import load_weights
+from clipmb.common.saving import current, names, read_whole
 
 _CONFIGS = {config.model_type: config for config in (CLIPConfig, CLIPTextConfig, CLIPVisionConfig)}
 
@@ -31,7 +32,8 @@ def run(
     """Show the config, parameters, files and sizes of a checkpoint."""
     if Path(model).exists():
         common.refuse(context, {"revision"}, "has no effect on local files.")
-    found = describe(Source(model, subfolder=subfolder, revision=revision))
+    source = Source(model, subfolder=subfolder, revision=revision)
+    found = read_whole(source.folder, lambda: describe(source))
     if as_json:
         common.print_json(found)
         return
@@ -61,9 +63,9 @@ def describe(source: Source) -> dict[str, Any]:
         config.architectures
         or [{"clip": "CLIPModel"}.get(kind, "CLIPTextModel" if "text" in kind else "CLIPVisionModel")]
     )[0]
-    names = canonical_names(tensors, "CLIPVisionModel" if "vision" in kind else "CLIPTextModel")
+    found = canonical_names(tensors, "CLIPVisionModel" if "vision" in kind else "CLIPTextModel")
     parts: dict[str, dict[str, int]] = {}
-    for canonical, name in names.items():
+    for canonical, name in found.items():
         part = canonical.split(".")[0] if is_known(canonical) else "unknown"
         entry = parts.setdefault(part, {"tensors": 0, "parameters": 0})
         entry["tensors"] += 1
@@ -74,8 +76,8 @@ def describe(source: Source) -> dict[str, Any]:
         "format": loaded.format,
         "config": _facts(config),
         "parameters": sum(entry["parameters"] for entry in parts.values()),
-        "tensors": len(names),
-        "dtypes": sorted({tensors[name].dtype.name for name in names.values()}),
+        "tensors": len(found),
+        "dtypes": sorted({tensors[name].dtype.name for name in found.values()}),
         "parts": parts,
         "files": _files(source, path),
     }
@@ -100,8 +102,10 @@ def _facts(config: Any) -> dict[str, Any]:
 
 def _files(source: Source, config: Path | None) -> dict[str, int]:
     """Returns the sizes in bytes of the files beside the config; for a model on the Hub, of those in the cache."""
-    if config is None:
-        found = [path for name in source.names() if (path := source.find(name)) is not None]
+    if source.folder is not None:
+        found = [current(source.folder, name) for name in names(source.folder)]
+    elif config is None:
+        found = [source.find(name) for name in source.names()]
     else:
         found = [path for path in config.parent.iterdir() if path.is_file()]
-    return {path.name: path.stat().st_size for path in sorted(found)}
+    return {path.name: path.stat().st_size for path in sorted(filter(None, found))}

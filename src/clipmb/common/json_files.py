@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import math
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -58,3 +60,26 @@ def json_text(content: Any, *, ascii: bool = True) -> str:
         raise bad_input("Settings must be JSON values", value, "Remove this attribute before saving", TypeError)
 
     return json.dumps(content, indent=2, sort_keys=True, ensure_ascii=ascii, default=plain) + "\n"
+
+
+def json_values(value: Any, name: str = "value") -> Any:
+    """Returns a value in its JSON form; NaN and infinity, which JSON does not have, as None.
+
+    Args:
+        value: Numbers, text, lists and mappings, nested; numpy's and the frameworks' scalars become numbers.
+        name: What to call it in errors.
+
+    Raises:
+        TypeError: Something has no JSON form.
+    """
+    if isinstance(value, Mapping):
+        return {str(key): json_values(inner, f"{name}.{key}") for key, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return [json_values(inner, f"{name}[{i}]") for i, inner in enumerate(value)]
+    if isinstance(value, float):
+        return float(value) if math.isfinite(value) else None
+    if value is None or isinstance(value, str | bool | int):
+        return value
+    if getattr(value, "shape", None) == () and hasattr(value, "item"):
+        return json_values(value.item(), name)
+    raise bad_input(f"{name} must be a number, a text, a list or a mapping", value, "Convert it", TypeError)

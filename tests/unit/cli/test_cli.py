@@ -19,8 +19,11 @@ from typer.testing import CliRunner
 from clipmb import CLIPConfig, CLIPPipeline
 from clipmb.backends import BACKENDS as KNOWN
 from clipmb.cli import app
+from clipmb.cli.common import print_json
+from clipmb.cli.info import describe
 from clipmb.common.checkpoint.formats import FORMATS
 from clipmb.common.dtypes import DTYPES
+from clipmb.common.hub import Source
 from clipmb.common.small_model import TEMPLATES, held_out_pictures, small_model
 from clipmb.common.training.recipe import LOSSES, Recipe
 
@@ -149,6 +152,27 @@ def test_info(folder):
     assert shown.returncode == 0
     assert "model.safetensors" in shown.stdout
     assert f"{found['parameters']:,}" in shown.stdout
+
+
+def test_info_of_a_save_whose_files_are_not_in_place_yet(tmp_path):
+    """What a writer leaves that is killed after its commit: the new config, and old weights that it removes."""
+    folder = write_checkpoint(tmp_path / "model", CONFIG)
+    committed = folder / ".clipmb-save"
+    committed.mkdir()
+    write_checkpoint(tmp_path / "new", CONFIGS["plain"])
+    for name in ("config.json", "model.safetensors"):
+        (tmp_path / "new" / name).rename(committed / name)
+    (folder / "old.bin").write_bytes(b"old")
+    plan = {"written": ["config.json", "model.safetensors"], "removed": ["old.bin"]}
+    (committed / "clipmb-save.json").write_text(json.dumps(plan))
+    found = describe(Source(str(folder)))
+    assert found["config"]["text.hidden_size"] == CONFIGS["plain"].text_config.hidden_size
+    assert found["files"].keys() == {"config.json", "model.safetensors"}
+
+
+def test_json_has_no_nan(capsys):
+    print_json({"a": [np.float32("nan"), float("-inf"), 1.5]})
+    assert json.loads(capsys.readouterr().out) == {"a": [None, None, 1.5]}
 
 
 def test_info_of_a_tower(tmp_path):

@@ -7,7 +7,6 @@ lines of evaluations a nested object. JSON has no NaN or infinity: they are writ
 from __future__ import annotations
 
 import json
-import math
 import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -15,6 +14,7 @@ from types import TracebackType
 from typing import Any
 
 from clipmb.common.errors import bad_input, whole_number
+from clipmb.common.json_files import json_values
 from clipmb.common.saving import write_atomically
 from clipmb.common.training.tensorboard import TENSORBOARD_NAME, Events
 
@@ -70,7 +70,7 @@ class Metrics:
             ValueError: "step" is missing or not a whole number of at least 0.
             TypeError: A value has no form in JSON.
         """
-        plain = {str(name): _plain(value, str(name)) for name, value in values.items()}
+        plain = {str(name): json_values(value, str(name)) for name, value in values.items()}
         step = whole_number("step", plain.get("step"), 0)
         self._file.write(json.dumps(plain, allow_nan=False).encode() + b"\n")
         self._file.flush()
@@ -139,18 +139,3 @@ def numbers(values: Mapping[str, Any], missing: bool = False) -> Iterator[tuple[
 def is_number(value: Any) -> bool:
     """Whether this is a number of JSON; booleans are not."""
     return isinstance(value, int | float) and not isinstance(value, bool)
-
-
-def _plain(value: Any, name: str) -> Any:
-    """Returns a value in its JSON form; NaN and infinity as None."""
-    if isinstance(value, Mapping):
-        return {str(key): _plain(inner, f"{name}.{key}") for key, inner in value.items()}
-    if isinstance(value, list | tuple):
-        return [_plain(inner, f"{name}[{i}]") for i, inner in enumerate(value)]
-    if isinstance(value, float):
-        return float(value) if math.isfinite(value) else None
-    if value is None or isinstance(value, str | bool | int):
-        return value
-    if getattr(value, "shape", None) == () and hasattr(value, "item"):
-        return _plain(value.item(), name)
-    raise bad_input(f"{name} must be a number, a text, a list or a mapping", value, "Convert it", TypeError)
