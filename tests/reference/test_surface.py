@@ -5,7 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+import transformers
 from processes import python
+
+import clipmb
 
 SCRIPT = Path(__file__).parents[2] / "scripts" / "surface.py"
 WITHOUT_FRAMEWORK = ("configs", "tokenizers", "image processors", "processor", "encodings", "outputs")
@@ -40,3 +43,23 @@ def test_a_row_too_many_and_a_row_too_few_are_found(tmp_path):
     assert done.returncode == 1
     assert "encodings: `no_such_name` clipmb has by now" in done.stdout
     assert "has no row" in done.stdout
+
+
+@pytest.mark.backend("pt")
+def test_models_take_transformers_own_configs():
+    theirs = transformers.CLIPConfig(
+        text_config={"hidden_size": 16, "num_attention_heads": 2, "num_hidden_layers": 1, "vocab_size": 99},
+        vision_config={
+            "hidden_size": 24,
+            "num_attention_heads": 2,
+            "num_hidden_layers": 1,
+            "image_size": 17,
+            "patch_size": 4,
+        },
+        attn_implementation="eager",
+    )
+    ours = clipmb.CLIPModel(theirs).config
+    assert isinstance(ours, clipmb.CLIPConfig)
+    assert (ours.text_config.hidden_size, ours.vision_config.num_patches) == (16, 16)
+    assert ours.text_config.attn_implementation == "eager"
+    assert isinstance(clipmb.CLIPTextModel(theirs.text_config).config, clipmb.CLIPTextConfig)

@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 
 import numpy as np
 
-from clipmb.common.config import CLIPConfig, CLIPTextConfig, CLIPVisionConfig
+from clipmb.common.config import CLIPConfig, CLIPTextConfig, CLIPVisionConfig, ConfigT
 from clipmb.common.errors import bad_input
 
 Array = TypeVar("Array", bound=Any)  # of any framework, with shape and dtype
@@ -192,9 +192,24 @@ def not_square(texts: int, images: int) -> Exception:
     )
 
 
-def wrong_config(model: str, expected: type, received: Any) -> Exception:
-    """Builds the error for a model constructed with something that is not its config."""
-    return bad_input(
+def config_of(model: str, expected: type[ConfigT], received: Any) -> ConfigT:
+    """Returns the config that a model is built from: as it is, or rebuilt from transformers' own of the same kind.
+
+    Args:
+        model: The model's class, for the message.
+        expected: The class of its config.
+        received: What the caller passed.
+
+    Raises:
+        TypeError: It is something else.
+        ValueError: It has an impossible value.
+    """
+    if isinstance(received, expected):
+        return received
+    if getattr(received, "model_type", None) == expected.model_type and hasattr(received, "to_dict"):
+        attention = getattr(received, "_attn_implementation", None)
+        return expected.from_dict(received.to_dict(), attn_implementation=attention)
+    raise bad_input(
         f"{model} is built from a {expected.__name__}",
         type(received).__name__,
         f"Pass a {expected.__name__}, or load a checkpoint with {model}.from_pretrained",

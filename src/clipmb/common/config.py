@@ -6,14 +6,15 @@ import copy
 import json
 import math
 import os
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, ClassVar, Literal, Self, TypeVar, overload
+from typing import Any, ClassVar, Self, TypeVar
 
 from clipmb.common.dtypes import dtype_name
-from clipmb.common.errors import bad_input, one_of, whole_number
+from clipmb.common.errors import bad_input, boolean, one_of, whole_number
 from clipmb.common.former import check_saving
 from clipmb.common.hub import Source
-from clipmb.common.json_files import read_json
+from clipmb.common.json_files import JsonSettings, read_json
 from clipmb.common.saving import Transaction
 
 CONFIG_NAME = "config.json"
@@ -28,10 +29,15 @@ ACTIVATIONS = (
 _ATTENTIONS = ("eager", "sdpa")
 _PROBLEM_TYPES = ("regression", "single_label_classification", "multi_label_classification")
 
+# Bounds on what a small file may claim: far beyond every CLIP, and far below what would fill the memory.
+_MOST = 2**31 - 1
+_MOST_LAYERS = 1_000
+_MOST_LABELS = 500_000
+
 ConfigT = TypeVar("ConfigT", bound="BaseConfig")
 
 
-class BaseConfig:
+class BaseConfig(JsonSettings):
     """What the three configs share: generic fields, dictionaries, files, comparison.
 
     Keyword arguments that the class does not know become attributes and are written back.
@@ -53,43 +59,44 @@ class BaseConfig:
     """
 
     model_type: ClassVar[str] = ""
+    attribute_map: ClassVar[dict[str, str]] = {}
+    sub_configs: ClassVar[dict[str, type[BaseConfig]]] = {}
     base_config_key: ClassVar[str] = ""
 
-    def __init__(self, **extra: Any) -> None:
+    def __init__(self, /, **extra: Any) -> None:
         legacy_dtype = extra.pop("torch_dtype", None)
-        self.dtype: str | None = dtype_name(extra.pop("dtype", None) or legacy_dtype)
-        self.return_dict: bool = extra.pop("return_dict", True)
-        self.output_attentions: bool = extra.pop("output_attentions", False)
-        self.output_hidden_states: bool = extra.pop("output_hidden_states", False)
-        self.architectures: list[str] | None = extra.pop("architectures", None)
+        self.dtype: str | None = _dtype(extra.pop("dtype", None) or legacy_dtype)
+        self.return_dict: bool = boolean("return_dict", extra.pop("return_dict", True))
+        self.output_attentions: bool = boolean("output_attentions", extra.pop("output_attentions", False))
+        self.output_hidden_states: bool = boolean("output_hidden_states", extra.pop("output_hidden_states", False))
+        self.architectures: list[str] | None = _names("architectures", extra.pop("architectures", None))
         self.problem_type: str | None = extra.pop("problem_type", None)
         if self.problem_type not in (None, *_PROBLEM_TYPES):
             raise one_of("problem_type", self.problem_type, _PROBLEM_TYPES)
         self._name_or_path: str = str(extra.pop("_name_or_path", None) or extra.pop("name_or_path", ""))
+        self._commit_hash: str | None = extra.pop("_commit_hash", None)
         private = extra.pop("_attn_implementation", None)
         self.attn_implementation = extra.pop("attn_implementation", None) or private
         self._set_labels(extra.pop("id2label", None), extra.pop("label2id", None), extra.pop("num_labels", None))
         extra.pop("model_type", None)
-        for name, value in extra.items():
-            setattr(self, name, value)
+        self._keep(extra)
 
     def _set_labels(self, id2label: Any, label2id: Any, num_labels: Any) -> None:
         if num_labels is not None:
-            num_labels = whole_number("num_labels", num_labels, 0)
-        if id2label is not None and num_labels is not None and len(id2label) != num_labels:
+            num_labels = whole_number("num_labels", num_labels, 0, _MOST_LABELS)
+        given = None if id2label is None else _labels(id2label)
+        if given is not None and num_labels is not None and len(given) != num_labels:
             raise bad_input(
                 "num_labels must be the number of entries of id2label",
-                f"num_labels={num_labels}, id2label with {len(id2label)} entries",
+                f"num_labels={num_labels}, id2label with {len(given)} entries",
                 "Pass one of the two",
                 shown=True,
             )
-        if id2label is None:
-            id2label = {i: f"LABEL_{i}" for i in range(2 if num_labels is None else num_labels)}
-        self.id2label: dict[int, str] = {int(key): value for key, value in id2label.items()}
+        if given is None:
+            given = {i: f"LABEL_{i}" for i in range(2 if num_labels is None else num_labels)}
+        self.id2label: dict[int, str] = given
         self.label2id: dict[str, int] = (
-            {name: int(key) for name, key in label2id.items()}
-            if label2id is not None
-            else {name: key for key, name in self.id2label.items()}
+            {name: key for key, name in given.items()} if label2id is None else _label_numbers(label2id)
         )
 
     @property
@@ -151,35 +158,7 @@ class BaseConfig:
         for key, value in fields.items():
             if isinstance(value, BaseConfig):
                 fields[key] = value.to_dict()
-        fields["model_type"] = self.model_type
-        return fields
-
-    def to_diff_dict(self) -> dict[str, Any]:
-        """Returns the fields that differ from the class's defaults, with ``model_type``."""
-        defaults = type(self)().to_dict()
-        own = self.to_dict()
-        return {key: value for key, value in own.items() if key == "model_type" or value != defaults.get(key, ...)}
-
-    def to_json_string(self, use_diff: bool = False) -> str:
-        """Returns the text of ``config.json``: sorted keys, indented by 2, ending in a newline.
-
-        Args:
-            use_diff: Only the fields that differ from the defaults.
-
-        Raises:
-            TypeError: A field is not JSON-serialisable.
-        """
-        fields = self.to_diff_dict() if use_diff else self.to_dict()
-        try:
-            return json.dumps(fields, indent=2, sort_keys=True) + "\n"
-        except TypeError as error:
-            raise bad_input(
-                "Config values must be JSON-serialisable", str(error), "Remove that value", TypeError
-            ) from None
-
-    def to_json_file(self, path: str | os.PathLike[str], use_diff: bool = False) -> None:
-        """Writes `to_json_string` to a file."""
-        Path(path).write_text(self.to_json_string(use_diff), encoding="utf-8")
+        return {**fields, **copy.deepcopy(self._kept), "model_type": self.model_type}
 
     def save_pretrained(
         self, save_directory: str | os.PathLike[str], push_to_hub: bool = False, **options: Any
@@ -195,35 +174,16 @@ class BaseConfig:
         with Transaction(save_directory) as save:
             save.write(CONFIG_NAME, self.to_json_string())
 
-    @overload
     @classmethod
-    def from_dict(
-        cls, fields: dict[str, Any], *, return_unused_kwargs: Literal[False] = False, **changes: Any
-    ) -> Self: ...
-    @overload
-    @classmethod
-    def from_dict(
-        cls, fields: dict[str, Any], *, return_unused_kwargs: Literal[True], **changes: Any
-    ) -> tuple[Self, dict[str, Any]]: ...
-    @classmethod
-    def from_dict(
-        cls, fields: dict[str, Any], *, return_unused_kwargs: bool = False, **changes: Any
+    def _build(
+        cls, entries: dict[str, Any], changes: dict[str, Any], return_unused: bool
     ) -> Self | tuple[Self, dict[str, Any]]:
-        """Builds a config from the content of a ``config.json``; ``changes`` override single fields.
-
-        Args:
-            fields: The content. The text and vision configs also accept that of a full CLIP and take their part.
-            return_unused_kwargs: Return ``(config, unused)``, where the changes that name no field are left unused.
-            **changes: Fields to override; dictionaries given for a nested config change only the keys they name.
-
-        Raises:
-            ValueError: It is the config of another model, or a value is impossible.
-        """
-        fields = cls._own_part(copy.deepcopy(dict(fields)))
+        fields = cls._own_part(copy.deepcopy(dict(entries)))
         unused = {}
-        if return_unused_kwargs:
+        if return_unused:
             known = set(cls().__dict__) | set(fields) | {"torch_dtype", "num_labels", "attn_implementation"}
-            unused = {key: changes.pop(key) for key in list(changes) if key not in known}
+            unused = {key: changes[key] for key in changes if key not in known}
+        changes = {key: value for key, value in changes.items() if key not in unused}
         for key, value in changes.items():
             nested = fields.get(key)
             fields[key] = {**nested, **value} if isinstance(nested, dict) and isinstance(value, dict) else value
@@ -236,7 +196,7 @@ class BaseConfig:
                 fields.pop("id2label", None)
                 fields.pop("label2id", None)
         config = cls(**fields)
-        return (config, unused) if return_unused_kwargs else config
+        return (config, unused) if return_unused else config
 
     @classmethod
     def _own_part(cls, fields: dict[str, Any]) -> dict[str, Any]:
@@ -257,84 +217,63 @@ class BaseConfig:
         return fields
 
     @classmethod
-    def from_json_file(cls, path: str | os.PathLike[str]) -> Self:
-        """Reads one JSON file.
-
-        Raises:
-            CheckpointError: The file is missing or not JSON.
-        """
-        return cls.from_dict(read_json(Path(path)))
-
-    @classmethod
     def get_config_dict(
         cls, pretrained_model_name_or_path: str | os.PathLike[str] | Source, **options: Any
-    ) -> tuple[dict, dict]:
+    ) -> tuple[dict[str, Any], dict[str, Any]]:
         """Reads the content of ``config.json`` and returns it with the options that are not about where it is."""
-        name_or_path = pretrained_model_name_or_path
+        entries, changes, _ = cls._read(pretrained_model_name_or_path, options)
+        return entries, changes
+
+    @classmethod
+    def _read(
+        cls, name_or_path: str | os.PathLike[str] | Source, options: dict[str, Any]
+    ) -> tuple[dict[str, Any], dict[str, Any], str]:
+        changes = dict(options)
         path = Path(name_or_path) if isinstance(name_or_path, str | os.PathLike) else None
-        if path is not None and path.is_file() and path.suffix == ".json":
-            return read_json(path), options
-        source = Source.of(name_or_path, options)
-        return read_json(source.require(CONFIG_NAME)), options
+        commit = None
+        if path is None or not path.is_file() or path.suffix != ".json":
+            source = Source.of(name_or_path, changes)
+            path, commit = source.require(CONFIG_NAME), source.commit()
+        entries = read_json(path)
+        return {**entries, "_name_or_path": str(name_or_path), "_commit_hash": commit}, changes, str(path)
 
-    @overload
-    @classmethod
-    def from_pretrained(
-        cls,
-        pretrained_model_name_or_path: str | os.PathLike[str] | Source,
-        *,
-        return_unused_kwargs: Literal[False] = False,
-        **options: Any,
-    ) -> Self: ...
-    @overload
-    @classmethod
-    def from_pretrained(
-        cls,
-        pretrained_model_name_or_path: str | os.PathLike[str] | Source,
-        *,
-        return_unused_kwargs: Literal[True],
-        **options: Any,
-    ) -> tuple[Self, dict[str, Any]]: ...
-    @classmethod
-    def from_pretrained(
-        cls,
-        pretrained_model_name_or_path: str | os.PathLike[str] | Source,
-        *,
-        return_unused_kwargs: bool = False,
-        **options: Any,
-    ) -> Self | tuple[Self, dict[str, Any]]:
-        """Reads a config from a folder, a Hub id or a JSON file.
-
-        Args:
-            pretrained_model_name_or_path: Folder, Hub id, or path of a ``.json`` file.
-            return_unused_kwargs: As in `from_dict`.
-            **options: ``subfolder``, ``revision``, ``cache_dir``, ``token``, ``local_files_only``, ``force_download``
-                say where; all others override fields.
-
-        Raises:
-            CheckpointError: There is no readable ``config.json``.
-            ValueError: It is the config of another model, or a value is impossible.
-        """
-        fields, changes = cls.get_config_dict(pretrained_model_name_or_path, **options)
-        fields["_name_or_path"] = str(pretrained_model_name_or_path)
-        if return_unused_kwargs:
-            return cls.from_dict(fields, return_unused_kwargs=True, **changes)
-        return cls.from_dict(fields, **changes)
-
-    def update(self, changes: dict[str, Any]) -> None:
+    def update(self, config_dict: dict[str, Any]) -> None:
         """Sets several fields, with the same checks as at construction."""
-        kept = {"_name_or_path": self._name_or_path, "attn_implementation": self.attn_choices()}
-        changed = type(self).from_dict(self.to_dict(), **{**kept, **changes})
+        kept = {
+            "_name_or_path": self._name_or_path,
+            "_commit_hash": self._commit_hash,
+            "attn_implementation": self.attn_choices(),
+        }
+        changed = type(self).from_dict(self.to_dict(), **{**kept, **config_dict})
         self.__dict__.update(changed.__dict__)
 
-    def get_text_config(self, decoder: bool = False) -> BaseConfig:
+    def update_from_string(self, update_str: str) -> None:
+        """Sets several fields that are given as text, ``"projection_dim=256,hidden_act=gelu"``.
+
+        Raises:
+            ValueError: The text has another form, a field is missing, or a value is impossible.
+        """
+        changes = {}
+        for part in update_str.split(","):
+            name, equals, value = part.partition("=")
+            if not equals or name not in self.__dict__:
+                raise bad_input(
+                    "Fields are given as name=value, separated by commas", part, "Name fields of the config"
+                )
+            try:
+                changes[name] = json.loads(value.lower() if value.lower() in ("true", "false") else value)
+            except ValueError:
+                changes[name] = value
+        self.update(changes)
+
+    def get_text_config(self, decoder: bool = False, encoder: bool = False) -> BaseConfig:
         """Returns the config of the text tower, which for a single tower is the config itself."""
         return getattr(self, "text_config", self)
 
     def __eq__(self, other: object) -> bool:
         if type(self) is not type(other):
             return NotImplemented
-        skipped = {"_name_or_path": None}
+        skipped = {"_name_or_path": None, "_commit_hash": None}
         return {**self.__dict__, **skipped} == {**other.__dict__, **skipped}
 
     __hash__ = None  # type: ignore[assignment]
@@ -372,8 +311,8 @@ class _TowerConfig(BaseConfig):
 
     def _check(self, *counts: str) -> None:
         for field in ("hidden_size", "intermediate_size", "projection_dim", "num_attention_heads", *counts):
-            setattr(self, field, whole_number(field, getattr(self, field)))
-        self.num_hidden_layers = whole_number("num_hidden_layers", self.num_hidden_layers, 0)
+            setattr(self, field, whole_number(field, getattr(self, field), 1, _MOST))
+        self.num_hidden_layers = whole_number("num_hidden_layers", self.num_hidden_layers, 0, _MOST_LAYERS)
         if self.hidden_size % self.num_attention_heads:
             raise bad_input(
                 "hidden_size must be divisible by num_attention_heads",
@@ -422,6 +361,7 @@ class CLIPTextConfig(_TowerConfig):
 
     def __init__(
         self,
+        /,
         vocab_size: int = 49408,
         hidden_size: int = 512,
         intermediate_size: int = 2048,
@@ -452,8 +392,8 @@ class CLIPTextConfig(_TowerConfig):
         self.attention_dropout = attention_dropout
         self.initializer_range = initializer_range
         self.initializer_factor = initializer_factor
-        self.pad_token_id = pad_token_id
-        self.bos_token_id = bos_token_id
+        self.pad_token_id = None if pad_token_id is None else whole_number("pad_token_id", pad_token_id, -1)
+        self.bos_token_id = None if bos_token_id is None else whole_number("bos_token_id", bos_token_id, -1)
         self.eos_token_id = whole_number("eos_token_id", eos_token_id, 0)
         self._check("vocab_size", "max_position_embeddings")
 
@@ -468,7 +408,7 @@ class CLIPVisionConfig(_TowerConfig):
         num_hidden_layers: Number of blocks.
         num_attention_heads: Number of heads; divides ``hidden_size``.
         num_channels: Colour channels of an image.
-        image_size: Height and width in pixels; a multiple of ``patch_size``.
+        image_size: Height and width in pixels. What is left of it beyond a multiple of ``patch_size`` is not seen.
         patch_size: Height and width of a patch in pixels.
         hidden_act: One of `ACTIVATIONS`.
         layer_norm_eps: Epsilon of every layer normalisation.
@@ -486,6 +426,7 @@ class CLIPVisionConfig(_TowerConfig):
 
     def __init__(
         self,
+        /,
         hidden_size: int = 768,
         intermediate_size: int = 3072,
         projection_dim: int = 512,
@@ -516,9 +457,9 @@ class CLIPVisionConfig(_TowerConfig):
         self.initializer_range = initializer_range
         self.initializer_factor = initializer_factor
         self._check("num_channels", "image_size", "patch_size")
-        if image_size % patch_size:
+        if self.image_size < self.patch_size:
             raise bad_input(
-                "image_size must be a multiple of patch_size",
+                "image_size must be at least patch_size",
                 f"image_size={image_size}, patch_size={patch_size}",
                 "Change one of them",
                 shown=True,
@@ -526,7 +467,7 @@ class CLIPVisionConfig(_TowerConfig):
 
     @property
     def num_patches(self) -> int:
-        """Number of patches of an image of ``image_size``."""
+        """Number of whole patches of an image of ``image_size``."""
         return (self.image_size // self.patch_size) ** 2
 
 
@@ -543,9 +484,14 @@ class CLIPConfig(BaseConfig):
     """
 
     model_type = "clip"
+    sub_configs: ClassVar[dict[str, type[BaseConfig]]] = {
+        "text_config": CLIPTextConfig,
+        "vision_config": CLIPVisionConfig,
+    }
 
     def __init__(
         self,
+        /,
         text_config: CLIPTextConfig | dict[str, Any] | None = None,
         vision_config: CLIPVisionConfig | dict[str, Any] | None = None,
         projection_dim: int = 512,
@@ -558,7 +504,7 @@ class CLIPConfig(BaseConfig):
         self.text_config: CLIPTextConfig = text_config
         self.vision_config: CLIPVisionConfig = vision_config
         super().__init__(**kwargs)
-        self.projection_dim = whole_number("projection_dim", projection_dim)
+        self.projection_dim = whole_number("projection_dim", projection_dim, 1, _MOST)
         self.logit_scale_init_value = logit_scale_init_value
         self.initializer_factor = 1.0
         _require_number("logit_scale_init_value", logit_scale_init_value, above=-math.inf)
@@ -613,14 +559,47 @@ class CLIPConfig(BaseConfig):
         return fields
 
 
-def _with_legacy(cls: type[ConfigT], given: ConfigT | dict | None, legacy: dict | None) -> ConfigT:
+def _dtype(value: Any) -> str | None:
+    if isinstance(value, bool | int | float | list | tuple | Mapping):
+        raise bad_input("dtype must be the name of a dtype", value, 'Pass for example "float32"')
+    return dtype_name(value)
+
+
+def _names(field: str, value: Any) -> list[str] | None:
+    if value is not None and not (isinstance(value, list | tuple) and all(isinstance(name, str) for name in value)):
+        raise bad_input(f"{field} must be a list of names", value, f"Correct {field}")
+    return None if value is None else list(value)
+
+
+def _label_number(field: str, value: Any) -> int:
+    """Returns the number of a class, which in JSON is a text where it is a key."""
+    return whole_number(field, int(value) if isinstance(value, str) and value.isdecimal() else value, 0)
+
+
+def _labels(id2label: Any) -> dict[int, str]:
+    if not isinstance(id2label, Mapping) or not all(isinstance(name, str) for name in id2label.values()):
+        raise bad_input("id2label must map numbers to names", id2label, "Correct id2label")
+    return {_label_number("A key of id2label", key): name for key, name in id2label.items()}
+
+
+def _label_numbers(label2id: Any) -> dict[str, int]:
+    if not isinstance(label2id, Mapping) or not all(isinstance(name, str) for name in label2id):
+        raise bad_input("label2id must map names to numbers", label2id, "Correct label2id")
+    return {name: _label_number("A value of label2id", key) for name, key in label2id.items()}
+
+
+def _with_legacy(cls: type[ConfigT], given: Any, legacy: dict[str, Any] | None) -> ConfigT:
     if isinstance(given, cls):
         given = {**given.to_dict(), "attn_implementation": given.attn_choices()}
+    elif given is not None and getattr(given, "model_type", None) == cls.model_type:  # transformers' own
+        given = given.to_dict()
     if given is not None and not isinstance(given, dict):
         raise bad_input(
             f"{cls.base_config_key} must be a {cls.__name__} or a dict", given, "Pass one of them", TypeError
         )
     fields = dict(given or {})
+    if legacy is not None and not isinstance(legacy, Mapping):
+        raise bad_input(f"{cls.base_config_key}_dict must be a dict", legacy, "Pass one", TypeError)
     if legacy is not None:
         fields.update(cls(**legacy).to_dict())
     return cls(**fields)

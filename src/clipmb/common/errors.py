@@ -97,6 +97,21 @@ def whole_number(field: str, value: Any, least: int = 1, most: int | None = None
     return number
 
 
+def boolean(field: str, value: Any) -> bool:
+    """Checks a choice between true and false; numpy's booleans are some, and None is false.
+
+    Args:
+        field: The name of the argument, for the message.
+        value: What the caller passed.
+
+    Raises:
+        ValueError: It is something else.
+    """
+    if value is not None and not isinstance(value, bool) and type(value).__name__ not in ("bool", "bool_"):
+        raise bad_input(f"{field} must be True or False", value, f"Correct {field}")
+    return bool(value)
+
+
 def warn_once(message: str, *, stacklevel: int = 3) -> None:
     """Issues a ``UserWarning`` the first time that this message comes up in the process.
 

@@ -214,10 +214,10 @@ class PretrainedMixin:
     @classmethod
     def _config_for(cls, source: Source | None, config: Any, options: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
         """Returns the config, with its fields among the options applied, and the other options."""
-        given = source if config is None else config
+        given: Any = source if config is None else config
         if given is None:
             raise bad_input("Without a folder or Hub id a config is needed", None, "Pass config=")
-        fields = given.to_dict() if isinstance(given, BaseConfig) else cls.config_class.get_config_dict(given)[0]
+        fields = given.to_dict() if hasattr(given, "to_dict") else cls.config_class.get_config_dict(given)[0]
         if isinstance(given, cls.config_class):  # which files do not hold
             fields["attn_implementation"] = given.attn_choices()
         fields["_name_or_path"] = str(source or "")

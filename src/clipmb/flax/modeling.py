@@ -86,8 +86,7 @@ class FlaxCLIPPreTrainedModel(PretrainedMixin):
         *,
         gradient_checkpointing: bool = False,
     ) -> None:
-        if not isinstance(config, self.config_class):
-            raise checks.wrong_config(type(self).__name__, self.config_class, config)
+        config = checks.config_of(type(self).__name__, self.config_class, config)
         self.config: Any = config
         self.key = jax.random.PRNGKey(seed)
         self.dtype = compute_dtype(dtype, type(self).__name__)

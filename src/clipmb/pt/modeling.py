@@ -317,8 +317,7 @@ class CLIPPreTrainedModel(PretrainedMixin, nn.Module):
 
     def __init__(self, config: BaseConfig) -> None:
         super().__init__()
-        if not isinstance(config, self.config_class):
-            raise checks.wrong_config(type(self).__name__, self.config_class, config)
+        config = checks.config_of(type(self).__name__, self.config_class, config)
         self.config: Any = config
 
     @classmethod

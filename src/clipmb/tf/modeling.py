@@ -355,8 +355,7 @@ class TFCLIPPreTrainedModel(ExportMixin, KerasModel):
 
     def __init__(self, config: BaseConfig, dtype: Any = None, **kwargs: Any) -> None:
         super().__init__(dtype=dtype, **kwargs)
-        if not isinstance(config, self.config_class):
-            raise checks.wrong_config(type(self).__name__, self.config_class, config)
+        config = checks.config_of(type(self).__name__, self.config_class, config)
         self.config: Any = config
 
     if not TYPE_CHECKING:  # its types are those of the method that it extends

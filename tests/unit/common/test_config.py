@@ -42,7 +42,15 @@ def test_defaults_are_those_of_vit_b_32():
         (CLIPTextConfig, {"attention_dropout": -0.1}, "attention_dropout"),
         (CLIPTextConfig, {"eos_token_id": None}, "eos_token_id"),
         (CLIPTextConfig, {"attn_implementation": "flash_attention_2"}, "attn_implementation"),
-        (CLIPVisionConfig, {"image_size": 225}, "image_size"),
+        (CLIPVisionConfig, {"image_size": 31}, "image_size"),
+        (CLIPVisionConfig, {"return_dict": "yes"}, "return_dict"),
+        (CLIPVisionConfig, {"architectures": "CLIPModel"}, "architectures"),
+        (CLIPTextConfig, {"pad_token_id": 1.5}, "pad_token_id"),
+        (CLIPTextConfig, {"num_hidden_layers": 10**9}, "num_hidden_layers"),
+        (CLIPConfig, {"num_labels": 10**9}, "num_labels"),
+        (CLIPConfig, {"id2label": ["cat"]}, "id2label"),
+        (CLIPConfig, {"id2label": {"one": "cat"}}, "id2label"),
+        (CLIPConfig, {"label2id": {"cat": None}}, "label2id"),
         (CLIPVisionConfig, {"patch_size": 0}, "patch_size"),
         (CLIPVisionConfig, {"num_channels": -3}, "num_channels"),
         (CLIPConfig, {"projection_dim": 0}, "projection_dim"),
@@ -198,3 +206,67 @@ def test_the_attention_choice_survives_updates_and_nesting():
 def test_saving_by_the_former_name_of_the_argument(tmp_path):
     CLIPTextConfig(hidden_size=64).save_pretrained(save_directory=tmp_path)
     assert CLIPTextConfig.from_pretrained(tmp_path).hidden_size == 64
+
+
+def test_a_side_that_is_no_multiple_of_the_patch_is_cut_as_in_transformers():
+    assert CLIPVisionConfig(image_size=225, patch_size=32).num_patches == 49
+
+
+@pytest.mark.parametrize(
+    "key", ["__class__", "to_dict", "head_dim", "num_patches", "_kept", "_name", "self", "save_pretrained"]
+)
+def test_no_key_of_a_file_becomes_an_attribute_that_exists(tmp_path, key):
+    (tmp_path / "config.json").write_text(json.dumps({"vision_config": {key: "x"}, key: "x", "model_type": "clip"}))
+    config = CLIPConfig.from_pretrained(tmp_path)
+    assert type(config) is CLIPConfig
+    assert (config.vision_config.head_dim, config.vision_config.num_patches) == (64, 49)
+    config.save_pretrained(tmp_path)
+    written = json.loads((tmp_path / "config.json").read_text())
+    assert written[key] == written["vision_config"][key] == "x"
+
+
+@pytest.mark.parametrize(
+    ("fields", "told"),
+    [
+        ({"text_config": [1]}, "text_config must be"),
+        ({"vision_config": {"image_size": float("nan")}}, "image_size must be a whole number"),
+        ({"id2label": [1]}, "id2label must map"),
+        ({"dtype": 3}, "dtype must be"),
+        ({"projection_dim": "512"}, "projection_dim must be a whole number"),
+        ({"text_config_dict": [1]}, "text_config_dict must be"),
+        ({"model_type": "bert"}, "model_type 'clip'"),
+    ],
+)
+def test_wrong_content_names_the_file_and_the_field(tmp_path, fields, told):
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "clip", **fields}))
+    with pytest.raises(CheckpointError, match=told) as caught:
+        CLIPConfig.from_pretrained(tmp_path)
+    assert str(tmp_path / "config.json") in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("value", ["1" * 5000, '"\\ud800"', "1e400", "[" * 5000])
+def test_what_json_cannot_hold_is_one_clear_error(tmp_path, value):
+    (tmp_path / "config.json").write_text(f'{{"model_type": "clip", "projection_dim": {value}}}')
+    with pytest.raises(CheckpointError, match=r"config\.json"):
+        CLIPConfig.from_pretrained(tmp_path)
+
+
+def test_a_config_of_transformers_is_taken_for_a_tower():
+    class Theirs:
+        model_type = "clip_vision_model"
+
+        def to_dict(self):
+            return {"model_type": self.model_type, "hidden_size": 24, "transformers_version": "4.57.6"}
+
+    assert CLIPConfig(vision_config=Theirs()).vision_config.hidden_size == 24
+    with pytest.raises(TypeError, match="text_config"):
+        CLIPConfig(text_config=Theirs())
+
+
+def test_fields_from_a_string():
+    config = CLIPTextConfig()
+    config.update_from_string("hidden_size=64,hidden_act=gelu,output_attentions=True")
+    assert (config.hidden_size, config.hidden_act, config.output_attentions) == (64, "gelu", True)
+    with pytest.raises(ValueError, match="name=value"):
+        config.update_from_string("nonsense=1")

@@ -15,19 +15,19 @@ from collections.abc import Collection, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, Self, cast, overload
+from typing import Any, Self, cast
 
 import numpy as np
 from PIL import Image
 
-from clipmb.common.errors import bad_input, log_once, logger, one_of, whole_number
+from clipmb.common.errors import bad_input, boolean, log_once, logger, one_of, whole_number
 from clipmb.common.features import BatchFeature, check_tensor_type
 from clipmb.common.former import check_saving
 from clipmb.common.hub import Source
 from clipmb.common.image import pixels as px
 from clipmb.common.image.resampling import Window, check_backend, check_order
-from clipmb.common.json_files import json_text, read_json
-from clipmb.common.saving import Transaction, read_whole, write_atomically
+from clipmb.common.json_files import JsonSettings, json_text, read_json
+from clipmb.common.saving import Transaction, read_whole
 from clipmb.common.workers import default_workers
 
 # Red, green and blue, for values in [0, 1]. Source: github.com/openai/CLIP, clip/clip.py.
@@ -35,6 +35,7 @@ OPENAI_CLIP_MEAN = [0.48145466, 0.4578275, 0.40821073]
 OPENAI_CLIP_STD = [0.26862954, 0.26130258, 0.27577711]
 FILE = "preprocessor_config.json"
 PROCESSOR_FILE = "processor_config.json"
+_MOST_PIXELS = 65_535  # of one side, as of a JPEG
 
 
 _SIZE_KEYS = (
@@ -46,7 +47,7 @@ _SIZE_KEYS = (
 )
 
 
-class CLIPImageProcessor:
+class CLIPImageProcessor(JsonSettings):
     """Turns images into the ``pixel_values`` of a CLIP model.
 
     Args:
@@ -80,6 +81,7 @@ class CLIPImageProcessor:
 
     def __init__(
         self,
+        /,
         do_resize: bool = True,
         size: dict[str, int] | int | tuple[int, int] | None = None,
         resample: int = Image.Resampling.BICUBIC,
@@ -101,21 +103,23 @@ class CLIPImageProcessor:
         named = kwargs.pop("_processor_class", None)
         self._processor_class: str | None = kwargs.pop("processor_class", None) or named
         square = kwargs.pop("use_square_size", False)  # in KOSMOS-2's files
-        for name, value in kwargs.items():
-            setattr(self, name, value)
-        self.do_resize = do_resize
+        self._keep(kwargs)
+        self.do_resize = boolean("do_resize", do_resize)
         self.size = _size_dict("size", {"shortest_edge": 224} if size is None else size, square=False)
         if square and "shortest_edge" in self.size:
             self.size = {"height": self.size["shortest_edge"], "width": self.size["shortest_edge"]}
+        whole_number("resample", resample, 0, max(Image.Resampling))
         self.resample = resample
-        self.do_center_crop = do_center_crop
+        self.do_center_crop = boolean("do_center_crop", do_center_crop)
         self.crop_size = _size_dict("crop_size", 224 if crop_size is None else crop_size, square=True)
-        self.do_rescale = do_rescale
-        self.rescale_factor = rescale_factor
-        self.do_normalize = do_normalize
+        self.do_rescale = boolean("do_rescale", do_rescale)
+        self.rescale_factor = rescale_factor if rescale_factor is None else _factor(rescale_factor)
+        self.do_normalize = boolean("do_normalize", do_normalize)
         self.image_mean = OPENAI_CLIP_MEAN.copy() if image_mean is None else image_mean
         self.image_std = OPENAI_CLIP_STD.copy() if image_std is None else image_std
-        self.do_convert_rgb = do_convert_rgb
+        for name in ("image_mean", "image_std"):
+            _numbers(name, getattr(self, name))
+        self.do_convert_rgb = boolean("do_convert_rgb", do_convert_rgb)
         self.resize_backend = check_backend(resize_backend)
         self.pass_order = check_order(pass_order)
 
@@ -342,8 +346,9 @@ class CLIPImageProcessor:
     def _resizing(self, resample: int, crop: tuple[int, int] | None = None) -> px.Resizing:
         return px.Resizing(resample, check_backend(self.resize_backend), check_order(self.pass_order), crop)
 
-    def fetch_images(self, images: Any) -> Any:
+    def fetch_images(self, image_url_or_urls: Any) -> Any:
         """Reads paths, bytes and base64 strings as upright RGB Pillow images; lists stay nested, other items stay."""
+        images = image_url_or_urls
         if isinstance(images, list | tuple):
             return [self.fetch_images(image) for image in images]
         return px.open_image("The image", images) if isinstance(images, str | os.PathLike | bytes) else images
@@ -351,6 +356,7 @@ class CLIPImageProcessor:
     def to_dict(self) -> dict[str, Any]:
         """Returns the settings, as they are written to preprocessor_config.json."""
         settings = copy.deepcopy(vars(self))
+        settings.update(settings.pop("_kept"))
         del settings["resize_backend"]  # which changes no pixel, and is not there everywhere
         if settings["pass_order"] == "installed":
             del settings["pass_order"]
@@ -359,115 +365,48 @@ class CLIPImageProcessor:
             settings["processor_class"] = name
         return settings | {"image_processor_type": "CLIPImageProcessor"}
 
-    @overload
     @classmethod
-    def from_dict(
-        cls, image_processor_dict: dict[str, Any], *, return_unused_kwargs: Literal[False] = False, **kwargs: Any
-    ) -> Self: ...
-
-    @overload
-    @classmethod
-    def from_dict(
-        cls, image_processor_dict: dict[str, Any], *, return_unused_kwargs: Literal[True], **kwargs: Any
-    ) -> tuple[Self, dict[str, Any]]: ...
-
-    @classmethod
-    def from_dict(
-        cls, image_processor_dict: dict[str, Any], *, return_unused_kwargs: bool = False, **kwargs: Any
+    def _build(
+        cls, entries: dict[str, Any], changes: dict[str, Any], return_unused: bool
     ) -> Self | tuple[Self, dict[str, Any]]:
-        """Builds an image processor from the result of `to_dict`.
-
-        Args:
-            image_processor_dict: The settings.
-            return_unused_kwargs: Return the keyword arguments that are not settings too; otherwise they are logged.
-            **kwargs: Settings that override those in ``image_processor_dict``.
-
-        Raises:
-            ValueError: A setting is invalid.
-        """
-        return cls._from_settings(image_processor_dict, return_unused_kwargs, kwargs)
-
-    @classmethod
-    def _from_settings(
-        cls, settings: dict[str, Any], return_unused: bool, options: dict[str, Any]
-    ) -> Self | tuple[Self, dict[str, Any]]:
-        known = {*vars(CLIPImageProcessor()), *settings, "use_square_size", "processor_class"}
-        unused = {name: value for name, value in options.items() if name not in known}
-        processor = cls(**{**settings, **{name: value for name, value in options.items() if name in known}})
+        known = {*vars(CLIPImageProcessor()), *entries, "use_square_size", "processor_class"}
+        unused = {name: value for name, value in changes.items() if name not in known}
+        processor = cls(**{**entries, **{name: value for name, value in changes.items() if name in known}})
         if return_unused:
             return processor, unused
         if unused:
             logger.warning("CLIPImageProcessor has no settings %s; they are ignored.", sorted(unused))
         return processor
 
-    def to_json_string(self) -> str:
-        """Returns `to_dict` as JSON."""
-        return json_text(self.to_dict())
-
-    def to_json_file(self, json_file_path: str | os.PathLike[str]) -> None:
-        """Writes `to_json_string` to a file."""
-        write_atomically(Path(json_file_path), self.to_json_string().encode())
+    @classmethod
+    def get_image_processor_dict(
+        cls, pretrained_model_name_or_path: str | os.PathLike[str] | Source, **kwargs: Any
+    ) -> tuple[dict[str, Any], dict[str, Any]]:
+        """Reads the settings and returns them with the options that are not about where they are."""
+        entries, changes, _ = cls._read(pretrained_model_name_or_path, kwargs)
+        return entries, changes
 
     @classmethod
-    def from_json_file(cls, json_file: str | os.PathLike[str]) -> Self:
-        """Builds an image processor from a file that `to_json_file` wrote."""
-        return cls(**read_json(Path(json_file)))
+    def _read(
+        cls, name_or_path: str | os.PathLike[str] | Source, options: dict[str, Any]
+    ) -> tuple[dict[str, Any], dict[str, Any], str]:
+        changes = {name: value for name, value in options.items() if name not in ("_from_auto", "_from_pipeline")}
+        source = Source.of(name_or_path, changes)
+        name = changes.pop("image_processor_filename", None) or FILE
 
-    @overload
-    @classmethod
-    def from_pretrained(
-        cls,
-        pretrained_model_name_or_path: str | os.PathLike[str] | Source,
-        *,
-        return_unused_kwargs: Literal[False] = False,
-        **kwargs: Any,
-    ) -> Self: ...
-
-    @overload
-    @classmethod
-    def from_pretrained(
-        cls,
-        pretrained_model_name_or_path: str | os.PathLike[str] | Source,
-        *,
-        return_unused_kwargs: Literal[True],
-        **kwargs: Any,
-    ) -> tuple[Self, dict[str, Any]]: ...
-
-    @classmethod
-    def from_pretrained(
-        cls,
-        pretrained_model_name_or_path: str | os.PathLike[str] | Source,
-        *,
-        return_unused_kwargs: bool = False,
-        **kwargs: Any,
-    ) -> Self | tuple[Self, dict[str, Any]]:
-        """Loads the settings from a folder, a Hub id or a JSON file.
-
-        The ``image_processor`` entry of processor_config.json (transformers 5) comes before preprocessor_config.json
-        (transformers 4), as in transformers 5.
-
-        Args:
-            pretrained_model_name_or_path: The folder, Hub id or file.
-            return_unused_kwargs: Return the keyword arguments that are not settings too; otherwise they are logged.
-            **kwargs: The options of `Source`, and settings that override those in the file.
-
-        Raises:
-            CheckpointError: The file is missing, or does not hold a JSON object.
-            ValueError: A setting is invalid.
-        """
-        kwargs = {name: value for name, value in kwargs.items() if name not in ("_from_auto", "_from_pipeline")}
-        source = Source.of(pretrained_model_name_or_path, kwargs)
-        name = kwargs.pop("image_processor_filename", FILE)
-
-        def read() -> dict[str, Any]:
+        def read() -> tuple[dict[str, Any], dict[str, Any], str]:
             if Path(source.name_or_path).is_file():
                 content = read_json(Path(source.name_or_path))
-                return content.get("image_processor", content)
-            nested = source.find(PROCESSOR_FILE)
-            settings = None if nested is None else read_json(nested).get("image_processor")
-            return settings if isinstance(settings, dict) else read_json(source.require(name))
+                nested = content.get("image_processor")
+                return nested if isinstance(nested, dict) else content, changes, source.name_or_path
+            beside = source.find(PROCESSOR_FILE)
+            nested = None if beside is None else read_json(beside).get("image_processor")
+            if isinstance(nested, dict):
+                return nested, changes, f"image_processor of {beside}"
+            path = source.require(name)
+            return read_json(path), changes, str(path)
 
-        return cls._from_settings(read_whole(source.folder, read), return_unused_kwargs, kwargs)
+        return read_whole(source.folder, read)
 
     def save_pretrained(
         self, save_directory: str | os.PathLike[str], push_to_hub: bool = False, **options: Any
@@ -527,7 +466,7 @@ class _Work:
     def __post_init__(self) -> None:
         if self.size is not None and self.resizing.resample not in list(Image.Resampling):
             raise one_of("resample", self.resizing.resample, [int(filter_) for filter_ in Image.Resampling])
-        if self.std is not None and not np.all(self.std):
+        if self.std is not None and not np.all(np.asarray(self.std, np.float32)):
             raise bad_input("image_std must not hold zeros", self.std, "Pass other values, or do_normalize=False")
 
     def allocate(self, count: int, planar: bool) -> np.ndarray | None:
@@ -643,7 +582,7 @@ def _size_dict(field: str, size: Any, *, square: bool) -> dict[str, int]:
 def _pixels(field: str, value: Any) -> int:
     """Checks a number of pixels, which may be 224.0 in a file."""
     whole = isinstance(value, float | np.floating) and value.is_integer()
-    return whole_number(field, int(value) if whole else value)
+    return whole_number(field, int(value) if whole else value, 1, _MOST_PIXELS)
 
 
 def _height_width(field: str, size: dict[str, int]) -> tuple[int, int]:
@@ -653,9 +592,10 @@ def _height_width(field: str, size: dict[str, int]) -> tuple[int, int]:
 
 
 def _factor(factor: Any) -> float:
-    if isinstance(factor, bool) or not isinstance(factor, int | float | np.number):
+    known = isinstance(factor, int | float | np.number) and not isinstance(factor, bool)
+    if not known or not -1e300 < factor < 1e300:
         raise bad_input(
-            "rescale_factor must be a number when do_rescale is on", factor, "Pass one, or do_rescale=False"
+            "rescale_factor must be a finite number when do_rescale is on", factor, "Pass one, or do_rescale=False"
         )
     return cast(float, factor)
 
@@ -663,10 +603,15 @@ def _factor(factor: Any) -> float:
 def _numbers(field: str, values: Any) -> tuple[float, ...] | float:
     """Returns a number as a float and a collection as a tuple, which can be a key of the cached tables."""
     try:
-        return tuple(float(value) for value in values) if np.ndim(values) else float(values)
-    except (TypeError, ValueError):
+        numbers = tuple(float(value) for value in values) if np.ndim(values) else float(values)
+        if not np.all(np.isfinite(numbers)):
+            raise ValueError
+        return numbers
+    except (TypeError, ValueError, OverflowError):
         raise bad_input(
-            f"{field} must be a number, or one for each channel, when do_normalize is on", values, f"Correct {field}"
+            f"{field} must be a finite number, or one for each channel, when do_normalize is on",
+            values,
+            f"Correct {field}",
         ) from None
 
 
