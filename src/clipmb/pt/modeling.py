@@ -498,6 +498,7 @@ class CLIPModel(CLIPPreTrainedModel):
 
     def __init__(self, config: CLIPConfig) -> None:
         super().__init__(config)
+        config = self.config
         text, vision = config.text_config, config.vision_config
         self.text_model = CLIPTextTransformer(text)
         self.vision_model = CLIPVisionTransformer(vision)
@@ -622,6 +623,7 @@ class CLIPTextModel(CLIPPreTrainedModel):
 
     def __init__(self, config: CLIPTextConfig) -> None:
         super().__init__(config)
+        config = self.config
         self.text_model = CLIPTextTransformer(config)
         self.post_init()
 
@@ -654,6 +656,7 @@ class CLIPTextModelWithProjection(CLIPPreTrainedModel):
 
     def __init__(self, config: CLIPTextConfig) -> None:
         super().__init__(config)
+        config = self.config
         self.text_model = CLIPTextTransformer(config)
         self.text_projection = nn.Linear(config.hidden_size, config.projection_dim, bias=False)
         self.post_init()
@@ -694,6 +697,7 @@ class CLIPVisionModel(CLIPPreTrainedModel):
 
     def __init__(self, config: CLIPVisionConfig) -> None:
         super().__init__(config)
+        config = self.config
         self.vision_model = CLIPVisionTransformer(config)
         self.post_init()
 
@@ -726,6 +730,7 @@ class CLIPVisionModelWithProjection(CLIPPreTrainedModel):
 
     def __init__(self, config: CLIPVisionConfig) -> None:
         super().__init__(config)
+        config = self.config
         self.vision_model = CLIPVisionTransformer(config)
         self.visual_projection = nn.Linear(config.hidden_size, config.projection_dim, bias=False)
         self.post_init()
@@ -768,6 +773,7 @@ class CLIPForImageClassification(CLIPPreTrainedModel):
 
     def __init__(self, config: CLIPConfig) -> None:
         super().__init__(config)
+        config = self.config
         if config.num_labels < 1:
             raise bad_input("num_labels must be at least 1", config.num_labels, "Pass num_labels= or id2label=")
         self.num_labels = config.num_labels

@@ -522,6 +522,7 @@ class TFCLIPModel(TFCLIPPreTrainedModel):
 
     def __init__(self, config: CLIPConfig, dtype: Any = None, **kwargs: Any) -> None:
         super().__init__(config, dtype, **kwargs)
+        config = self.config
         text, vision = config.text_config, config.vision_config
         self.text_model = TFCLIPTextTransformer(text)
         self.vision_model = TFCLIPVisionTransformer(vision)
@@ -671,6 +672,7 @@ class TFCLIPTextModel(TFCLIPPreTrainedModel):
 
     def __init__(self, config: CLIPTextConfig, dtype: Any = None, **kwargs: Any) -> None:
         super().__init__(config, dtype, **kwargs)
+        config = self.config
         self.text_model = TFCLIPTextTransformer(config)
         self.post_init()
 
@@ -705,6 +707,7 @@ class TFCLIPTextModelWithProjection(TFCLIPPreTrainedModel):
 
     def __init__(self, config: CLIPTextConfig, dtype: Any = None, **kwargs: Any) -> None:
         super().__init__(config, dtype, **kwargs)
+        config = self.config
         self.text_model = TFCLIPTextTransformer(config)
         self.text_projection = Linear(config.hidden_size, config.projection_dim, bias=False)
         self.post_init()
@@ -747,6 +750,7 @@ class TFCLIPVisionModel(TFCLIPPreTrainedModel):
 
     def __init__(self, config: CLIPVisionConfig, dtype: Any = None, **kwargs: Any) -> None:
         super().__init__(config, dtype, **kwargs)
+        config = self.config
         self.vision_model = TFCLIPVisionTransformer(config)
         self.post_init()
 
@@ -781,6 +785,7 @@ class TFCLIPVisionModelWithProjection(TFCLIPPreTrainedModel):
 
     def __init__(self, config: CLIPVisionConfig, dtype: Any = None, **kwargs: Any) -> None:
         super().__init__(config, dtype, **kwargs)
+        config = self.config
         self.vision_model = TFCLIPVisionTransformer(config)
         self.visual_projection = Linear(config.hidden_size, config.projection_dim, bias=False)
         self.post_init()
@@ -825,6 +830,7 @@ class TFCLIPForImageClassification(TFCLIPPreTrainedModel):
 
     def __init__(self, config: CLIPConfig, dtype: Any = None, **kwargs: Any) -> None:
         super().__init__(config, dtype, **kwargs)
+        config = self.config
         if config.num_labels < 1:
             raise bad_input("num_labels must be at least 1", config.num_labels, "Pass num_labels= or id2label=")
         self.num_labels = config.num_labels
