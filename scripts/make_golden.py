@@ -15,10 +15,9 @@ import torch
 import transformers
 from safetensors.numpy import save_file
 
-from clipmb.common.config import CLIPConfig
+from clipmb import CLIPConfig, CLIPTokenizerFast
 from clipmb.common.outputs import stages
 from clipmb.common.parameters import specs
-from clipmb.common.text.tokenizer import CLIPTokenizerFast
 
 FOLDER = Path(__file__).parents[1] / "src/clipmb/data/golden"
 TEXT = {

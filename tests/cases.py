@@ -6,7 +6,9 @@ width is different from every other, and the stress case turns each knob of the 
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -103,6 +105,25 @@ def equal(a: dict[str, np.ndarray], b: dict[str, np.ndarray]) -> bool:
         a[name].dtype == b[name].dtype and a[name].shape == b[name].shape and a[name].tobytes() == b[name].tobytes()
         for name in a
     )
+
+
+def assert_same(found: Any, expected: Any, name: str = "") -> None:
+    """Asserts that arrays, or mappings to arrays, have the same names, dtypes, shapes and bits."""
+    if isinstance(expected, Mapping):
+        assert found.keys() == expected.keys()
+        for key, array in expected.items():
+            assert_same(found[key], array, key)
+        return
+    found, expected = np.asarray(found), np.asarray(expected)
+    assert found.dtype == expected.dtype, name
+    assert found.shape == expected.shape, name
+    assert found.tobytes() == expected.tobytes(), name  # -0.0 is not 0.0
+
+
+def assert_same_features(found: Mapping, expected: Mapping) -> None:
+    """Asserts that what a processor returns has the same fields, in the same order, with the same bits."""
+    assert list(found) == list(expected)
+    assert_same(found, expected)
 
 
 def relative(a: object, b: object) -> float:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import ml_dtypes
 import numpy as np
-from cases import config_of, random_arrays
+from cases import CONFIGS, config_of, random_arrays
 from hypothesis import strategies as st
 
 from clipmb.common.checkpoint import fit, formats
@@ -45,20 +45,21 @@ def write_as(name: str, folder: Path, arrays, config: BaseConfig, head: str, siz
         return formats.format_of(name).write(save, arrays, config, head, max_shard_size=size)
 
 
+def written(
+    name: str, folder: Path, head: str = "CLIPModel", dtype: str = "float32", size: int | str = "5GB"
+) -> tuple[BaseConfig, dict[str, np.ndarray]]:
+    """Writes a head of the plain case in a format; returns its config and arrays."""
+    config = config_of(head, CONFIGS["plain"])
+    arrays = arrays_of(config, head, dtype)
+    write_as(name, folder, arrays, config, head, size)
+    return config, arrays
+
+
 def read_as(name: str, path: Path, config: BaseConfig, head: str) -> dict[str, np.ndarray]:
     """Reads a checkpoint, which must be found to be in this format, strictly."""
     loaded = formats.load(Source(str(path)))
     assert loaded.format == name
     return fit(loaded.tensors, specs(config, head), head)[0]
-
-
-def assert_same(found, expected) -> None:
-    """Equal names, dtypes, shapes and bits."""
-    assert found.keys() == expected.keys()
-    for name, array in expected.items():
-        assert found[name].dtype == array.dtype, name
-        assert found[name].shape == array.shape, name
-        assert found[name].tobytes() == array.tobytes(), name
 
 
 @st.composite

@@ -34,11 +34,10 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
-from clipmb import CLIPConfig, CLIPImageProcessor, CLIPProcessor, CLIPTokenizerFast
+from clipmb import CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPProcessor, CLIPTokenizerFast, Recipe
 from clipmb.common.parameters import specs
 from clipmb.common.text.vocabulary import SUFFIX, byte_symbols, official
-from clipmb.common.training.recipe import MAX_LOGIT_SCALE, Recipe, decays
-from clipmb.pt import CLIPModel
+from clipmb.common.training.recipe import MAX_LOGIT_SCALE, decays
 from clipmb.pt.losses import clip_loss, normalize
 
 SIZE, PATCH, WIDTH, LAYERS, CONTEXT = 64, 8, 128, 4, 32  # pixels, pixels, of both towers, of both towers, tokens

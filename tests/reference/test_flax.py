@@ -66,7 +66,7 @@ def _numpy(value):
     return np.asarray(value)
 
 
-def assert_same(ours, theirs, dtype):
+def assert_close(ours, theirs, dtype):
     ours, theirs = fields(ours), fields(theirs)
     assert ours.keys() == theirs.keys()
     for name, value in theirs.items():
@@ -89,7 +89,7 @@ def test_outputs(tmp_path, case, head, dtype, implementation):
     options = {"output_hidden_states": True, "output_attentions": implementation == "eager"}
     if head == "CLIPModel":
         options["return_loss"] = True
-    assert_same(ours(**own, **options), theirs(**other, **options), dtype)
+    assert_close(ours(**own, **options), theirs(**other, **options), dtype)
 
 
 @pytest.mark.parametrize(
@@ -130,7 +130,7 @@ def test_positions_masks_and_sizes(tmp_path, dtype):
     inputs = {**text_inputs(config, 5), **image_inputs(config, 5, (17, 34)), "position_ids": positions}
     own, other = both(inputs, dtype)
     options = {"output_hidden_states": True, "interpolate_pos_encoding": True}
-    assert_same(ours(**own, **options), theirs(**other, **options), dtype)
+    assert_close(ours(**own, **options), theirs(**other, **options), dtype)
     other["position_ids"] = torch.from_numpy(positions[:1])
     found = ours.get_text_features(own["input_ids"], position_ids=positions[:1])
     expected = theirs.get_text_features(other["input_ids"], position_ids=other["position_ids"]).detach()

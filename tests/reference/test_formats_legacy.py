@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 import torch  # before tensorflow
 import transformers
-from cases import CONFIGS, config_of, inputs_of
-from format_cases import arrays_of, assert_same, read_as, write_as
+from cases import CONFIGS, assert_same, config_of, inputs_of
+from format_cases import arrays_of, read_as, write_as
 
 from clipmb.common.parameters import KINDS, specs
 

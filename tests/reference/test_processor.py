@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import transformers
 from _transformers5 import run
+from cases import assert_same_features
 from PIL import Image
 
 from clipmb import CLIPImageProcessor, CLIPProcessor
@@ -30,13 +31,6 @@ def image():
     return Image.fromarray(np.random.default_rng(0).integers(0, 256, (50, 60, 3), np.uint8))
 
 
-def equal(mine, theirs):
-    assert list(mine) == list(theirs)
-    for name in theirs:
-        assert np.asarray(mine[name]).dtype == np.asarray(theirs[name]).dtype
-        assert np.array_equal(mine[name], theirs[name])
-
-
 def test_transformers_4_reads_what_clipmb_saves(saved, theirs):
     assert type(theirs.image_processor) is transformers.CLIPImageProcessor
     assert type(theirs.tokenizer) is transformers.CLIPTokenizerFast
@@ -57,16 +51,16 @@ def test_calls(saved, theirs, image, tensors):
     ):
         call |= {"text": TEXTS, "images": [image, image.rotate(90)], "return_tensors": tensors}
         mine_done, theirs_done = mine(**call), theirs(**call)
-        equal(mine_done, theirs_done)
+        assert_same_features(mine_done, theirs_done)
         assert all(type(mine_done[name]) is type(theirs_done[name]) for name in theirs_done)
 
 
 def test_one_part_alone(saved, theirs, image):
     mine = CLIPProcessor.from_pretrained(saved)
-    equal(mine(text=TEXTS, padding=True), theirs(text=TEXTS, padding=True))
+    assert_same_features(mine(text=TEXTS, padding=True), theirs(text=TEXTS, padding=True))
     assert mine(text=TEXTS)["input_ids"] == theirs(text=TEXTS)["input_ids"]
-    equal(mine(images=image), theirs(images=image))
-    equal(mine(image, TEXTS, padding=True), theirs(image, TEXTS, padding=True))  # the order of 4.57
+    assert_same_features(mine(images=image), theirs(images=image))
+    assert_same_features(mine(image, TEXTS, padding=True), theirs(image, TEXTS, padding=True))  # the order of 4.57
     assert mine.model_input_names == theirs.model_input_names
 
 
@@ -75,15 +69,15 @@ def test_clipmb_reads_what_transformers_4_saves(theirs, image, tmp_path, legacy)
     theirs.save_pretrained(tmp_path, legacy_serialization=legacy)
     assert (tmp_path / "preprocessor_config.json").exists() is legacy
     call = {"text": TEXTS, "images": image, "return_tensors": "np", "padding": True, "truncation": True}
-    equal(CLIPProcessor.from_pretrained(tmp_path)(**call), theirs(**call))
+    assert_same_features(CLIPProcessor.from_pretrained(tmp_path)(**call), theirs(**call))
 
 
 def test_parts_of_transformers_work_inside(theirs, image, tmp_path):
     mixed = CLIPProcessor(theirs.image_processor, theirs.tokenizer)
     call = {"text": TEXTS, "images": image, "return_tensors": "np", "padding": True}
-    equal(mixed(**call), theirs(**call))
+    assert_same_features(mixed(**call), theirs(**call))
     mixed.save_pretrained(tmp_path)
-    equal(CLIPProcessor.from_pretrained(tmp_path)(**call), theirs(**call))
+    assert_same_features(CLIPProcessor.from_pretrained(tmp_path)(**call), theirs(**call))
 
 
 CALL_5 = """

@@ -66,7 +66,7 @@ def slow(files):
     return reference("slow", files)
 
 
-def same(ours, theirs) -> None:
+def agree(ours, theirs) -> None:
     assert set(ours) == set(theirs)
     for name in theirs:
         assert ours[name] == theirs[name], name
@@ -141,12 +141,12 @@ def test_places_of_tokens_words_and_characters(fast):
 def test_rows(name, side, options, files):
     sides = {"padding_side": side, "truncation_side": side}
     oracle, tokenizer = reference(name, files, **sides), ours(name, **sides)
-    same(tokenizer(CAPTIONS, **options), oracle(CAPTIONS, **options))
-    same(tokenizer(CAPTIONS[2], **options), oracle(CAPTIONS[2], **options))
+    agree(tokenizer(CAPTIONS, **options), oracle(CAPTIONS, **options))
+    agree(tokenizer(CAPTIONS[2], **options), oracle(CAPTIONS[2], **options))
     pairs = CAPTIONS[::-1]
-    same(tokenizer(CAPTIONS, pairs, **options), oracle(CAPTIONS, pairs, **options))
+    agree(tokenizer(CAPTIONS, pairs, **options), oracle(CAPTIONS, pairs, **options))
     both = list(zip(CAPTIONS, pairs, strict=True))
-    same(tokenizer(both, **options), oracle(both, **options))
+    agree(tokenizer(both, **options), oracle(both, **options))
 
 
 @pytest.mark.parametrize("name", ["fast", "slow"])
@@ -168,21 +168,21 @@ def test_overflowing_rows(side, stride, strategy, files):
     options = {"truncation": strategy, "max_length": 14, "stride": stride, "return_overflowing_tokens": True}
     options |= {"padding": True, "return_offsets_mapping": True}
     texts, pairs = ["a b c d e f g h", "x y"], ["one two three four five six", "z"]
-    same(tokenizer(texts, pairs, **options), oracle(texts, pairs, **options))
+    agree(tokenizer(texts, pairs, **options), oracle(texts, pairs, **options))
     if strategy is not True:
         return
-    same(tokenizer(CAPTIONS, **options), oracle(CAPTIONS, **options))
-    same(tokenizer(texts[0], **options | {"max_length": 5}), oracle(texts[0], **options | {"max_length": 5}))
+    agree(tokenizer(CAPTIONS, **options), oracle(CAPTIONS, **options))
+    agree(tokenizer(texts[0], **options | {"max_length": 5}), oracle(texts[0], **options | {"max_length": 5}))
 
 
 @pytest.mark.parametrize("side", ["right", "left"])
 def test_overflowing_tokens_of_the_slow_tokenizer(side, files):
     oracle, tokenizer = reference("slow", files, truncation_side=side), ours("slow", truncation_side=side)
     options = {"max_length": 6, "truncation": True, "stride": 2, "return_overflowing_tokens": True}
-    same(tokenizer("a b c d e f g h", **options), oracle("a b c d e f g h", **options))
+    agree(tokenizer("a b c d e f g h", **options), oracle("a b c d e f g h", **options))
     for strategy in ("only_first", "only_second"):
         options |= {"truncation": strategy, "max_length": 15}
-        same(tokenizer("a b c d e f", "g h i j k l m", **options), oracle("a b c d e f", "g h i j k l m", **options))
+        agree(tokenizer("a b c d e f", "g h i j k l m", **options), oracle("a b c d e f", "g h i j k l m", **options))
 
 
 @pytest.mark.parametrize("name", ["fast", "slow"])
@@ -190,14 +190,14 @@ def test_words_that_are_split_already(name, files):
     oracle, tokenizer = reference(name, files), ours(name)
     words = ["Hello", "it's", "", "wörld 2"]
     expected, got = oracle(words, is_split_into_words=True), tokenizer(words, is_split_into_words=True)
-    same(got, expected)
+    agree(got, expected)
     batch = [words, ["x"]]
     options = {"is_split_into_words": True, "padding": True, "return_tensors": "np"}
     assert np.array_equal(tokenizer(batch, **options)["input_ids"], oracle(batch, **options)["input_ids"])
     if name == "fast":
         assert got.word_ids() == expected.word_ids()
         options = {"is_split_into_words": True, "return_offsets_mapping": True}
-        same(tokenizer(batch, batch, **options), oracle(batch, batch, **options))
+        agree(tokenizer(batch, batch, **options), oracle(batch, batch, **options))
 
 
 @pytest.mark.filterwarnings("ignore")  # TensorFlow and JAX warn of much while they are imported
@@ -234,17 +234,17 @@ def test_other_methods(name, files):
     assert (tokenizer.vocab_size, len(tokenizer)) == (oracle.vocab_size, len(oracle))
     assert tokenizer.special_tokens_map == oracle.special_tokens_map
     rows = {"input_ids": [[1, 2, 3], [4]], "attention_mask": [[1, 1, 1], [1]]}
-    same(tokenizer.pad(rows, pad_to_multiple_of=4), oracle.pad(rows, pad_to_multiple_of=4))
+    agree(tokenizer.pad(rows, pad_to_multiple_of=4), oracle.pad(rows, pad_to_multiple_of=4))
     listed = [{"input_ids": [1, 2]}, {"input_ids": [4]}]
-    same(tokenizer.pad(listed, padding_side="left"), oracle.pad(listed, padding_side="left"))
+    agree(tokenizer.pad(listed, padding_side="left"), oracle.pad(listed, padding_side="left"))
     prepared = {"truncation": True, "max_length": 5, "padding": "max_length"}
-    same(tokenizer.prepare_for_model([1, 2, 3, 4], **prepared), oracle.prepare_for_model([1, 2, 3, 4], **prepared))
+    agree(tokenizer.prepare_for_model([1, 2, 3, 4], **prepared), oracle.prepare_for_model([1, 2, 3, 4], **prepared))
     for with_pair in (None, [6, 7]):
         assert tokenizer.truncate_sequences([1, 2, 3, 4], with_pair, 2, "only_first", 1) == oracle.truncate_sequences(
             [1, 2, 3, 4], with_pair, 2, "only_first", 1
         )
     target = {"text_target": ["b", "c d"], "padding": True}
-    same(tokenizer(["a", "b c"], **target), oracle(["a", "b c"], **target))
+    agree(tokenizer(["a", "b c"], **target), oracle(["a", "b c"], **target))
 
 
 @pytest.mark.parametrize("name", ["fast", "slow"])

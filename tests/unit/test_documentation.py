@@ -16,6 +16,7 @@ import pytest
 import typer
 from processes import python
 
+import clipmb
 from clipmb.cli import app
 
 ROOT = Path(__file__).parents[2]
@@ -103,3 +104,13 @@ def test_the_blocks_are_found():
         text = page.read_text("utf-8")
         assert text.count("```") == 2 * len(re.findall(r"^```\w+$", text, re.MULTILINE)), page
         assert "clipmb.common" not in "".join(block["code"] for block in blocks(page, "python")), page
+
+
+def test_the_reference_has_every_public_name():
+    """But constants, the second name of a class, and the heads that read like PyTorch's."""
+    pages = "\n".join(path.read_text("utf-8") for path in (ROOT / "docs" / "api").glob("*.md"))
+    shown = set(re.findall(r"^::: clipmb\.(\w+)$", pages, re.M))
+    heads = {name for name in dir(clipmb) if name.startswith("CLIP") and name.endswith(("Model", "Projection"))}
+    expected = {name for name in {*clipmb.__all__, *heads} if not name.isupper() and name != "CLIPFeatureExtractor"}
+    assert not expected - {"__version__"} - shown
+    assert not shown - set(dir(clipmb))

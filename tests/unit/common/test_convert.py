@@ -464,35 +464,21 @@ def test_a_record_cannot_point_outside(tmp_path):
 # -- all or nothing ---------------------------------------------------------------------------------------------------
 
 KILLED = """
-import os, signal, sys
+import sys
 from pathlib import Path
 sys.path.insert(0, sys.argv[2])
 from cases import CONFIGS, write_checkpoint
+from kills import at_every_operation
 from clipmb import convert
 
-# In a child for each k: convert over an earlier result, and die at the k-th file operation.
-folder, k = Path(sys.argv[1]), 0
+# A conversion replaces the result of another one.
+folder = Path(sys.argv[1])
 sources = [write_checkpoint(folder / name, CONFIGS[name], seed=seed) for seed, name in enumerate(("plain", "stress"))]
-step = 1
-while True:
-    k += step
-    target = folder / str(k)
-    convert(sources[0], target, max_shard_size="100KB")
-    child = os.fork()
-    if child == 0:
-        left = k
-        def count(event, args):
-            global left
-            if event in ("open", "os.rename", "os.remove", "os.rmdir", "os.mkdir", "os.chmod", "os.scandir"):
-                left -= 1
-                if left == 0:
-                    os.kill(os.getpid(), signal.SIGKILL)
-        sys.addaudithook(count)
-        convert(sources[1], target, "flax-msgpack", overwrite=True)
-        os._exit(0)
-    if os.waitpid(child, 0)[1] == 0:
-        print(k)
-        break
+at_every_operation(
+    folder,
+    lambda target: convert(sources[0], target, max_shard_size="100KB"),
+    lambda target: convert(sources[1], target, "flax-msgpack", overwrite=True),
+)
 """
 
 

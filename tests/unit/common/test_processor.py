@@ -3,6 +3,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from cases import assert_same_features
 from PIL import Image
 
 from clipmb import (
@@ -26,12 +27,6 @@ def processor():
 @pytest.fixture
 def image():
     return Image.fromarray(np.random.default_rng(0).integers(0, 256, (30, 40, 3), np.uint8))
-
-
-def same(one, other):
-    assert list(one) == list(other)
-    for name in one:
-        assert np.array_equal(one[name], other[name])
 
 
 def test_the_default_parts():
@@ -68,10 +63,10 @@ def test_both_positional_orders(processor, image, tmp_path):
     array = np.asarray(image)
     for picture in (image, array, [image, image], [[array]], tmp_path / "a.png", (tmp_path / "a.png").read_bytes()):
         expected = processor(text=TEXTS, images=picture, return_tensors="np", padding=True)
-        same(processor(TEXTS, picture, return_tensors="np", padding=True), expected)
-        same(processor(picture, TEXTS, return_tensors="np", padding=True), expected)
-        same(processor(picture, return_tensors="np"), processor(images=picture, return_tensors="np"))
-    same(
+        assert_same_features(processor(TEXTS, picture, return_tensors="np", padding=True), expected)
+        assert_same_features(processor(picture, TEXTS, return_tensors="np", padding=True), expected)
+        assert_same_features(processor(picture, return_tensors="np"), processor(images=picture, return_tensors="np"))
+    assert_same_features(
         processor("a cat", str(tmp_path / "a.png"), return_tensors="np"), processor("a cat", image, return_tensors="np")
     )
     with pytest.raises(TypeError, match="One input of CLIPProcessor must be text"):
@@ -98,7 +93,7 @@ def test_flat_and_grouped_arguments(processor, image):
         images_kwargs={"do_normalize": False, "crop_size": 11},
         common_kwargs={"return_tensors": "np"},
     )
-    same(flat, grouped)
+    assert_same_features(flat, grouped)
     with pytest.raises(ValueError, match=r"Received: \['padding'\]"):
         processor(text=TEXTS, padding=True, text_kwargs={"padding": True})
 
@@ -158,7 +153,7 @@ def test_saved_and_loaded(processor, image, tmp_path):
     assert not [path for path in (tmp_path / "new").iterdir() if path.name.startswith(".")]
     loaded = CLIPProcessor.from_pretrained(tmp_path / "new")
     call = {"text": TEXTS, "images": image, "return_tensors": "np", "padding": True}
-    same(loaded(**call), processor(**call))
+    assert_same_features(loaded(**call), processor(**call))
     assert loaded.image_processor.to_dict() == processor.image_processor.to_dict()
 
 

@@ -124,7 +124,7 @@ def test_rows_of_padding_have_no_gradient(name):
 # -- the gradient -----------------------------------------------------------------------------------------------------
 
 
-def same(found, expected):
+def assert_same_gradients(found, expected):
     """Losses and all gradients, of all sizes."""
     for size in SIZES:
         assert found[size][0] == pytest.approx(expected[size][0], rel=1e-12, abs=1e-12)
@@ -142,7 +142,7 @@ def test_the_gradient_is_that_of_the_models_loss(one):
 
 
 def test_chunks_and_checkpointing_change_nothing(one):
-    same(one["recomputed"], one["plain"])
+    assert_same_gradients(one["recomputed"], one["plain"])
 
 
 def test_chunks_take_less_memory(one):
@@ -152,7 +152,7 @@ def test_chunks_take_less_memory(one):
 
 @pytest.mark.parametrize("name", EIGHT)
 def test_eight_devices_do_the_same(one, eight, name):
-    same(eight[name], one["siglip" if "siglip" in name else "plain"])
+    assert_same_gradients(eight[name], one["siglip" if "siglip" in name else "plain"])
 
 
 def test_what_moves_between_devices(eight):

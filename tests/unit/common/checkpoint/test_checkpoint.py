@@ -362,32 +362,18 @@ def test_an_error_while_saving_leaves_everything(tmp_path):
 
 
 KILLED = """
-import os, signal, sys
+import sys
 from pathlib import Path
 sys.path.insert(0, sys.argv[2])
 from cases import CONFIGS, write_checkpoint
+from kills import at_every_operation
 
-# In a child for each k: overwrite a sharded checkpoint by another one, and die at the k-th file operation.
-folder, k = Path(sys.argv[1]), 0
-while True:
-    k += 1
-    target = folder / str(k)
-    write_checkpoint(target, CONFIGS["plain"], max_shard_size="100KB")
-    child = os.fork()
-    if child == 0:
-        left = k
-        def count(event, args):
-            global left
-            if event in ("open", "os.rename", "os.remove", "os.rmdir", "os.mkdir", "os.chmod", "os.scandir"):
-                left -= 1
-                if left == 0:
-                    os.kill(os.getpid(), signal.SIGKILL)
-        sys.addaudithook(count)
-        write_checkpoint(target, CONFIGS["stress"], seed=1)
-        os._exit(0)
-    if os.waitpid(child, 0)[1] == 0:
-        print(k)
-        break
+# A sharded checkpoint is overwritten by another one.
+at_every_operation(
+    Path(sys.argv[1]),
+    lambda target: write_checkpoint(target, CONFIGS["plain"], max_shard_size="100KB"),
+    lambda target: write_checkpoint(target, CONFIGS["stress"], seed=1),
+)
 """
 
 

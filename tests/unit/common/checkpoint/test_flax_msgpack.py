@@ -11,8 +11,8 @@ from pathlib import Path
 import ml_dtypes
 import numpy as np
 import pytest
-from cases import ALL_HEADS, CONFIGS, config_of
-from format_cases import arrays_of, assert_same, heads_and_configs, read_as, write_as
+from cases import ALL_HEADS, CONFIGS, assert_same
+from format_cases import arrays_of, heads_and_configs, read_as, write_as, written
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -25,18 +25,11 @@ CONFIG = CONFIGS["plain"]
 FORMAT = "flax-msgpack"
 
 
-def written(folder: Path, head: str = "CLIPModel", dtype: str = "float32", size: int | str = "5GB"):
-    part = config_of(head, CONFIG)
-    arrays = arrays_of(part, head, dtype)
-    write_as(FORMAT, folder, arrays, part, head, size)
-    return part, arrays
-
-
 @pytest.mark.parametrize("size", ["5GB", "20KB"])
 @pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16", "float64"])
 @pytest.mark.parametrize("head", ALL_HEADS)
 def test_round_trip(tmp_path, head, dtype, size):
-    part, arrays = written(tmp_path, head, dtype, size)
+    part, arrays = written(FORMAT, tmp_path, head, dtype, size)
     assert_same(read_as(FORMAT, tmp_path, part, head), arrays)
     assert (tmp_path / "flax_model.msgpack.index.json").exists() == (size == "20KB")
 
@@ -61,7 +54,7 @@ def test_round_trip_of_random_configurations(tmp_path_factory, case, size, chunk
 
 def test_arrays_are_mapped_and_the_file_never_changes(tmp_path):
     """An array at an odd place is copied, since frameworks need aligned ones; bytes never are."""
-    _, arrays = written(tmp_path)
+    _, arrays = written(FORMAT, tmp_path)
     before = (tmp_path / "flax_model.msgpack").read_bytes()
     tensors = formats.load(Source(str(tmp_path))).tensors
     mapped = 0
@@ -87,14 +80,14 @@ def test_nothing_is_read_until_it_is_asked_for(tmp_path):
 
 
 def test_a_file_of_any_name_and_a_level_called_params(tmp_path):
-    part, arrays = written(tmp_path)
+    part, arrays = written(FORMAT, tmp_path)
     content = (tmp_path / "flax_model.msgpack").read_bytes()
     (tmp_path / "mine.msgpack").write_bytes(b"\x81" + text("params") + content)
     assert_same(read_as(FORMAT, tmp_path / "mine.msgpack", part, "CLIPModel"), arrays)
 
 
 def test_no_variant_is_claimed(tmp_path):
-    written(tmp_path)
+    written(FORMAT, tmp_path)
     with pytest.raises(CheckpointError, match="variant 'fp16'"):
         formats.load(Source(str(tmp_path)), "fp16")
 
@@ -243,7 +236,7 @@ def test_millions_of_values_are_refused_after_the_first_200_000(tmp_path):
 
 
 def test_truncation_anywhere_is_a_checkpoint_error(tmp_path):
-    part, _ = written(tmp_path)
+    part, _ = written(FORMAT, tmp_path)
     path = tmp_path / "flax_model.msgpack"
     content = path.read_bytes()
     for size in [*range(200), len(content) // 2, len(content) - 1]:
@@ -254,7 +247,7 @@ def test_truncation_anywhere_is_a_checkpoint_error(tmp_path):
 
 def test_flipped_bits_outside_of_values_never_give_other_weights(tmp_path):
     """A flip is a CheckpointError, or harmless: it makes a scalar of an array, whose bytes are the same."""
-    part, arrays = written(tmp_path, "CLIPTextModelWithProjection")
+    part, arrays = written(FORMAT, tmp_path, "CLIPTextModelWithProjection")
     path = tmp_path / "flax_model.msgpack"
     content = path.read_bytes()
     values = np.zeros(len(content), bool)
@@ -284,7 +277,7 @@ def test_two_tensors_for_one_parameter(tmp_path):
 
 
 def test_missing_shards_and_escapes(tmp_path):
-    written(tmp_path, size="20KB")
+    written(FORMAT, tmp_path, size="20KB")
     shards = sorted(tmp_path.glob("flax_model-*"))
     shards[1].unlink()
     with pytest.raises(CheckpointError) as caught:

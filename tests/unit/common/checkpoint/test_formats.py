@@ -9,10 +9,10 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import toy_format
-from cases import CONFIGS, config_of, random_arrays, write_checkpoint
+from cases import CONFIGS, assert_same, config_of, random_arrays, write_checkpoint
 from conftest import BACKENDS, TESTS
 from format_cases import EVERYWHERE as CONFIG
-from format_cases import assert_same, read_as
+from format_cases import read_as
 from processes import output
 from typer.testing import CliRunner
 

@@ -7,9 +7,9 @@ from pathlib import Path
 import h5py
 import numpy as np
 import pytest
-from cases import ALL_HEADS, CONFIGS, config_of, image_inputs
+from cases import ALL_HEADS, CONFIGS, assert_same, config_of, image_inputs
 from conftest import TESTS
-from format_cases import arrays_of, assert_same, heads_and_configs, read_as, write_as
+from format_cases import arrays_of, heads_and_configs, read_as, write_as
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from processes import output
@@ -128,7 +128,8 @@ for name in ("tensorflow", "keras", "torch", "jax", "flax"):
     sys.modules[name] = None
 sys.path[:0] = sys.argv[2:]
 from pathlib import Path
-from format_cases import CLIPConfig, arrays_of, assert_same, read_as, write_as
+from cases import assert_same
+from format_cases import CLIPConfig, arrays_of, read_as, write_as
 small = {"num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 6}
 config = CLIPConfig({**small, "hidden_size": 8, "vocab_size": 9}, {**small, "hidden_size": 12})
 arrays = arrays_of(config, "CLIPModel")

@@ -6,7 +6,7 @@ import json
 
 import numpy as np
 import pytest
-from cases import TEXT, VISION, random_arrays
+from cases import TEXT, VISION, equal, random_arrays
 from conftest import BACKENDS
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -50,10 +50,6 @@ def changed(**parts: dict) -> dict:
     }
 
 
-def same(a, b) -> bool:
-    return a.keys() == b.keys() and all(a[n].dtype == b[n].dtype and np.array_equal(a[n], b[n]) for n in a)
-
-
 # -- reading ----------------------------------------------------------------------------------------------------------
 
 
@@ -82,7 +78,7 @@ def test_weights_and_config(tmp_path, name, config, quick):
     )
     assert ("default is false" in loaded.decisions["activation"]) == (quick is None)
     arrays, _ = fit(loaded.tensors, specs(loaded.config, "CLIPModel"), "CLIPModel")
-    assert same(arrays, random_arrays(CONFIG, "CLIPModel"))
+    assert equal(arrays, random_arrays(CONFIG, "CLIPModel"))
 
 
 @pytest.mark.parametrize("prefix", ["module.", "text."])
@@ -93,7 +89,7 @@ def test_prefixes(tmp_path, prefix):
         for key, value in WEIGHTS.items()
     }
     loaded = formats.load(put(tmp_path, {**MODEL, "custom_text": True}, {**weights}))
-    assert same(dict(loaded.tensors), random_arrays(CONFIG, "CLIPModel"))
+    assert equal(dict(loaded.tensors), random_arrays(CONFIG, "CLIPModel"))
 
 
 @pytest.mark.backend("pt")
@@ -104,7 +100,7 @@ def test_training_checkpoints(tmp_path):
     torch.save({"epoch": 3, "name": "run", "state_dict": state, "optimizer": optimizer}, tmp_path / "epoch_3.pt")
     (tmp_path / "open_clip_config.json").write_text(json.dumps(MODEL))
     loaded = formats.load(Source(str(tmp_path)))
-    assert same(dict(loaded.tensors), random_arrays(CONFIG, "CLIPModel"))
+    assert equal(dict(loaded.tensors), random_arrays(CONFIG, "CLIPModel"))
 
 
 @pytest.mark.parametrize("files", [(), ("a.json", "b.json")])
@@ -231,7 +227,7 @@ def test_any_config_round_trips(tmp_path_factory, act, eps, inner, other_inner, 
     assert sorted(path.name for path in folder.iterdir()) == sorted(files)
     loaded = formats.load(Source(str(folder)))
     assert loaded.config == config
-    assert same(dict(loaded.tensors), arrays)
+    assert equal(dict(loaded.tensors), arrays)
     told = json.loads((folder / "open_clip_config.json").read_text())["model_cfg"]
     for part, key in (
         (config.text_config, "text_cfg"),

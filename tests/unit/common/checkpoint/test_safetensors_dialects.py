@@ -7,8 +7,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from cases import ALL_HEADS, CONFIGS, config_of, random_arrays
-from format_cases import arrays_of, assert_same, heads_and_configs, read_as, write_as
+from cases import ALL_HEADS, CONFIGS, assert_same, config_of, random_arrays
+from format_cases import arrays_of, heads_and_configs, read_as, write_as
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.numpy import load_file, save_file

@@ -11,8 +11,8 @@ from pathlib import Path
 import h5py
 import numpy as np
 import pytest
-from cases import ALL_HEADS, CONFIGS, config_of
-from format_cases import arrays_of, assert_same, heads_and_configs, read_as, write_as
+from cases import ALL_HEADS, CONFIGS, assert_same, config_of
+from format_cases import arrays_of, heads_and_configs, read_as, write_as, written
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -27,18 +27,11 @@ CONFIG = CONFIGS["plain"]
 FORMAT = "tf-h5"
 
 
-def written(folder: Path, head: str = "CLIPModel", dtype: str = "float32", size: int | str = "5GB"):
-    part = config_of(head, CONFIG)
-    arrays = arrays_of(part, head, dtype)
-    write_as(FORMAT, folder, arrays, part, head, size)
-    return part, arrays
-
-
 @pytest.mark.parametrize("size", ["5GB", "20KB"])
 @pytest.mark.parametrize("dtype", ["float32", "float16", "float64"])
 @pytest.mark.parametrize("head", ALL_HEADS)
 def test_round_trip(tmp_path, head, dtype, size):
-    part, arrays = written(tmp_path, head, dtype, size)
+    part, arrays = written(FORMAT, tmp_path, head, dtype, size)
     assert_same(read_as(FORMAT, tmp_path, part, head), arrays)
     assert (
         (tmp_path / "tf_model.h5.index.json").exists() == (size == "20KB") == (not (tmp_path / "tf_model.h5").exists())
@@ -46,7 +39,7 @@ def test_round_trip(tmp_path, head, dtype, size):
 
 
 def test_bfloat16_is_widened_without_a_change_of_value(tmp_path):
-    part, arrays = written(tmp_path, dtype="bfloat16")
+    part, arrays = written(FORMAT, tmp_path, dtype="bfloat16")
     assert_same(read_as(FORMAT, tmp_path, part, "CLIPModel"), {n: a.astype(np.float32) for n, a in arrays.items()})
 
 
@@ -62,7 +55,7 @@ def test_round_trip_of_random_configurations(tmp_path_factory, case, size, dtype
 
 
 def test_layout_of_a_single_file(tmp_path):
-    written(tmp_path)
+    written(FORMAT, tmp_path)
     with h5py.File(tmp_path / "tf_model.h5") as file:
         assert set(file) == {"clip", "top_level_model_weights"}
         assert list(file.attrs["layer_names"]) == [b"clip"]
@@ -84,7 +77,7 @@ def test_layout_of_a_single_file(tmp_path):
 
 
 def test_layout_of_shards(tmp_path):
-    written(tmp_path, size="20KB")
+    written(FORMAT, tmp_path, size="20KB")
     index = json.loads((tmp_path / "tf_model.h5.index.json").read_text())["weight_map"]
     assert all(name.startswith("tfclip_model/clip/") for name in index)
     for shard in sorted(set(index.values())):
@@ -95,7 +88,7 @@ def test_layout_of_shards(tmp_path):
 
 
 def test_instances_of_any_name_are_read(tmp_path):
-    part, arrays = written(tmp_path)
+    part, arrays = written(FORMAT, tmp_path)
     path = tmp_path / "tf_model.h5"
     with h5py.File(path, "r+") as file:
         file["clip"].move("tfclip_model", "tfclip_model_17")
@@ -115,13 +108,13 @@ def test_long_lists_of_names_are_divided_as_keras_divides_them(tmp_path):
 
 
 def test_a_single_file_is_recognised_by_its_content(tmp_path):
-    part, arrays = written(tmp_path)
+    part, arrays = written(FORMAT, tmp_path)
     other = (tmp_path / "tf_model.h5").rename(tmp_path / "weights-of-mine.hdf5")
     assert_same(read_as(FORMAT, other, part, "CLIPModel"), arrays)
 
 
 def test_arrays_are_mapped_and_the_file_never_changes(tmp_path):
-    written(tmp_path)
+    written(FORMAT, tmp_path)
     before = (tmp_path / "tf_model.h5").read_bytes()
     tensors = formats.load(Source(str(tmp_path))).tensors
     for name in tensors:
@@ -132,7 +125,7 @@ def test_arrays_are_mapped_and_the_file_never_changes(tmp_path):
 
 
 def test_compressed_and_big_endian_arrays_are_read(tmp_path):
-    part, arrays = written(tmp_path)
+    part, arrays = written(FORMAT, tmp_path)
     with h5py.File(tmp_path / "tf_model.h5", "r+") as file:
         group = file["clip/tfclip_model/clip/text_model/embeddings"]
         for name, options in {
@@ -146,7 +139,7 @@ def test_compressed_and_big_endian_arrays_are_read(tmp_path):
 
 
 def test_unknown_and_missing_names_are_reported_together(tmp_path):
-    part, _ = written(tmp_path)
+    part, _ = written(FORMAT, tmp_path)
     with h5py.File(tmp_path / "tf_model.h5", "r+") as file:
         file["clip/tfclip_model/clip"].move("logit_scale:0", "colour:0")
     with pytest.raises(CheckpointError) as caught:
@@ -157,7 +150,7 @@ def test_unknown_and_missing_names_are_reported_together(tmp_path):
 
 
 def test_two_arrays_for_one_parameter(tmp_path):
-    part, _ = written(tmp_path)
+    part, _ = written(FORMAT, tmp_path)
     with h5py.File(tmp_path / "tf_model.h5", "r+") as file:
         file["other/clip/logit_scale:0"] = np.zeros(1, np.float32)
     with pytest.raises(CheckpointError, match="two tensors"):
@@ -165,13 +158,13 @@ def test_two_arrays_for_one_parameter(tmp_path):
 
 
 def test_no_variant_is_claimed(tmp_path):
-    written(tmp_path)
+    written(FORMAT, tmp_path)
     with pytest.raises(CheckpointError, match="variant 'fp16'"):
         formats.load(Source(str(tmp_path)), "fp16")
 
 
 def test_without_h5py_the_fix_is_named(tmp_path, monkeypatch):
-    written(tmp_path)
+    written(FORMAT, tmp_path)
     real = importlib.import_module
 
     def without(name: str, *args):
@@ -188,7 +181,7 @@ def test_without_h5py_the_fix_is_named(tmp_path, monkeypatch):
 
 
 def test_truncation_anywhere_is_a_checkpoint_error(tmp_path):
-    part, _ = written(tmp_path)
+    part, _ = written(FORMAT, tmp_path)
     path = tmp_path / "tf_model.h5"
     content = path.read_bytes()
     for size in [0, 1, 7, 8, 96, 2048, len(content) // 2, len(content) - 1]:
@@ -198,7 +191,7 @@ def test_truncation_anywhere_is_a_checkpoint_error(tmp_path):
 
 
 def test_flipped_bits_are_a_checkpoint_error_or_leave_every_shape(tmp_path):
-    part, arrays = written(tmp_path, "CLIPTextModel")
+    part, arrays = written(FORMAT, tmp_path, "CLIPTextModel")
     path = tmp_path / "tf_model.h5"
     content = path.read_bytes()
     rng = np.random.default_rng(0)
@@ -355,7 +348,7 @@ def test_an_index_cannot_leave_its_folder(tmp_path, file):
 
 
 def test_missing_shards_are_listed(tmp_path):
-    written(tmp_path, size="20KB")
+    written(FORMAT, tmp_path, size="20KB")
     shards = sorted(tmp_path.glob("tf_model-*"))
     shards[1].unlink()
     with pytest.raises(CheckpointError) as caught:
@@ -364,7 +357,7 @@ def test_missing_shards_are_listed(tmp_path):
 
 
 def test_a_wrong_number_of_axes_is_a_checkpoint_error(tmp_path):
-    part, _ = written(tmp_path)
+    part, _ = written(FORMAT, tmp_path)
     with h5py.File(tmp_path / "tf_model.h5", "r+") as file:
         where = "clip/tfclip_model/clip/text_projection/kernel:0"
         del file[where]
@@ -374,7 +367,7 @@ def test_a_wrong_number_of_axes_is_a_checkpoint_error(tmp_path):
 
 
 def test_a_tower_comes_out_of_the_whole(tmp_path):
-    _, arrays = written(tmp_path)
+    _, arrays = written(FORMAT, tmp_path)
     part = config_of("CLIPVisionModel", CONFIG)
     found, _ = fit(formats.load(Source(str(tmp_path))).tensors, specs(part, "CLIPVisionModel"), "CLIPVisionModel")
     assert_same(found, {name: arrays[name] for name in found})

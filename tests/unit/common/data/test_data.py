@@ -68,7 +68,7 @@ def batches(pairs, **options):
     return Batches(pairs, PROCESSOR, **{"batch_size": 4, "context": 77, "seed": 3, "workers": 0} | options)
 
 
-def same(first, second):
+def assert_same_batches(first, second):
     first, second = list(first), list(second)
     assert len(first) == len(second)
     for one, other in zip(first, second, strict=True):
@@ -712,7 +712,7 @@ def test_the_order_is_the_same_for_good(seed, epoch):
 def test_workers_change_nothing(ten, augment):
     expected = list(batches(ten, augment=augment, workers=0).epoch(1))
     for workers in (1, 4):
-        same(batches(ten, augment=augment, workers=workers).epoch(1), expected)
+        assert_same_batches(batches(ten, augment=augment, workers=workers).epoch(1), expected)
 
 
 @pytest.mark.parametrize("count", [2, 3, 5])
@@ -739,7 +739,7 @@ def test_an_epoch_can_start_in_its_middle(ten, workers):
     loader = batches(ten, workers=workers, augment="crop")
     whole = list(loader.epoch(5))
     for start in range(4):
-        same(loader.epoch(5, start=start), whole[start:])
+        assert_same_batches(loader.epoch(5, start=start), whole[start:])
 
 
 def test_what_was_passed_over_is_not_decoded(ten, monkeypatch):
@@ -1020,7 +1020,7 @@ def test_a_function_as_augmentation(ten):
         return image.rotate(float(generator.integers(0, 4)) * 90)
 
     first = list(batches(ten, augment=augment).epoch(0))
-    same(batches(ten, augment=augment, workers=4).epoch(0), first)
+    assert_same_batches(batches(ten, augment=augment, workers=4).epoch(0), first)
     for batch in first:
         for index, pixels in zip(batch.indices.tolist(), batch.pixel_values, strict=True):
             turned = [ten.image(index).rotate(angle) for angle in (0, 90, 180, 270)]

@@ -153,7 +153,7 @@ def test_class_folders(tmp_path):
     pairs = Pairs.open(tmp_path)
     assert shown(pairs) == [([], "cats", 1), ([], "cats", 2), ([], "dogs", 3)]
     assert [pairs.id(i) for i in range(3)] == ["cats/1.png", "cats/deep/2.PNG", "dogs/3.png"]
-    assert pairs.left_out == [(f"{tmp_path.name}/4.png", "It lies in the folder of no class.")]
+    assert pairs.left_out == [(f"{tmp_path.name}/4.png", "It is not in the folder of a class.")]
     assert pairs.fingerprint == Pairs.open(tmp_path).fingerprint
 
 

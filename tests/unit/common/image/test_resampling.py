@@ -44,7 +44,7 @@ def rule():
     return resampling._RULES[resampling.installed_rule()]
 
 
-def same(image, target, resample, box=None, window=None):
+def assert_pillows_bits(image, target, resample, box=None, window=None):
     """Compares the window of a resized picture with Pillow's, from its own memory and from a copy, with and without
     AVX2."""
     left, top, width, height = window or (0, 0, *target)
@@ -75,7 +75,7 @@ SIZES = [
 @pytest.mark.parametrize("mode", MODES)
 def test_every_mode_filter_and_size(mode, resample):
     for size, target in SIZES:
-        same(picture(mode, size), target, resample)
+        assert_pillows_bits(picture(mode, size), target, resample)
 
 
 sides = st.integers(1, 90)
@@ -92,7 +92,7 @@ def test_any_window_of_any_box(data, mode, resample, size, target):
             box = (ends[0][0], ends[1][0], ends[0][1], ends[1][1])
     width, height = (data.draw(st.integers(1, side)) for side in target)
     left, top = (data.draw(st.integers(0, side - part)) for side, part in zip(target, (width, height), strict=True))
-    same(picture(mode, size), target, resample, box, (left, top, width, height))
+    assert_pillows_bits(picture(mode, size), target, resample, box, (left, top, width, height))
 
 
 @compiled
@@ -101,7 +101,7 @@ def test_any_window_of_any_box(data, mode, resample, size, target):
 @example((100, 201), (50, 100))
 @settings(max_examples=300, deadline=None)
 def test_the_order_of_the_passes(size, target):
-    same(picture("RGB", size), target, Image.Resampling.BICUBIC)
+    assert_pillows_bits(picture("RGB", size), target, Image.Resampling.BICUBIC)
 
 
 @compiled
