@@ -201,7 +201,7 @@ def _norm(stem: str, width: int) -> Iterator[Spec]:
 
 def is_known(name: str) -> bool:
     """Whether some head of some size has a parameter of this canonical name."""
-    return re.sub(r"\.layers\.\d+\.", ".layers.0.", name) in _KNOWN
+    return find(name.split("."), "pt") is not None
 
 
 def _known_specs() -> Iterable[Spec]:
