@@ -29,6 +29,7 @@ test-without-compiler: $(VENV)/.installed
 
 fuzz: $(VENV)/.installed
 	$(BIN)/python tests/fuzz/fuzz_resize.py
+	$(BIN)/python tests/fuzz/fuzz_json.py
 	$(BIN)/python tests/fuzz/fuzz_readers.py $(ARGS)
 
 lint: $(VENV)/.installed

@@ -147,6 +147,8 @@ class Transaction:
     """
 
     def __init__(self, folder: str | os.PathLike[str]) -> None:
+        if not os.fspath(folder):
+            raise bad_input("The destination must be a folder", folder, 'Pass its path, "." for the working directory')
         self.folder = Path(folder)
         self._removed: set[str] = set()
 

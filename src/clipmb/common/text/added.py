@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from clipmb.common.errors import bad_input
+from clipmb.common.errors import bad_input, boolean
 
 
 @dataclass(frozen=True)
@@ -54,6 +54,8 @@ class AddedToken:
             made = cls(**{**defaults, **{name: getattr(token, name) for name in names if hasattr(token, name)}})
         else:
             raise bad_input("A token must be a string or an AddedToken", token, "Pass the token's text", TypeError)
+        for name in names[1:]:
+            boolean(f"{name} of the token {made.content!r}", getattr(made, name))
         if not made.content:
             raise bad_input("A token must have at least one character", token, "Leave it out")
         return made

@@ -2,24 +2,27 @@
 
 from __future__ import annotations
 
+import operator
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, ClassVar, Self, overload
 
 import numpy as np
 
-from clipmb.common.errors import bad_input, one_of, whole_number
+from clipmb.common.errors import bad_input, boolean, one_of, whole_number
 from clipmb.common.features import to_numpy
 from clipmb.common.text.added import AddedToken
 from clipmb.common.text.engine import Engine
 from clipmb.common.text.options import SIDES
 from clipmb.common.text.vocabulary import (
+    MOST_IDS,
     Vocabulary,
     official,
     read_tokenizer_json,
 )
 
 MODEL_MAX_LENGTH = 77
+INPUT_NAMES = ("input_ids", "attention_mask")
 SPECIAL = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 
 
@@ -46,7 +49,7 @@ class SpecialToken:
 
 
 class SpecialTokenId:
-    """The id of one special token, or None; read only."""
+    """The id of one special token, or None; assigned, it makes the token of that id the special one."""
 
     def __set_name__(self, owner: type[Tokens], name: str) -> None:
         self._name = name.removesuffix("_id")
@@ -62,8 +65,8 @@ class SpecialTokenId:
         token = tokens._special.get(self._name)
         return None if token is None else tokens.convert_tokens_to_ids(token)
 
-    def __set__(self, tokens: Tokens, value: object) -> None:
-        raise AttributeError(f"{self._name}_id follows from {self._name}, which can be set.")
+    def __set__(self, tokens: Tokens, index: int | None) -> None:
+        setattr(tokens, self._name, None if index is None else tokens._token_at(self._name, index))
 
 
 class Tokens:
@@ -96,6 +99,7 @@ class Tokens:
 
     def __init__(
         self,
+        /,
         vocab_file: str | os.PathLike[str] | None = None,
         merges_file: str | os.PathLike[str] | None = None,
         tokenizer_file: str | os.PathLike[str] | None = None,
@@ -124,12 +128,12 @@ class Tokens:
         self.errors = errors
         self.padding_side = padding_side
         self.truncation_side = truncation_side
-        self.clean_up_tokenization_spaces = bool(clean_up_tokenization_spaces)
-        self.split_special_tokens = bool(split_special_tokens)
+        self.clean_up_tokenization_spaces = boolean("clean_up_tokenization_spaces", clean_up_tokenization_spaces)
+        self.split_special_tokens = boolean("split_special_tokens", split_special_tokens)
         self.model_max_length = (
             MODEL_MAX_LENGTH if model_max_length is None else whole_number("model_max_length", model_max_length)
         )
-        self.model_input_names = list(kwargs.pop("model_input_names", ("input_ids", "attention_mask")))
+        self.model_input_names = _names("model_input_names", kwargs.pop("model_input_names", None) or INPUT_NAMES)
         self.name_or_path = str(kwargs.pop("name_or_path", ""))
         self.init_kwargs: dict[str, Any] = kwargs
         self.text_cleaning = self._default_cleaning if text_cleaning is None else text_cleaning
@@ -144,11 +148,17 @@ class Tokens:
             for name, token in special.items()
             if token is not None
         }
+        if not isinstance(additional_special_tokens, list | tuple | None):
+            raise _no_list(additional_special_tokens)
         extra = [AddedToken.of(token, special=True) for token in additional_special_tokens or ()]
         self._special: dict[str, str] = {name: token.content for name, token in tokens.items()}
         self._additional = [token.content for token in extra]
         self._vocabulary = vocabulary
         self._added: dict[int, AddedToken] = {}
+        if added_tokens_decoder is not None and not isinstance(added_tokens_decoder, Mapping):
+            raise bad_input(
+                "added_tokens_decoder must map ids to tokens", added_tokens_decoder, "Correct added_tokens_decoder"
+            )
         for index, token in (added_tokens_decoder or {}).items():
             self._add_at(token, index)
         for token in added:
@@ -178,10 +188,8 @@ class Tokens:
     def _add_at(self, token: Any, index: Any) -> None:
         """Adds a token under the id that a file gives it."""
         made = AddedToken.of(token)
-        try:
-            number = int(index)
-        except (TypeError, ValueError):
-            raise bad_input(f"The added token {made.content!r} needs an integer id", index, "Repair the file") from None
+        plain = int(index) if isinstance(index, str) and index.isdecimal() and len(index) < 20 else index
+        number = whole_number(f"The id of the added token {made.content[:100]!r}", plain, 0, MOST_IDS)
         known = self._vocabulary.ids.get(made.content, number)
         if known != number or self._added.get(number, made).content != made.content:
             other = f"elsewhere {known}" if known != number else f"that is the id of {self._added[number].content!r}"
@@ -228,6 +236,11 @@ class Tokens:
         return {token.content: index for index, token in self._added.items()}
 
     @property
+    def _added_tokens_decoder(self) -> dict[int, AddedToken]:
+        """`added_tokens_decoder`, by the name that programs written for transformers use."""
+        return self.added_tokens_decoder
+
+    @property
     def added_tokens_decoder(self) -> dict[int, AddedToken]:
         """Id to added token, the special ones among them, by rising id."""
         return dict(sorted(self._added.items()))
@@ -256,10 +269,24 @@ class Tokens:
         """Special tokens without a name."""
         return list(self._additional)
 
+    @additional_special_tokens.setter
+    def additional_special_tokens(self, tokens: Sequence[str | AddedToken] | None) -> None:
+        if not isinstance(tokens, list | tuple | None):
+            raise _no_list(tokens)
+        name = "additional_special_tokens"
+        self._additional = [
+            self._known_token(name, AddedToken.of(token, special=True).content) for token in tokens or ()
+        ]
+        self._rebuild()
+
     @property
     def additional_special_tokens_ids(self) -> list[int]:
         """Ids of the special tokens without a name."""
         return self._known_ids(self._additional)
+
+    @additional_special_tokens_ids.setter
+    def additional_special_tokens_ids(self, ids: Sequence[int]) -> None:
+        self.additional_special_tokens = [self._token_at("additional_special_tokens", index) for index in ids]
 
     @property
     def all_special_tokens(self) -> list[str]:
@@ -270,6 +297,36 @@ class Tokens:
     def all_special_ids(self) -> list[int]:
         """Ids of `all_special_tokens`."""
         return self._known_ids(self.all_special_tokens)
+
+    @property
+    def special_tokens_map_extended(self) -> dict[str, Any]:
+        """Name to special token, as `AddedToken`."""
+        added = {token.content: token for token in self._added.values()}
+
+        def extended(token: str) -> AddedToken | str:
+            return added.get(token, token)
+
+        return {
+            name: [extended(one) for one in token] if isinstance(token, list) else extended(token)
+            for name, token in self.special_tokens_map.items()
+        }
+
+    @property
+    def all_special_tokens_extended(self) -> list[AddedToken | str]:
+        """Every special token once, as `AddedToken`."""
+        added = {token.content: token for token in self._added.values()}
+        return [added.get(token, token) for token in self.all_special_tokens]
+
+    def sanitize_special_tokens(self) -> int:
+        """Adds the special tokens that the vocabulary lacks, and returns how many these were."""
+        return self.add_tokens(self.all_special_tokens, special_tokens=True)
+
+    def _token_at(self, name: str, index: int) -> str:
+        """Returns the token of an id that a special token is to have."""
+        token = self._id_to_token().get(whole_number(f"The id of {name}", index, 0))
+        if token is None:
+            raise bad_input(f"The {name} must be in the vocabulary", index, "Pass the id of a token")
+        return token
 
     def _known_ids(self, tokens: list[str]) -> list[int]:
         return [index for index in self.convert_tokens_to_ids(tokens) if index is not None]
@@ -320,7 +377,7 @@ class Tokens:
         for name, value in special_tokens_dict.items():
             several = name == "additional_special_tokens"
             if several and not isinstance(value, list | tuple):
-                raise bad_input("additional_special_tokens must be a list", value, "Pass a list of tokens", TypeError)
+                raise _no_list(value)
             tokens = [AddedToken.of(token, special=True) for token in (value if several else [value])]
             count += self._add(tokens, special=True)
             if several:
@@ -419,7 +476,7 @@ class Tokens:
         """
         tokens = self._id_to_token()
         if isinstance(ids, int | np.integer):
-            return tokens.get(int(ids))
+            return tokens.get(flat_ids([ids])[0])
         skipped = set(self.all_special_ids) if skip_special_tokens else ()
         return [tokens.get(index) for index in flat_ids(ids) if index not in skipped]
 
@@ -433,13 +490,30 @@ class Tokens:
 
 
 def flat_ids(ids: Any) -> list[int]:
-    """Returns the ids of a list, array or tensor of shape (seq,)."""
-    array = ids if isinstance(ids, list | tuple) else to_numpy(ids).reshape(-1) if np.ndim(to_numpy(ids)) < 2 else None
+    """Returns the ids of a list, array or tensor of shape (seq,).
+
+    Raises:
+        TypeError: There are several rows, or an id is not a whole number.
+        ValueError: An id is negative, or larger than any id can be.
+    """
+    array = ids if isinstance(ids, list | tuple) else to_numpy(ids)
     try:
-        if array is None or any(isinstance(index, str) for index in array):
-            raise TypeError
-        return [int(index) for index in array]
+        found = [operator.index(index) for index in (array if np.ndim(array) else np.reshape(array, -1))]
     except TypeError:
         raise bad_input(
-            "Ids must be a list or array of shape (seq,)", ids, "Use batch_decode for several rows", TypeError
-        ) from None
+            "Ids must be whole numbers, in a list or array of shape (seq,)", ids, "Use batch_decode for several rows",
+            TypeError,
+        ) from None  # fmt: skip
+    if found and not (min(found) >= 0 and max(found) <= MOST_IDS):
+        raise bad_input("An id is at least 0 and below 2**31", [i for i in found if not 0 <= i <= MOST_IDS], "Drop it")
+    return found
+
+
+def _names(field: str, names: Any) -> list[str]:
+    if not isinstance(names, list | tuple) or not all(isinstance(name, str) for name in names):
+        raise bad_input(f"{field} must be a list of names", names, f"Correct {field}")
+    return list(names)
+
+
+def _no_list(received: Any) -> Exception:
+    return bad_input("additional_special_tokens must be a list", received, "Pass a list of tokens", TypeError)

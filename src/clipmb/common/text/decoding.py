@@ -63,13 +63,14 @@ class DecodingTokens(Tokens):
             The text, in lower case as the ids hold it: words, punctuation and digits with a space between.
 
         Raises:
-            TypeError: There are several rows of ids, ids are not numbers, or an argument is unknown.
+            TypeError: There are several rows of ids, ids are not whole numbers, or an argument is unknown.
+            ValueError: An id is negative, or larger than any id can be.
             UnicodeDecodeError: The bytes are not UTF-8, and the tokenizer's ``errors`` is "strict".
         """
         kwargs.pop("use_source_tokenizer", None)
         if kwargs:
             raise bad_input("decode has no such argument", next(iter(kwargs)), "Leave it out", TypeError)
-        ids = [int(token_ids)] if isinstance(token_ids, int | np.integer) else flat_ids(token_ids)
+        ids = flat_ids([token_ids] if isinstance(token_ids, int | np.integer) else token_ids)
         known = self._id_to_token()
         skipped: set[int] = set()
         if skip_special_tokens:
@@ -106,7 +107,8 @@ class DecodingTokens(Tokens):
             One text for each row.
 
         Raises:
-            TypeError: Ids are not numbers, or an argument is unknown.
+            TypeError: Ids are not whole numbers, or an argument is unknown.
+            ValueError: An id is negative, or larger than any id can be.
             UnicodeDecodeError: The bytes are not UTF-8, and the tokenizer's ``errors`` is "strict".
         """
         rows = sequences if isinstance(sequences, list | tuple) else to_numpy(sequences)

@@ -6,14 +6,16 @@ import os
 from pathlib import Path
 from typing import Any, Self
 
-from clipmb.common.errors import CheckpointError, bad_input
+from clipmb.common.errors import bad_input, whole_number
 from clipmb.common.former import check_saving, drop_unneeded
 from clipmb.common.hub import Source
-from clipmb.common.json_files import json_text, read_json
+from clipmb.common.json_files import content_of, json_text, read_json
 from clipmb.common.saving import Transaction, read_whole
+from clipmb.common.text.added import AddedToken
+from clipmb.common.text.base import SPECIAL
 from clipmb.common.text.decoding import DecodingTokens
 from clipmb.common.text.options import NO_LIMIT
-from clipmb.common.text.vocabulary import read_tokenizer_json, tokenizer_json
+from clipmb.common.text.vocabulary import MOST_IDS, read_tokenizer_json, tokenizer_json
 
 
 class SavedTokens(DecodingTokens):
@@ -48,9 +50,12 @@ class SavedTokens(DecodingTokens):
         config = _optional_json(source, "tokenizer_config.json")
         files = cls._files(source)
         merged: dict[str, Any] = {}
+        listed: set[str] = set()
         if "tokenizer_file" in files:
-            merged.update(read_tokenizer_json(files["tokenizer_file"]).special)
-        merged.update(_optional_json(source, "special_tokens_map.json"))
+            content = read_tokenizer_json(files["tokenizer_file"])
+            merged.update(content.special)
+            listed = {token["content"] for token in content.added}
+        merged.update(_special_tokens(source))
         merged.update(config)
         length = merged.get("model_max_length")
         if isinstance(length, int | float) and length > NO_LIMIT:
@@ -59,18 +64,13 @@ class SavedTokens(DecodingTokens):
             merged.pop("text_cleaning", None)
         decoder = merged.pop("added_tokens_decoder", None)
         if decoder is None:  # otherwise added_tokens.json is what an older version left, as transformers 4 reads it
-            decoder = {index: token for token, index in _optional_json(source, "added_tokens.json").items()}
+            decoder = {index: token for token, index in _plain(source, "added_tokens.json").items()}
+            decoder = {index: token for index, token in decoder.items() if token not in listed}
         for name in (*cls.vocab_files_names, "name_or_path"):
             merged.pop(name, None)  # paths on the machine that saved it
-        try:
-            return cls(
-                *init_inputs,
-                **{**files, **merged, "added_tokens_decoder": decoder, "name_or_path": str(source), **kwargs},
-            )
-        except (TypeError, ValueError) as error:
-            if kwargs or init_inputs:
-                raise
-            raise CheckpointError(f"The tokenizer files of {source} do not fit together: {error}") from error
+        settings = {**files, **merged, "added_tokens_decoder": decoder, "name_or_path": str(source), **kwargs}
+        with content_of(f"The tokenizer files of {source} do not fit", changed=kwargs or init_inputs):
+            return cls(*init_inputs, **settings)
 
     @classmethod
     def _files(cls, source: Source) -> dict[str, Path]:
@@ -191,3 +191,27 @@ class SavedTokens(DecodingTokens):
 def _optional_json(source: Source, name: str) -> dict[str, Any]:
     path = source.find(name)
     return {} if path is None else read_json(path)
+
+
+def _plain(source: Source, name: str) -> dict[str, Any]:
+    """Reads a file whose values are numbers; a list could not become a key."""
+    content = _optional_json(source, name)
+    with content_of(source.find(name)):
+        for token, index in content.items():
+            whole_number(f"The id of the added token {token[:100]!r}", index, 0, MOST_IDS)
+        if len(set(content.values())) < len(content):
+            raise bad_input("Each added token must have an id of its own", content, "Repair the file")
+    return content
+
+
+def _special_tokens(source: Source) -> dict[str, Any]:
+    """Reads special_tokens_map.json."""
+    content = _optional_json(source, "special_tokens_map.json")
+    for name in {*SPECIAL, "additional_special_tokens"} & content.keys():
+        value = content[name]
+        tokens = value if isinstance(value, list) else [value]
+        with content_of(f"{name} in special_tokens_map.json of {source}"):
+            for token in tokens:
+                if token is not None:
+                    AddedToken.of(token)
+    return content

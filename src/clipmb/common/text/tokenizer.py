@@ -554,6 +554,7 @@ class CLIPTokenizer(_Tokenizer):
 
     def __init__(
         self,
+        /,
         vocab_file: str | os.PathLike[str] | None = None,
         merges_file: str | os.PathLike[str] | None = None,
         errors: str = "replace",
@@ -585,6 +586,7 @@ class CLIPTokenizerFast(_Tokenizer):
 
     def __init__(
         self,
+        /,
         vocab_file: str | os.PathLike[str] | None = None,
         merges_file: str | os.PathLike[str] | None = None,
         tokenizer_file: str | os.PathLike[str] | None = None,

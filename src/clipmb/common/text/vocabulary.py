@@ -14,6 +14,7 @@ from clipmb.common.errors import CheckpointError
 from clipmb.common.json_files import json_text, read_json
 
 SUFFIX = "</w>"
+MOST_IDS = 2**31 - 1  # as the frameworks' smaller integers
 MAX_MERGES = 49152 - 256 - 2  # as CLIP's first release and every one since
 _HEADER = "#version: 0.2"
 MARKERS = ("<|startoftext|>", "<|endoftext|>")
@@ -126,13 +127,11 @@ def read_tokenizer_json(path: str | Path) -> TokenizerFile:
         problems.append(f"the model is {model.get('type')!r}, not 'BPE'")
     if model.get("end_of_word_suffix") != SUFFIX:
         problems.append(f"words end in {model.get('end_of_word_suffix')!r}, not {SUFFIX!r}")
-    normalizers = (content.get("normalizer") or {}).get("normalizers")
-    if normalizers != _NORMALIZER:
+    if _inside(content, "normalizer", "normalizers") != _NORMALIZER:
         problems.append("the normalizer is not NFC, whitespace to one space, lower case")
-    pre_tokenizers = (content.get("pre_tokenizer") or {}).get("pretokenizers") or []
-    kinds = [step.get("type") for step in pre_tokenizers]
-    patterns = [step.get("pattern", {}).get("Regex") for step in pre_tokenizers[:1]]
-    if kinds != ["Split", "ByteLevel"] or patterns[0] not in (_WORDS, _WORDS_OR_MARKERS):
+    steps = _inside(content, "pre_tokenizer", "pretokenizers")
+    kinds = [_inside(step, "type") for step in steps] if isinstance(steps, list) else []
+    if kinds != ["Split", "ByteLevel"] or _inside(steps[0], "pattern", "Regex") not in (_WORDS, _WORDS_OR_MARKERS):
         problems.append("the pre-tokenizer is not CLIP's word pattern followed by bytes")
     if problems:
         raise CheckpointError(
@@ -141,16 +140,18 @@ def read_tokenizer_json(path: str | Path) -> TokenizerFile:
             problems,
         )
     ids = _checked_ids(model.get("vocab"), str(path))
-    lines = [" ".join(merge) if isinstance(merge, list) else merge for merge in model["merges"]]
+    lines = [_joined(merge) for merge in model["merges"]]
     added = content.get("added_tokens") or []
+    if not isinstance(added, list):
+        raise CheckpointError(f"{path}: added_tokens must be a list.")
     for token in added:
-        if not isinstance(token, dict) or not isinstance(token.get("id"), int) or not token.get("content"):
-            raise CheckpointError(f"{path} has an added token without id or content: {token!r}.")
+        if not isinstance(token, dict) or type(token.get("id")) is not int or not token.get("content"):
+            raise CheckpointError(f"{path} has an added token without id or content: {repr(token)[:200]}.")
     special = {}
-    post = content.get("post_processor") or {}
     for name, place in (("bos_token", "cls"), ("eos_token", "sep")):
-        if isinstance(post.get(place), list) and post[place]:
-            special[name] = post[place][0]
+        end = _inside(content, "post_processor", place)
+        if isinstance(end, list) and end and isinstance(end[0], str):
+            special[name] = end[0]
     if isinstance(model.get("unk_token"), str):
         special["unk_token"] = model["unk_token"]
     return TokenizerFile(Vocabulary(ids, _checked_ranks(lines, ids, str(path))), added, special)
@@ -221,6 +222,18 @@ def read_text(path: str | Path) -> str:
         raise CheckpointError(f"{path} cannot be read: {error}") from error
 
 
+def _inside(content: Any, *keys: str) -> Any:
+    """Returns what nested objects hold under these keys; None where one of them is no object or lacks its key."""
+    for key in keys:
+        content = content.get(key) if isinstance(content, dict) else None
+    return content
+
+
+def _joined(merge: Any) -> Any:
+    """Returns a merge as merges.txt has it, from the list of two that newer files have."""
+    return " ".join(merge) if isinstance(merge, list) and all(isinstance(part, str) for part in merge) else merge
+
+
 def _merge_lines(text: str) -> list[str]:
     lines = text.strip().split("\n")
     return lines[1:] if "#version:" in lines[0] else lines
@@ -229,13 +242,14 @@ def _merge_lines(text: str) -> list[str]:
 def _checked_ids(ids: Any, path: str) -> dict[str, int]:
     if not isinstance(ids, dict) or not ids:
         raise CheckpointError(f"{path} has no vocabulary: an object from token to id is needed.")
-    wrong = [f"{token!r} has the id {i!r}" for token, i in ids.items() if type(i) is not int or i < 0]
+    wrong = [token for token, i in ids.items() if type(i) is not int or not 0 <= i <= MOST_IDS]
     if wrong:
-        raise CheckpointError(f"{path} must give every token an id of 0 or more.", wrong[:20])
+        shown = [f"{token[:100]!r} has the id {repr(ids[token])[:100]}" for token in wrong[:20]]
+        raise CheckpointError(f"{path} must give every token an id of 0 or more.", shown)
     if len(set(ids.values())) < len(ids):
         first: dict[int, str] = {}
         twice = [f"{i}: {first[i]!r} and {token!r}" for token, i in ids.items() if first.setdefault(i, token) != token]
-        raise CheckpointError(f"{path} gives several tokens one id.", twice[:20])
+        raise CheckpointError(f"{path} gives several tokens one id.", [line[:200] for line in twice[:20]])
     return ids
 
 
@@ -245,10 +259,12 @@ def _checked_ranks(lines: list[Any], ids: dict[str, int], path: str) -> dict[str
     for line in lines:
         left, space, right = line.partition(" ") if isinstance(line, str) else ("", "", "")
         if not left or not right or not space or " " in right:
-            problems.append(f"merge {len(ranks) + 1}: {line!r} is not two symbols with a space between")
+            problems.append(f"merge {len(ranks) + 1}: {repr(line)[:200]} is not two symbols with a space between")
         elif not (left in ids and right in ids and left + right in ids):
             missing = [symbol for symbol in (left, right, left + right) if symbol not in ids]
-            problems.append(f"merge {len(ranks) + 1}: {', '.join(map(repr, missing))} not in the vocabulary")
+            problems.append(
+                f"merge {len(ranks) + 1}: {', '.join(repr(symbol[:100]) for symbol in missing)} not in the vocabulary"
+            )
         ranks.setdefault(line if isinstance(line, str) else repr(line), len(ranks))
         if len(problems) >= 20:
             break

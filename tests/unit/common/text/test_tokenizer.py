@@ -491,3 +491,83 @@ def test_left_over_added_tokens_are_ignored_where_the_config_has_its_own(kind, t
     del config["added_tokens_decoder"]
     (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
     assert kind.from_pretrained(tmp_path).convert_tokens_to_ids("<old>") == 49408
+
+
+@pytest.mark.parametrize("kind", [CLIPTokenizer, CLIPTokenizerFast])
+@pytest.mark.parametrize(("ids", "error"), [([1.5], TypeError), ([-1], ValueError), ([10**12], ValueError)])
+def test_what_is_no_id_is_refused(kind, ids, error):
+    tokenizer = kind()
+    for call in (tokenizer.decode, tokenizer.convert_ids_to_tokens, lambda ids: tokenizer.decode(np.array(ids))):
+        with pytest.raises(error, match="Received: "):
+            call(ids)
+    assert tokenizer.decode([320, 60_000]) == "a"  # an id that the vocabulary lacks is left out, as in transformers
+
+
+@pytest.mark.parametrize("kind", [CLIPTokenizer, CLIPTokenizerFast])
+def test_special_tokens_are_set_by_their_ids(kind):
+    tokenizer = kind()
+    tokenizer.pad_token_id = 320
+    assert (tokenizer.pad_token, tokenizer.pad_token_id) == ("a</w>", 320)
+    tokenizer.pad_token_id = None
+    assert tokenizer.pad_token is tokenizer.pad_token_id is None
+    tokenizer.additional_special_tokens = ["cat</w>"]
+    assert tokenizer.additional_special_tokens_ids == [2368]
+    tokenizer.additional_special_tokens_ids = [320, 321]
+    assert tokenizer.additional_special_tokens == ["a</w>", "b</w>"]
+    tokenizer.additional_special_tokens = None
+    assert "additional_special_tokens" not in tokenizer.special_tokens_map
+    with pytest.raises(ValueError, match="unk_token must be in the vocabulary"):
+        tokenizer.unk_token_id = 999_999
+    with pytest.raises(ValueError, match="additional_special_tokens must be in the vocabulary"):
+        tokenizer.additional_special_tokens = ["<nowhere>"]
+
+
+def test_special_tokens_with_their_flags():
+    tokenizer = CLIPTokenizer(additional_special_tokens=["<x>"])
+    extended = tokenizer.special_tokens_map_extended
+    assert {name: str(token) for name, token in extended.items() if isinstance(token, AddedToken)} == {
+        name: token for name, token in tokenizer.special_tokens_map.items() if isinstance(token, str)
+    }
+    assert extended["additional_special_tokens"] == [tokenizer.added_tokens_decoder[49408]]
+    assert [str(token) for token in tokenizer.all_special_tokens_extended] == tokenizer.all_special_tokens
+    assert tokenizer._added_tokens_decoder == tokenizer.added_tokens_decoder
+    assert tokenizer.sanitize_special_tokens() == 0
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "told"),
+    [
+        ("special_tokens_map.json", {"pad_token": [1]}, "pad_token in special_tokens_map.json"),
+        ("special_tokens_map.json", {"pad_token": {"content": "x", "lstrip": 3}}, "lstrip of the token 'x'"),
+        ("tokenizer_config.json", {"added_tokens_decoder": [1]}, "added_tokens_decoder must map"),
+        ("tokenizer_config.json", {"added_tokens_decoder": {"-1": "x"}}, "The id of the added token 'x'"),
+        ("tokenizer_config.json", {"additional_special_tokens": "abc"}, "additional_special_tokens must be a list"),
+        ("tokenizer_config.json", {"split_special_tokens": "no"}, "split_special_tokens must be True or False"),
+        ("tokenizer_config.json", {"model_input_names": [1]}, "model_input_names must be a list"),
+        ("added_tokens.json", {"<x>": []}, "The id of the added token '<x>'"),
+        ("added_tokens.json", {"<x>": 10**30}, "The id of the added token '<x>'"),
+        ("vocab.json", {"a": 10**30}, "vocab.json must give every token an id"),
+    ],
+)
+def test_wrong_content_names_file_and_field(tiny, name, content, told):
+    tiny.joinpath(name).write_text(json.dumps(content))
+    with pytest.raises(CheckpointError) as caught:
+        CLIPTokenizer.from_pretrained(tiny)
+    assert told in str(caught.value)
+    assert str(tiny) in str(caught.value)
+
+
+def test_no_key_of_a_file_becomes_an_attribute_that_exists(tiny):
+    config = {"self": 1, "__class__": "x", "encode": 2, "decode": None}
+    tiny.joinpath("tokenizer_config.json").write_text(json.dumps(config))
+    tokenizer = CLIPTokenizer.from_pretrained(tiny)
+    assert type(tokenizer) is CLIPTokenizer
+    assert callable(tokenizer.encode)
+    tokenizer.save_pretrained(tiny)
+    written = json.loads((tiny / "tokenizer_config.json").read_text("utf-8"))
+    assert {name: written[name] for name in config} == config
+
+
+def test_saving_needs_a_name(fast):
+    with pytest.raises(ValueError, match="destination must be a folder"):
+        fast.save_pretrained("")

@@ -1,0 +1,35 @@
+"""A sample of `make fuzz` on configuration, tokenizer, processor and index files, and that the fuzzer finds faults."""
+
+from __future__ import annotations
+
+import fuzz_json
+import pytest
+
+from clipmb import CheckpointError, CLIPConfig
+
+
+def test_damaged_files_give_an_object_or_one_clear_error():
+    assert fuzz_json.work(0, 300) == []
+
+
+@pytest.mark.parametrize(
+    ("fault", "found"),
+    [
+        (KeyError("x"), "KeyError"),
+        (CheckpointError("something is wrong"), "names no file"),
+        (CheckpointError("{folder}" + "x" * 10_000), "a message of"),
+    ],
+)
+def test_the_fuzzer_finds_faults(fault, found, tmp_path):
+    def read(folder):
+        raise type(fault)(*(str(part).replace("{folder}", str(folder)) for part in fault.args))
+
+    assert fuzz_json.problem_of(read, tmp_path).startswith(found)
+
+
+def test_the_fuzzer_finds_what_is_lost_between_saving_and_loading(tmp_path, monkeypatch):
+    CLIPConfig().save_pretrained(tmp_path)
+    read = fuzz_json.settings(CLIPConfig)
+    assert fuzz_json.problem_of(read, tmp_path) is None
+    monkeypatch.setattr(CLIPConfig, "to_dict", lambda self: {"number": id(self), "model_type": "clip"})
+    assert fuzz_json.problem_of(read, tmp_path).startswith("AssertionError")
