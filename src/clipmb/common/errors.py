@@ -4,12 +4,47 @@ from __future__ import annotations
 
 import logging
 import operator
+import reprlib
 import warnings
 from collections.abc import Iterable, Sequence
 from typing import Any
 
 logger = logging.getLogger("clipmb")
 _said: set[str] = set()
+_LINES, _LINE, _MESSAGE, _VALUE = 20, 300, 4000, 200  # what is shown of problems, one of them, a message, a value
+
+
+class _Bounded(reprlib.Repr):
+    """A ``repr`` that is cut while it is built: of damaged files, values may be nested, shared and of any length."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.maxlevel, self.maxstring, self.maxother, self.maxlong = 3, _VALUE, _VALUE, _VALUE
+        self.maxtuple = self.maxlist = self.maxdict = self.maxset = self.maxfrozenset = 20
+
+    def repr_instance(self, x: Any, level: int) -> str:
+        """Shows subclasses of dictionaries and lists like those, and everything else by its own ``repr``."""
+        if isinstance(x, dict):
+            return self.repr_dict(x, level)
+        if isinstance(x, list | tuple):
+            return self.repr_list(list(x), level)
+        return super().repr_instance(x, level)
+
+    def repr_int(self, x: int, level: int) -> str:
+        """Shows integers, of which Python writes no more than 4,300 digits."""
+        return super().repr_int(x, level) if x.bit_length() < 8 * _VALUE else f"<int of {x.bit_length()} bits>"
+
+
+_bounded = _Bounded()
+
+
+def bounded_repr(value: object) -> str:
+    """Returns the ``repr`` of a value, cut to 200 characters without building more of it than that needs."""
+    return _cut(_bounded.repr(value), _VALUE)
+
+
+def _cut(text: str, length: int) -> str:
+    return text if len(text) <= length else text[: length - 3] + "..."
 
 
 class ClipmbError(Exception):
@@ -17,17 +52,20 @@ class ClipmbError(Exception):
 
 
 class CheckpointError(ClipmbError, OSError):
-    """A checkpoint cannot be found, read, or does not fit the model. Lists every problem at once.
+    """A checkpoint cannot be found, read, or does not fit the model. Lists the problems at once, up to 20 of them.
 
     It is an ``OSError`` because that is what ``from_pretrained`` always raised for unreadable checkpoints.
 
     Attributes:
-        problems: One line for each thing that is wrong.
+        problems: One line for each thing that is wrong, all of them.
     """
 
     def __init__(self, message: str, problems: Iterable[str] = ()) -> None:
         self.problems = list(problems)
-        super().__init__("\n  - ".join([message, *self.problems]))
+        lines = [_cut(problem, _LINE) for problem in self.problems[:_LINES]]
+        if (more := len(self.problems) - len(lines)) > 0:
+            lines.append(f"and {more} more")
+        super().__init__("\n  - ".join([_cut(message, _MESSAGE), *lines]))
 
 
 class MissingBackendError(ClipmbError, ImportError):
@@ -62,9 +100,7 @@ def bad_input(
     Returns:
         The exception, to be raised by the caller.
     """
-    text = received if shown else repr(received)
-    text = str(text)
-    text = text if len(text) <= 200 else text[:197] + "..."
+    text = _cut(str(received), _VALUE) if shown else bounded_repr(received)
     return kind(f"{rule}. Received: {text}. {fix}.")
 
 

@@ -168,7 +168,8 @@ class Source:
         parts = name.split("/")
         plausible = len(parts) <= 2 and all(parts) and not name.startswith((".", "~", "/")) and "\\" not in name
         if Path(name).is_file() or not plausible:
-            what = "is a file" if Path(name).is_file() else "does not exist"
+            exists = "is a file" if Path(name).is_file() else "is neither a folder nor a file of data"
+            what = exists if Path(name).exists() else "does not exist"
             raise CheckpointError(
                 f"{name} {what}. Pass an existing folder, or a Hub id like 'openai/clip-vit-base-patch32'."
             )

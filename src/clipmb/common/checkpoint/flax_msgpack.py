@@ -104,6 +104,8 @@ def _flatten(tree: dict[str, Any], prefix: str, tensors: dict[str, Lazy], reader
         if isinstance(value, dict) and _CHUNKED in value:
             value = reader.joined(value)
         name = f"{prefix}{key}"
+        if len(name) > _MAX_KEY:
+            raise reader.damaged(f"a parameter whose name has {len(name)} characters")
         if isinstance(value, dict):
             _flatten(value, f"{name}/", tensors, reader)
         elif not isinstance(value, Lazy):

@@ -27,7 +27,7 @@ _DTYPES = (
 )  # fmt: skip
 _OPAQUE = np.dtype("V2")  # how HDF5, which has no bfloat16, holds one
 _FILTERS = (1, 2, 3)  # deflate, shuffle, Fletcher's checksum; others would load plugins
-_MAX_OBJECTS, _MAX_DEPTH = 100_000, 32
+_MAX_OBJECTS, _MAX_DEPTH, _MAX_PATH = 20_000, 32, 1000  # with an optimizer's state, a CLIP has some 5,000 objects
 _MAX_RATIO, _ALLOWANCE = 16, 1 << 20  # of what compressed arrays may be larger than the file
 
 
@@ -85,6 +85,8 @@ class _Walk:
             raise CheckpointError(f"{self.path} nests groups deeper than {_MAX_DEPTH}.")
         for name in group:
             where = f"{prefix}{name}"
+            if len(where) > _MAX_PATH:
+                raise CheckpointError(f"{self.path} has a name of {len(where)} characters.")
             if not isinstance(group.get(name, getlink=True), self.h5py.HardLink):
                 self.problems.append(f"{where} is a link to elsewhere")
                 continue

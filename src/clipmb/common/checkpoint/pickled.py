@@ -29,7 +29,7 @@ from clipmb.common.checkpoint.sniffing import LEGACY, ZIP
 from clipmb.common.checkpoint.tensors import Lazy
 from clipmb.common.checkpoint.wrapping import unwrapped
 from clipmb.common.dtypes import BFLOAT16
-from clipmb.common.errors import CheckpointError, MissingBackendError
+from clipmb.common.errors import CheckpointError, MissingBackendError, bounded_repr
 
 _DTYPES = {
     "DoubleStorage": np.dtype(np.float64),
@@ -43,8 +43,10 @@ _DTYPES = {
     "ByteStorage": np.dtype(np.uint8),
     "BoolStorage": np.dtype(np.bool_),
 }
-_MAX_OPERATIONS = 5_000_000  # a training checkpoint of a ViT-L/14, with the optimizer's state, has some 100,000
+_MAX_OPERATIONS = 1_000_000  # a training checkpoint of a ViT-L/14, with the optimizer's state, has some 100,000
+_MAX_PICKLE = 32 << 20  # bytes of the pickles, without the numbers; those of the same file take some 5 MB
 _MAX_AXES = 8
+_MAX_PATH = 1000  # characters of the attributes that lead to a tensor of TorchScript; CLIP has 60
 
 
 @dataclass(frozen=True)
@@ -182,9 +184,9 @@ class _Interpreter:
     def _storage(self, name: Any) -> Storage:
         kind, dtype, key, _, count, *view = _expect(name, tuple)
         if kind != "storage" or any(view) or type(count) is not int or count < 0 or not isinstance(key, str):
-            raise ValueError(f"it names a storage in an unknown way: {name!r:.100}")
-        if str(dtype) not in {f"torch.{known}" for known in _DTYPES}:
-            raise ValueError(f"it has tensors of {dtype} (supported: {', '.join(_DTYPES)})")
+            raise ValueError(f"it names a storage in an unknown way: {bounded_repr(name)}")
+        if str(_expect(dtype, Global)) not in {f"torch.{known}" for known in _DTYPES}:
+            raise ValueError(f"it has tensors of {str(dtype)[:100]} (supported: {', '.join(_DTYPES)})")
         storage = Storage(key, _DTYPES[dtype.name], count)
         self.storages[storage] = None
         return storage
@@ -297,7 +299,7 @@ class Pickled:
 
     def _state_dict(self, tree: Any) -> dict[str, Any]:
         if self.scripted:
-            return _attributes(tree)
+            return _attributes(tree, self.path)
         tree, self.wrapper = unwrapped(tree)  # what trainers save: weights, epoch, optimizer …
         if not isinstance(tree, dict) or not all(isinstance(name, str) for name in tree):
             raise CheckpointError(f"{self.path} holds no dict of names and tensors. Save the model's state_dict().")
@@ -311,8 +313,12 @@ class Pickled:
         return tree
 
 
-def _attributes(root: Any) -> dict[str, Any]:
-    """Names the tensors of TorchScript's objects, and the whole numbers of the outermost, by their attribute paths."""
+def _attributes(root: Any, path: Path) -> dict[str, Any]:
+    """Names the tensors of TorchScript's objects, and the whole numbers of the outermost, by their attribute paths.
+
+    Raises:
+        CheckpointError: A path is longer than any model's.
+    """
     found: dict[str, Any] = {}
     seen: set[int] = set()
     waiting = [("", root)]
@@ -321,6 +327,8 @@ def _attributes(root: Any) -> dict[str, Any]:
         if not isinstance(node, Inert) or id(node) in seen:  # each object once: files may have cycles
             continue
         seen.add(id(node))
+        if len(prefix) > _MAX_PATH:
+            raise CheckpointError(f"{path} nests objects deeper than any CLIP: {prefix[:100]}….")
         for name, value in node.attributes.items():
             if isinstance(value, Layout) or (not prefix and type(value) is int):
                 found[f"{prefix}{name}"] = value
@@ -399,6 +407,8 @@ def _inspect_zip(path: Path, file: Any) -> Pickled:
     if len(roots) != 1:
         raise ValueError("the archive has no data.pkl in its one folder")
     start, size = records[f"{roots[0]}data.pkl"]
+    if size > _MAX_PICKLE:
+        raise ValueError(f"its data.pkl has {size} bytes")
     if f"{roots[0]}byteorder" in records:
         file.seek(records[f"{roots[0]}byteorder"][0])
         if file.read(3) == b"big":
@@ -445,16 +455,36 @@ def _records(file: Any) -> dict[str, tuple[int, int]]:
     return records
 
 
+class _Stream:
+    """The pickles at the beginning of a mapped file, which may be sparse and claim a string of any length."""
+
+    def __init__(self, content: mmap.mmap) -> None:
+        self._content, self.tell = content, content.tell
+
+    def read(self, count: int) -> bytes:
+        """Reads so many bytes, or as many as there are."""
+        if self.tell() + count > _MAX_PICKLE:
+            raise ValueError(f"it has more than {_MAX_PICKLE} bytes of pickles")
+        return self._content.read(count)
+
+    def readline(self) -> bytes:
+        """Reads up to the end of a line."""
+        end = self._content.find(b"\n", self.tell(), _MAX_PICKLE)
+        if end < 0:
+            raise ValueError("it has a line without an end")
+        return self._content.read(end + 1 - self.tell())
+
+
 def _inspect_legacy(path: Path, file: Any) -> Pickled:
-    content = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)  # its read() never allocates beyond its end
+    content = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
     try:
-        interpreter = _Interpreter()
-        interpreter.run(content)  # the magic number
-        interpreter.run(content)  # the version of the protocol
-        if _expect(interpreter.run(content), dict).get("little_endian") is not True:
+        interpreter, stream = _Interpreter(), _Stream(content)
+        interpreter.run(stream)  # the magic number
+        interpreter.run(stream)  # the version of the protocol
+        if _expect(interpreter.run(stream), dict).get("little_endian") is not True:
             raise ValueError("it was written by a big-endian machine; save it again on a little-endian one")
-        tree = interpreter.run(content)
-        keys = _expect(interpreter.run(content), list)
+        tree = interpreter.run(stream)
+        keys = _expect(interpreter.run(stream), list)
         sizes = {storage.key: storage.count * storage.dtype.itemsize for storage in interpreter.storages}
         if len(sizes) != len(interpreter.storages) or sorted(sizes) != sorted(keys):
             raise ValueError("its storages are not those that its tensors name")

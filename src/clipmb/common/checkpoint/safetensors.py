@@ -35,6 +35,7 @@ _CODES = {
     "F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16", "I64": "int64", "I32": "int32",
     "I16": "int16", "I8": "int8", "U8": "uint8", "BOOL": "bool",
 }  # fmt: skip
+_MAX_TENSORS = 50_000  # a diffusion model with its text encoders has some 3,000
 _DTYPES = {code: numpy_dtype(name) for code, name in _CODES.items()}
 _CODE_OF = {dtype: code for code, dtype in _DTYPES.items()}
 
@@ -80,9 +81,13 @@ def map_file(path: Path) -> Deferred:
     """
     try:
         with safetensors.safe_open(path, framework="np") as file:
+            if len(file.keys()) > _MAX_TENSORS:
+                raise CheckpointError(f"{path} has {len(file.keys())} tensors, and no CLIP has {_MAX_TENSORS}.")
             names = file.offset_keys()  # in the order of their bytes, which the library requires to have no holes
             slices = [file.get_slice(name) for name in names]
             layout = [(part.get_dtype(), tuple(part.get_shape())) for part in slices]
+    except CheckpointError:
+        raise
     except (safetensors.SafetensorError, OSError, ValueError, OverflowError) as error:
         raise CheckpointError(f"{path} is not a readable safetensors file: {error}") from error
     if unknown := [

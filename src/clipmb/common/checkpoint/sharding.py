@@ -14,6 +14,7 @@ from clipmb.common.json_files import json_text, read_json
 from clipmb.common.saving import Transaction
 
 _UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
+_MAX_SHARDS = 2000
 T = TypeVar("T")
 
 
@@ -36,6 +37,8 @@ def read_shards(source: Source, index: Path, open_shard: Callable[[Path], Mappin
     if not isinstance(weight_map, dict) or not all(isinstance(file, str) for file in weight_map.values()):
         raise CheckpointError(f"{index} must have a weight_map from tensor names to file names.")
     files = sorted(set(weight_map.values()))
+    if len(files) > _MAX_SHARDS:
+        raise CheckpointError(f"{index} lists {len(files)} files; no checkpoint has more than {_MAX_SHARDS}.")
     escaping = [repr(file) for file in files if not stays_inside(file)]
     if escaping:
         raise CheckpointError(f"{index} lists files outside of its folder:", escaping)

@@ -70,6 +70,8 @@ def open_image(name: str, source: str | os.PathLike[str] | bytes) -> Image.Image
             raise bad_input(
                 f"{name} must be an existing file or base64", source, "Correct the path; pass files, not folders"
             ) from None
+    elif os.path.exists(source) and not os.path.isfile(source):  # opening a pipe would wait for a writer
+        raise bad_input(f"{name} must be a file", str(source), "Pass a file, not a folder, pipe or device", shown=True)
     with _readable(name, source), Image.open(file) as image:
         _check_pixels(image.size)
         ImageOps.exif_transpose(image, in_place=True)
