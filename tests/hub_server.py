@@ -19,6 +19,8 @@ class Hub(ThreadingHTTPServer):
         repositories: Id to name to content. One commit each, which "main" and "v1" mean too.
         private: Ids that need the token "right".
         gated: Ids whose files nobody may have.
+        status: What every question is answered with, when it is not None.
+        names: Headers that name files, such as the ETag, instead of honest ones.
         cut: How many downloads break after half of the bytes.
         requests: (method, path, Range) of each request.
     """
@@ -31,6 +33,8 @@ class Hub(ThreadingHTTPServer):
         self.private: set[str] = set()
         self.gated: set[str] = set()
         self.cut = 0
+        self.status: int | None = None
+        self.names: dict[str, str] = {}
         self.requests: list[tuple[str, str, str | None]] = []
         threading.Thread(target=self.serve_forever, daemon=True).start()
 
@@ -63,6 +67,8 @@ class _Handler(BaseHTTPRequestHandler):
         file = re.fullmatch(r"/([^/]+/[^/]+)/resolve/([^/]+)/(.+)", path)
         info = re.fullmatch(r"/api/models/([^/]+/[^/]+)(?:/revision/([^/]+))?", path)
         match = tree or file or info
+        if self.server.status is not None:
+            return self._fail(self.server.status, None, body, "busy", {"Retry-After": "7"})
         if match is None:
             return self._fail(404, "RepoNotFound", body)
         repository, revision = match[1], match[2] or "main"
@@ -104,6 +110,7 @@ class _Handler(BaseHTTPRequestHandler):
             "X-Repo-Commit": COMMIT,
             "ETag": f'"{hashlib.sha1(content).hexdigest()}"',
             "Accept-Ranges": "bytes",
+            **self.server.names,
         }
         status = 200
         if (wanted := re.fullmatch(r"bytes=(\d+)-", self.headers.get("Range") or "")) and body:
@@ -112,8 +119,10 @@ class _Handler(BaseHTTPRequestHandler):
             content, status = content[start:], 206
         self._send(content, body, status, headers, cut=body and self.server.cut > 0)
 
-    def _fail(self, status: int, code: str | None, body: bool, message: str = "") -> None:
-        headers = {"X-Error-Message": message or str(code), **({"X-Error-Code": code} if code else {})}
+    def _fail(
+        self, status: int, code: str | None, body: bool, message: str = "", more: dict[str, str] | None = None
+    ) -> None:
+        headers = {**(more or {}), "X-Error-Message": message or str(code), **({"X-Error-Code": code} if code else {})}
         self._send(b"{}", body, status, headers)
 
     def _send(

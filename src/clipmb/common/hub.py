@@ -11,7 +11,13 @@ from typing import Any
 
 from clipmb.common import saving
 from clipmb.common.errors import CheckpointError, bad_input
+from clipmb.common.hub_answers import Answer, is_plain, reachable, watched
 
+_REFUSALS: dict[int | None, str] = {
+    401: "the Hub refuses the access token (401). Pass another token=, or False for none.",
+    403: "the Hub forbids it (403). Ask its owner for access, or pass the token= of somebody who has it.",
+    404: "there is no such page (404), and not the answer of a Hub. Check HF_ENDPOINT.",
+}
 _ATTEMPTS = 4  # of a download whose connection breaks
 _OR_OFFLINE = " (or local_files_only or HF_HUB_OFFLINE is set). Connect once, or pass a local folder."
 
@@ -22,11 +28,13 @@ class _Found:
 
     Attributes:
         names: Its files; None until they were listed.
-        offline: The hub could not be reached; do not try again for each further file.
+        offline: The Hub could not be reached; do not try again for each further file.
+        reached: It could be.
     """
 
     names: list[str] | None = None
     offline: bool = False
+    reached: bool = False
 
 
 @dataclass(frozen=True)
@@ -178,6 +186,7 @@ class Source:
         import huggingface_hub
         from huggingface_hub import errors
 
+        self._try_to_reach()
         for attempt in range(_ATTEMPTS):
             try:
                 with self._explained(f"{name} of {self}"):
@@ -197,7 +206,9 @@ class Source:
             except errors.EntryNotFoundError:
                 return None
             except CheckpointError as error:
-                if not _was_cut(error.__cause__) or attempt == _ATTEMPTS - 1:
+                if _is_down(error.__cause__) and not self._found.offline and self._snapshot() is not None:
+                    self._found.offline = True  # and the next attempt looks into the cache
+                elif not _was_cut(error.__cause__) or attempt == _ATTEMPTS - 1:
                     raise  # otherwise the next attempt goes on where this one was cut
         return None
 
@@ -206,6 +217,7 @@ class Source:
         import huggingface_hub
         from huggingface_hub import constants, errors
 
+        self._try_to_reach()
         if not (self.local_files_only or constants.HF_HUB_OFFLINE or self._found.offline):
             try:
                 with self._explained(f"The list of files of {self}"):
@@ -213,11 +225,14 @@ class Source:
                         self.name_or_path, self.subfolder or None, revision=self.revision, token=self.token
                     )
                     files = [entry.path for entry in tree if isinstance(entry, huggingface_hub.hf_api.RepoFile)]
-                    return sorted(name.rsplit("/", 1)[-1] for name in files)
+                    names = sorted(name.rsplit("/", 1)[-1] for name in files)
+                    if strange := [name for name in names if not is_plain(name)]:
+                        raise Answer(200, hostile=f"a file called {strange[0][:100]!r}")
+                    return names
             except errors.EntryNotFoundError:
                 return []  # there is no such subfolder
             except CheckpointError as error:
-                if self._snapshot() is None or not _was_cut(error.__cause__):
+                if self._snapshot() is None or not (_was_cut(error.__cause__) or _is_down(error.__cause__)):
                     raise
         snapshot = self._snapshot()
         if snapshot is None:
@@ -226,10 +241,20 @@ class Source:
         folder = snapshot / self.subfolder
         return sorted(path.name for path in folder.iterdir() if path.is_file()) if folder.is_dir() else []
 
+    def _try_to_reach(self) -> None:
+        """Finds out whether there is a Hub, once, before huggingface_hub tries it for half a minute."""
+        from huggingface_hub import constants
+
+        if not (self.local_files_only or constants.HF_HUB_OFFLINE or self._found.offline or self._found.reached):
+            self._found.reached = reachable()
+            self._found.offline = not self._found.reached
+
     def _not_cached(self, name: str, error: Exception) -> None:
         """Without the network: None when the cache holds this repository without this file, else the error."""
         self._found.offline = True
         if self._snapshot() is None:
+            if (refusal := _REFUSALS.get(_status(error.__cause__))) is not None:
+                raise CheckpointError(f"{name} of {self}: {refusal}") from error
             raise CheckpointError(
                 f"{name} of {self} is not in the local cache, and the Hub cannot be reached{_OR_OFFLINE}"
             ) from error
@@ -253,7 +278,10 @@ class Source:
         from huggingface_hub import errors
 
         try:
-            yield
+            with watched():
+                yield
+        except Answer as error:
+            raise CheckpointError(f"{what} {_described(error)}") from error
         except (errors.LocalEntryNotFoundError, errors.EntryNotFoundError):
             raise
         except errors.GatedRepoError as error:
@@ -270,11 +298,32 @@ class Source:
         except errors.HFValidationError as error:
             raise CheckpointError(f"{self} is neither a local folder nor a valid Hub id.") from error
         except Exception as error:
-            if getattr(getattr(error, "response", None), "status_code", None) in (401, 403):
-                raise CheckpointError(
-                    f"{what}: the Hub refuses the access token. Pass another token=, or False for none."
-                ) from error
+            if (refusal := _REFUSALS.get(_status(error))) is not None:
+                raise CheckpointError(f"{what}: {refusal}") from error
             raise CheckpointError(f"{what} cannot be downloaded: {type(error).__name__}: {error}") from error
+
+
+def _described(answer: Answer) -> str:
+    """Returns what an answer means, after the name of what was asked for."""
+    if answer.hostile:
+        return (
+            f"is refused, and nothing was written: the server that HF_ENDPOINT names answers with {answer.hostile}, "
+            "which is no plain name. Set HF_ENDPOINT to a server that you trust, or remove it."
+        )
+    if answer.status == 429:
+        wait = f"in {answer.wait} seconds" if answer.wait.isdecimal() else "later"
+        return f"cannot be had now: the Hub has too many requests from here (429). Try again {wait}, or pass token=."
+    return f"cannot be had now: the Hub is out of order ({answer.status}). Try again later, or pass a local folder."
+
+
+def _status(error: BaseException | None) -> int | None:
+    """Returns the HTTP status that an error is about, if it is about one."""
+    return getattr(getattr(error, "response", None), "status_code", None)
+
+
+def _is_down(error: BaseException | None) -> bool:
+    """Whether the Hub is there, and cannot answer now."""
+    return isinstance(error, Answer) and not error.hostile
 
 
 def _was_cut(error: BaseException | None) -> bool:

@@ -126,7 +126,7 @@ def test_subfolder_and_revision(hub, find):
         ("me/gated", {}, "gated"),
         ("me/clip", {"local_files_only": True}, "not in the local cache"),
         ("a/b/c", {}, "does not exist"),
-        ("me/cl ip", {}, "valid hub id"),
+        ("me/cl ip", {}, "valid Hub id"),
     ],
 )
 def test_what_is_said_when_there_is_nothing_to_be_had(hub, find, repository, options, words):
@@ -136,6 +136,76 @@ def test_what_is_said_when_there_is_nothing_to_be_had(hub, find, repository, opt
     kind, message = find(repository, "config.json", **options)["config.json"]
     assert kind == "CheckpointError"
     assert words in message
+
+
+AT_ONCE = """
+import sys, time
+slept = []
+time.sleep = slept.append
+from clipmb.common.hub import Source
+from clipmb.common.errors import CheckpointError
+try:
+    Source(sys.argv[1]).find("config.json")
+except CheckpointError as error:
+    print(len(slept), error)
+"""
+
+
+@pytest.mark.parametrize("interpreter", INTERPRETERS, ids=lambda path: "other" if path != sys.executable else "own")
+@pytest.mark.parametrize(
+    ("status", "words"),
+    [
+        ("no server", "is not in the local cache, and the Hub cannot be reached"),
+        ("no name", "is not in the local cache, and the Hub cannot be reached"),
+        (401, "refuses the access token (401)"),
+        (403, "forbids it (403)"),
+        (404, "no such page (404)"),
+        (429, "too many requests from here (429). Try again in 7 seconds"),
+        (500, "out of order (500)"),
+        (503, "out of order (503)"),
+    ],
+)
+def test_trouble_is_reported_at_once_and_once(hub, python, interpreter, status, words):
+    """Without a wait, and without the lines that huggingface_hub logs for each of its own attempts."""
+    endpoints = {"no server": "http://127.0.0.1:9", "no name": "http://hub.invalid"}
+    hub.status = status if isinstance(status, int) else None
+    env = {"HF_ENDPOINT": endpoints[status]} if status in endpoints else {}
+    done = python(AT_ONCE, "me/clip", interpreter=interpreter, **env)
+    assert done.stderr == ""
+    slept, message = done.stdout.rstrip("\n").split(" ", 1)
+    assert slept == "0"
+    assert words in message
+    assert "\n" not in message
+    assert len(message) < 250
+
+
+@pytest.mark.parametrize("status", [429, 503])
+def test_a_hub_out_of_order_does_not_keep_from_the_cache(hub, find, status):
+    first = find("me/clip", "config.json", "model.safetensors")
+    hub.status = status
+    assert find("me/clip", "config.json", "model.safetensors", "vocab.json") == {**first, "vocab.json": None}
+
+
+@pytest.mark.parametrize(
+    "names",
+    [
+        {"ETag": '"../../../../escaped"'},
+        {"ETag": '"/tmp/escaped"'},
+        {"X-Linked-Etag": '"..\\escaped"'},
+        {"X-Linked-Etag": 'W/"a/b"'},
+        {"X-Repo-Commit": "../../../escaped"},
+        {"X-Repo-Commit": ".."},
+    ],
+)
+def test_a_hostile_hub_makes_no_file(hub, find, tmp_path, names):
+    hub.names = names
+    (tmp_path / "cache").mkdir()
+    kind, message = find("me/clip", "config.json")["config.json"]
+    assert kind == "CheckpointError"
+    assert "is refused, and nothing was written" in message
+    assert "no plain name" in message
+    assert not [path for path in (tmp_path / "cache").rglob("*") if path.is_file()]
+    assert not list(tmp_path.rglob("*escaped*"))
 
 
 def test_the_right_token_opens_a_private_repository(hub, find):
