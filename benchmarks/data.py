@@ -23,7 +23,7 @@ COUNT, BATCH = 96, 32
 
 
 def write(folder: Path) -> list[tuple[str, str]]:
-    """Writes the pictures and captions.jsonl; returns pairs of path and caption."""
+    """Writes the images and captions.jsonl; returns pairs of path and caption."""
     pairs = []
     images = photos()
     for number in range(COUNT):

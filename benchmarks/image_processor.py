@@ -78,7 +78,7 @@ def main() -> None:
         count=COUNT,
         unit="pictures",
     )
-    print(f"{'  Pillow resize alone, 1 thread':<44} {resize_only(images):>12,.1f} pictures/s")
+    print(f"{'  Pillow resize alone, 1 thread':<44} {resize_only(images):>12,.1f} images/s")
     compare(
         "one image at a time (latency)",
         lambda: [ours(image, return_tensors="np") for image in images[:6]],

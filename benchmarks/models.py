@@ -119,7 +119,7 @@ def measure(backend: str, folder: Path, batches: list[int], rounds: int) -> None
 
 
 def modes(backend: str, folder: Path, rounds: int) -> None:
-    """What the engine's options give over its plain float32 mode, for pictures in batches of 8."""
+    """What the engine's options give over its plain float32 mode, for images in batches of 8."""
     inputs = cases(8)["image"][0]["pixel_values"]
     engine = backends.engine(backend)
     plain = engine.load(folder)

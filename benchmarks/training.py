@@ -91,7 +91,7 @@ def flax(folder: Path, batch: dict[str, np.ndarray]) -> Callable[[], Any]:
 
 
 def pairs(size: int) -> dict[str, np.ndarray]:
-    """Random pictures, and captions of the context's full length."""
+    """Random images, and captions of the context's full length."""
     rng = np.random.default_rng(0)
     ids = rng.integers(1000, 40000, (size, 77), np.int64)
     ids[:, 0], ids[:, -1] = 49406, 49407

@@ -11,7 +11,7 @@ from clipmb.common.checkpoint.formats import FORMATS
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("src", help="folder, file of weights, or hub id, in any format")
+    parser.add_argument("src", help="folder, file of weights, or Hub id, in any format")
     parser.add_argument("dst", help="folder to write into")
     parser.add_argument("--to", default="safetensors", choices=FORMATS)
     parser.add_argument("--dtype", choices=("float32", "float16", "bfloat16"), help="the source's own if not given")
@@ -19,7 +19,7 @@ def main() -> int:
     parser.add_argument("--config", help="config.json of the source, or its folder, if the source has none")
     parser.add_argument("--shard-size", default="5GB", help="split larger results")
     parser.add_argument("--subfolder", default="", help="folder inside SRC")
-    parser.add_argument("--revision", help="branch, tag or commit on the hub")
+    parser.add_argument("--revision", help="branch, tag or commit on the Hub")
     parser.add_argument("--variant", help="read model.VARIANT.safetensors")
     parser.add_argument("--overwrite", action="store_true", help="replace the checkpoint that DST holds")
     parser.add_argument("--dry-run", action="store_true", help="print the mapping and write nothing")

@@ -2,9 +2,9 @@
 
     python examples/emoji/evaluate.py build/emoji/run/model build/emoji/data --artists twemoji emojione openmoji
 
-The pictures lie on white and go through the model's own image processor. Beside all labels: without flags, against 9
+The images are on white and go through the model's own image processor. Beside all labels: without flags, against 9
 and 99 other random labels, and tags (words that are in no label and belong to five emoji or more): is one that has the
-tag among the five most similar pictures?
+tag among the five most similar images?
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ def main() -> None:
     arguments = parser.parse_args()
     clip = CLIPPipeline.from_pretrained(arguments.model, backend=arguments.backend)
     emoji = json.loads((arguments.data / "labels.json").read_text("utf-8"))
-    lines = [json.loads(line) for line in (arguments.data / "pictures.jsonl").read_text("utf-8").splitlines()]
+    lines = [json.loads(line) for line in (arguments.data / "images.jsonl").read_text("utf-8").splitlines()]
     classes = class_embeddings(
         clip.encode_text, [entry["label"] for entry in emoji], arguments.template or list(TEMPLATES)
     )
@@ -51,7 +51,7 @@ def scores(clip: CLIPPipeline, emoji: list, classes: np.ndarray, lines: list, im
     """Percentages."""
     index = {entry["hexcode"]: i for i, entry in enumerate(emoji)}
     truth = np.array([index[line["hexcode"]] for line in lines])
-    similar = images @ classes.T  # (pictures, labels)
+    similar = images @ classes.T  # (images, labels)
     right = similar[np.arange(len(truth)), truth][:, None]
     rank = (similar > right).sum(axis=1)  # how many labels come before the right one
     flags = np.array([emoji[i]["group"] == "flags" for i in truth])

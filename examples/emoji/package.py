@@ -1,4 +1,4 @@
-"""Puts a trained model where the package has it, with the labels and some pictures of an artist it never saw.
+"""Puts a trained model where the package has it, with the labels and some images of an artist it never saw.
 
     python examples/emoji/package.py build/emoji/run/model build/emoji/data src/clipmb/data/emoji
 
@@ -30,7 +30,7 @@ def main() -> None:
         shutil.copy(path, arguments.out / path.name)
     labels = [entry["label"] for entry in json.loads((arguments.data / "labels.json").read_text("utf-8"))]
     write_list(arguments.out / "labels.json", labels)
-    lines = [json.loads(line) for line in (arguments.data / "pictures.jsonl").read_text("utf-8").splitlines()]
+    lines = [json.loads(line) for line in (arguments.data / "images.jsonl").read_text("utf-8").splitlines()]
     lines = [line for line in lines if line["artist"] == ARTIST]
     chosen = np.sort(np.random.default_rng(0).choice(len(lines), PICTURES, replace=False))
     sheet = Image.new("RGB", (COLUMNS * SIZE, -(-PICTURES // COLUMNS) * SIZE), "white")

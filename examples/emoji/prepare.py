@@ -1,14 +1,14 @@
-"""Turns emoji artwork from npm packages into pictures with captions: 64x64 PNG files and one JSONL file.
+"""Turns emoji artwork from npm packages into images with captions: 64x64 PNG files and one JSONL file.
 
     python examples/emoji/prepare.py node_modules build/emoji/data
 
 README.md beside this file has the npm command. What is written:
 
     labels.json              the emoji of Unicode, in its order: [{"hexcode", "label", "tags", "group"}, ...]
-    pictures.jsonl           one line for each picture: file_name, artist, hexcode, label, tags, split
+    images.jsonl           one line for each image: file_name, artist, hexcode, label, tags, split
     <artist>/<hexcode>.png   64x64, RGBA
 
-Skin tones, regional indicators and hair components are left out. Most sets say which emoji a picture shows by code
+Skin tones, regional indicators and hair components are left out. Most sets say which emoji an image shows by code
 point (chars.json); the others are matched by name.
 """
 
@@ -30,7 +30,7 @@ SIZE = 64
 TRAINING = ("noto", "noto-v1", "fxemoji", "fluent-emoji", "fluent-emoji-flat", "fluent-emoji-high-contrast")
 FLAGS = {"flag": "{}-4x3", "circle-flags": "{}", "flagpack": "{}"}
 HELD_OUT = ("twemoji", "emojione", "openmoji")
-# Sets without chars.json whose pictures carry the names of a set that has one.
+# Sets without chars.json whose images carry the names of a set that has one.
 NAMED_AS = {"fluent-emoji": "fluent-emoji-flat"}
 
 
@@ -72,8 +72,8 @@ def main() -> None:
             }
             for found, _ in matches
         ]
-        print(f"{artist}: {len(matches)} pictures of {len(emoji)} emoji")
-    write_lines(arguments.out / "pictures.jsonl", lines)
+        print(f"{artist}: {len(matches)} images of {len(emoji)} emoji")
+    write_lines(arguments.out / "images.jsonl", lines)
     labels = [{"hexcode": e.hexcode, "label": e.label, "tags": list(e.tags), "group": e.group} for e in emoji]
     (arguments.out / "labels.json").write_text(json.dumps(labels, ensure_ascii=False, indent=0) + "\n", "utf-8")
 
@@ -112,14 +112,14 @@ def render(icon: dict) -> bytes:
     png = resvg_py.svg_to_bytes(svg_string=svg, width=SIZE, height=SIZE, skip_system_fonts=True)
     image = Image.open(io.BytesIO(png)).convert("RGBA")
     if image.size != (SIZE, SIZE):
-        raise SystemExit(f"a picture came out as {image.size}")
+        raise SystemExit(f"an image came out as {image.size}")
     buffer = io.BytesIO()
     image.save(buffer, "PNG", compress_level=1)
     return buffer.getvalue()
 
 
 class Matcher:
-    """Returns which emoji a picture of a set shows."""
+    """Returns which emoji an image of a set shows."""
 
     def __init__(self, node_modules: Path, emoji: list[Emoji]) -> None:
         self.node_modules = node_modules

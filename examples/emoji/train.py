@@ -1,17 +1,17 @@
-"""Trains the small model that ships with clipmb, on the pictures and captions that prepare.py wrote.
+"""Trains the small model that ships with clipmb, on the images and captions that prepare.py wrote.
 
     python examples/emoji/train.py build/emoji/data build/emoji/run
 
 The run is a fixed number of steps; killed, it continues from its last saved state when started again. Every random
 choice depends on the seed and the number of the step alone, not on the number of processes. What it adds to clipmb's
-own training, because pictures are few and artists are what must be generalised over:
+own training, because images are few and artists are what must be generalised over:
 
-- A batch has CONCEPTS emoji, each drawn by two artists: the loss is that of captions and pictures, plus half that of
-  pictures and pictures of the same emoji by the other artist.
+- A batch has CONCEPTS emoji, each drawn by two artists: the loss is that of captions and images, plus half that of
+  images and images of the same emoji by the other artist.
 - A caption that is true of several emoji of the batch ("red", "animal") counts as a right answer for each.
-- Half the patches of a picture are left out (arXiv 2212.00794), but for the last steps.
+- Half the patches of an image are left out (arXiv 2212.00794), but for the last steps.
 - Muon (https://kellerjordan.github.io/posts/muon) on the matrices, AdamW on the rest.
-- Backgrounds, small affine changes, scale and colour change from step to step. Pictures are never mirrored: flags,
+- Backgrounds, small affine changes, scale and colour change from step to step. Images are never mirrored: flags,
   arrows and hands would become others.
 """
 
@@ -49,7 +49,7 @@ MUON_RATE, ADAMW_RATE, WARMUP_STEPS = 6e-3, 1.5e-3, 50
 WEIGHT_DECAY = 0.1
 PICTURES_WEIGHT = 0.5
 TEMPLATES = ("{}", "a picture of {}", "an emoji of {}")
-VALIDATION = {"artists": ("noto", "fxemoji"), "pictures": 240}  # seen in no step; each has other pictures of its emoji
+VALIDATION = {"artists": ("noto", "fxemoji"), "pictures": 240}  # seen in no step; each has other images of its emoji
 
 
 def main() -> None:
@@ -225,10 +225,10 @@ class Batch:
     """What one step trains on; the first half of the rows is one artist's, the second half another's.
 
     Attributes:
-        pictures: (rows,) indices of pictures.
+        pictures: (rows,) indices of images.
         input_ids: rows of ids.
-        truth: (rows, rows), whether a caption (column) is true of a picture (row).
-        affine: (rows, 2, 3), from places in the changed picture to places in the picture.
+        truth: (rows, rows), whether a caption (column) is true of an image (row).
+        affine: (rows, 2, 3), from places in the changed image to places in the image.
         background: (rows, 3), colours in [0, 1].
         colour: (rows, 5): brightness, contrast, and the gain of red, green and blue.
         saturation: (rows,).
@@ -246,13 +246,13 @@ class Batch:
 
 
 class Data:
-    """All pictures, (pictures, 4, SIZE, SIZE) in uint8 with premultiplied alpha, and all captions."""
+    """All images, (images, 4, SIZE, SIZE) in uint8 with premultiplied alpha, and all captions."""
 
     def __init__(self, folder: Path, tokenizer: CLIPTokenizerFast) -> None:
         self.tokenizer = tokenizer
         self.emoji = json.loads((folder / "labels.json").read_text("utf-8"))
         index = {entry["hexcode"]: i for i, entry in enumerate(self.emoji)}
-        lines = [json.loads(line) for line in (folder / "pictures.jsonl").read_text("utf-8").splitlines()]
+        lines = [json.loads(line) for line in (folder / "images.jsonl").read_text("utf-8").splitlines()]
         lines = [line for line in lines if line["split"] == "train"]
         self.pictures = np.stack([read_picture(folder / line["file_name"]) for line in lines])
         self.concept = np.array([index[line["hexcode"]] for line in lines])
@@ -317,7 +317,7 @@ class Data:
         return self._ids[text]
 
     def pixels(self, batch: Batch, rows: slice) -> Tensor:
-        """The changed pictures of some rows: (rows, 3, SIZE, SIZE), normalised."""
+        """The changed images of some rows: (rows, 3, SIZE, SIZE), normalised."""
         raw = torch.from_numpy(self.pictures[batch.pictures[rows]]).float().div_(255)  # (rows, 4, SIZE, SIZE)
         grid = F.affine_grid(torch.from_numpy(batch.affine[rows]), raw.shape, align_corners=False)
         moved = F.grid_sample(raw, grid, align_corners=False)
@@ -332,7 +332,7 @@ class Data:
         return standardize(image)
 
     def plain_pixels(self, pictures: np.ndarray) -> Tensor:
-        """Pictures as they are, on white."""
+        """Images as they are, on white."""
         raw = torch.from_numpy(self.pictures[pictures]).float().div_(255)
         return standardize(raw[:, :3] + (1 - raw[:, 3:]))
 
@@ -394,13 +394,13 @@ def gather(own: Tensor, count: int) -> Tensor:
 
 
 def true_captions_loss(texts: Tensor, images: Tensor, scale: Tensor, truth: Tensor) -> Tensor:
-    """Symmetric cross-entropy where a picture may have several true captions and a caption several pictures.
+    """Symmetric cross-entropy where an image may have several true captions and a caption several images.
 
     Args:
         texts: (rows, proj), of unit length.
         images: The same.
         scale: Logarithm of the factor of the similarities.
-        truth: (rows, rows), pictures by captions.
+        truth: (rows, rows), images by captions.
     """
     logits = scale.exp() * images @ texts.T
     right = truth.to(logits.dtype)
@@ -439,7 +439,7 @@ def text_features(model: CLIPModel, rows: list[list[int]], pieces: int = 3) -> T
 
 @torch.no_grad()
 def validate(model: CLIPModel, data: Data) -> dict[str, float]:
-    """How often the right label of all is the first, or among the first five, for the pictures kept from training."""
+    """How often the right label of all is the first, or among the first five, for the images kept from training."""
     model.eval()
     classes = sum(
         normalize(text_features(model, [data.ids(template.replace("{}", entry["label"])) for entry in data.emoji], 20))
