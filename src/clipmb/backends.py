@@ -59,7 +59,7 @@ class Engine(Protocol):
             name_or_path: Folder, Hub id or opened source; None to take ``config`` and ``state_dict`` from the options.
             dtype: What to compute in: "float32" (the default), "float16", "bfloat16" or "float64", or the framework's
                 own dtype of one of these names.
-            device: Where to compute, in the framework's own words; its default when None.
+            device: Device, as the framework names it; its default when None.
             compile: Use the framework's compiler: slower first calls, faster later ones.
             **options: The other options of ``from_pretrained``.
 
@@ -172,7 +172,7 @@ class Trainer(Protocol):
             name_or_path: As `Engine.load` takes it, and so are the options.
             recipe: How to train; ``recipe.parameter_dtype`` is what the parameters are held in.
             state: What to continue from, saved together with the weights; None to begin.
-            device: Where to compute, in the framework's own words; its own choice when None.
+            device: Device, as the framework names it; its own choice when None.
             **options: The other options of ``from_pretrained``.
 
         Raises:

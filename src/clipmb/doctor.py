@@ -22,7 +22,7 @@ def examine(backends: Sequence[str] | None = None) -> dict[str, Any]:
     """Checks the installation against what transformers 4.57.6 computed, which ships with the package.
 
     Args:
-        backends: Which must work; None examines every installed one and lists the others as not installed.
+        backends: Backends that must work; None examines every installed one and lists the others as not installed.
 
     Returns:
         ``ok``; ``tokens`` and ``pixels``: whether the shared parts give the recorded bits; ``resizing``: "kernel", or

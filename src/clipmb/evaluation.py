@@ -80,10 +80,10 @@ class Evaluation(TypedDict):
     """What `evaluate` returns: JSON values; fractions are in [0, 1].
 
     Attributes:
-        zero_shot: With labelled images.
-        retrieval: With captioned images.
-        skipped: What the data could not read as pairs, and the items whose image or text cannot be used; they count
-            nowhere, and neither do their captions.
+        zero_shot: Zero-shot classification, if images are labelled.
+        retrieval: Image-text retrieval, if images have captions.
+        skipped: What the data could not read as pairs, and the items whose image or text cannot be used; neither
+            they nor their captions are counted.
     """
 
     zero_shot: NotRequired[ZeroShot]
@@ -117,7 +117,7 @@ def evaluate(
     occurrence of a caption counts as one candidate and as one query.
 
     The rank of a query is that of its best right candidate, from 1. A wrong candidate that is exactly as similar
-    precedes it, so that a model that gives the same embedding to everything scores no better than chance; copies of a
+    precedes it, so that a model that gives the same embedding to everything scores no better than chance; copies of an
     image with other captions are wrong candidates too.
 
     Only ``batch_size`` decoded images are in memory at once, all embeddings, and a block of their similarities.
@@ -133,7 +133,7 @@ def evaluate(
         long_text: What to do with captions and prompts longer than the model's context, as in
             ``CLIPPipeline.encode_text``.
         dtype: "float32" (the default), "float16", "bfloat16" or "float64", for a model that is loaded here.
-        device: Where to compute, in the framework's own words, for a model that is loaded here.
+        device: Device, as the framework names it, for a model that is loaded here.
         progress: Show progress bars, when there is a terminal.
         **columns: ``image_column``, ``caption_column``, ``label_column``, ``separator`` and ``image_root``, as in
             `Pairs.open`.

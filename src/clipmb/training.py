@@ -112,7 +112,7 @@ def train(
         save_every: Steps between saves; the end is saved too.
         augment: None, "crop" (random resized crops), or a function of an image and a ``numpy.random.Generator``.
         workers: Threads that decode images; as many as processors (at most 8) when None.
-        device: Where to compute, in the framework's own words; its own choice when None.
+        device: Device, as the framework names it; its own choice when None.
         progress: Show a progress bar, when there is a terminal.
         columns: ``image_column``, ``caption_column``, ``separator`` and ``image_root`` of data and evaluation_data, and
             ``label_column`` of evaluation_data, as `Pairs.open` takes them. Evaluation data that lack a column of the

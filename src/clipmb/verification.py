@@ -59,7 +59,7 @@ class Report:
 
     Attributes:
         standard: What the contenders were compared with.
-        dtype: In which dtype.
+        dtype: The dtype that was computed in.
         comparisons: Every stage of every contender.
     """
 
@@ -74,11 +74,11 @@ class Report:
 
     @property
     def first_divergence(self) -> Comparison | None:
-        """The first stage at which some contender leaves the standard."""
+        """The first stage at which a contender diverges from the standard."""
         return next((comparison for comparison in self.comparisons if not comparison.agrees), None)
 
     def explain(self) -> str:
-        """Says in one sentence what was found."""
+        """Summarises the comparison in one sentence."""
         worst = self.first_divergence
         if worst is None:
             contenders = sorted({comparison.contender for comparison in self.comparisons})
@@ -116,10 +116,10 @@ def compare(
 
     Args:
         checkpoint: Folder or Hub id of a full CLIP model.
-        backends: Which; every installed one when None. The first is the standard for the others.
+        backends: Backends to compare; every installed one when None. The first is the standard for the others.
         dtype: "float32", "float64", "bfloat16" or "float16".
         against: Another checkpoint, which becomes the standard; its own tokenizer and image processor are compared too.
-        texts: What to encode.
+        texts: Texts to encode.
         images: Images as `CLIPImageProcessor` takes them; three photographs of the package when None.
         **options: ``subfolder``, ``revision``, ``cache_dir``, ``token``, ``local_files_only`` for ``checkpoint``.
 

@@ -83,7 +83,7 @@ class CLIPProcessor:
         return [*self.image_processor.model_input_names, *self.tokenizer.model_input_names]
 
     @property
-    def feature_extractor(self) -> Any:
+    def feature_extractor(self) -> CLIPImageProcessor | Any:
         """The deprecated name of ``image_processor``."""
         warnings.warn("feature_extractor is deprecated. Use image_processor.", FutureWarning, stacklevel=2)
         return self.image_processor

@@ -1,4 +1,4 @@
-"""The small model that comes with the package: where it is, what it knows, and images that it was never trained on.
+"""The small model that comes with the package: where it is, what it knows, and images it was not trained on.
 
 It knows emoji and images like them. data/emoji/README.md says how it was made and how good it is.
 """

@@ -246,15 +246,15 @@ class FlaxCLIPPreTrainedModel(PretrainedMixin):
         table = specs(self.config, self.head)
         return _tree({spec.name: jax.ShapeDtypeStruct(_shape(spec), jnp.float32) for spec in table}, table)
 
-    def to_bf16(self, params: Params, mask: Any = None) -> Any:
-        """Returns the tree with its floating-point leaves in bfloat16; ``mask`` is True where, everywhere when None."""
+    def to_bf16(self, params: Params, mask: Any = None) -> Params:
+        """Returns the tree with its floating-point leaves in bfloat16 where ``mask`` is True; everywhere when None."""
         return _cast(params, jnp.bfloat16, mask)
 
-    def to_fp16(self, params: Params, mask: Any = None) -> Any:
+    def to_fp16(self, params: Params, mask: Any = None) -> Params:
         """Returns the tree with its floating-point leaves in float16; ``mask`` as in `to_bf16`."""
         return _cast(params, jnp.float16, mask)
 
-    def to_fp32(self, params: Params, mask: Any = None) -> Any:
+    def to_fp32(self, params: Params, mask: Any = None) -> Params:
         """Returns the tree with its floating-point leaves in float32; ``mask`` as in `to_bf16`."""
         return _cast(params, jnp.float32, mask)
 
@@ -364,7 +364,7 @@ def _tree(leaves: Mapping[str, Any], table: list[Spec]) -> dict[str, Any]:
     return unflatten_dict({spec.path("flax"): leaves[spec.name] for spec in table})
 
 
-def _cast(params: Params, dtype: Any, mask: Any) -> Any:
+def _cast(params: Params, dtype: Any, mask: Any) -> Params:
     def cast(leaf: Any, chosen: bool = True) -> Any:
         return leaf.astype(dtype) if chosen and jnp.issubdtype(leaf.dtype, jnp.floating) else leaf
 
