@@ -201,6 +201,13 @@ class BaseConfig(JsonSettings):
     @classmethod
     def _own_part(cls, fields: dict[str, Any]) -> dict[str, Any]:
         kind = fields.get("model_type")
+        if isinstance(kind, str) and kind.startswith("metaclip_2"):
+            raise bad_input(
+                "MetaCLIP 2 is no CLIP: it pools texts at the first end token, and has another tokenizer",
+                f"model_type {kind!r}",
+                "Load it with transformers' MetaClip2Model",
+                shown=True,
+            )
         nested = fields.get(cls.base_config_key)
         if cls.base_config_key and isinstance(nested, dict) and kind != cls.model_type:
             generic = {key: fields[key] for key in ("dtype", "torch_dtype") if key in fields}

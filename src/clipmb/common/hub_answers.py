@@ -42,7 +42,7 @@ def watched() -> Iterator[None]:
     Raises:
         Answer: The Hub is overloaded or out of order, or names files in a way that would leave the cache.
     """
-    from huggingface_hub.utils import get_session  # type: ignore[attr-defined]
+    from huggingface_hub import get_session
 
     session: Any = get_session()  # of httpx, or of requests before huggingface_hub 1
     hooks = getattr(session, "event_hooks", None) or session.hooks
@@ -75,8 +75,7 @@ def is_plain(name: str) -> bool:
 
 def reachable() -> bool:
     """Whether something listens where the Hub, or the proxy before it, should be."""
-    from huggingface_hub import constants
-    from huggingface_hub.utils import get_session  # type: ignore[attr-defined]
+    from huggingface_hub import constants, get_session
 
     hub = urlsplit(constants.ENDPOINT)
     proxies = {} if urllib.request.proxy_bypass(hub.hostname or "") else urllib.request.getproxies()

@@ -10,12 +10,14 @@ from __future__ import annotations
 import re
 import zlib
 from collections.abc import Iterable, Iterator, Sequence
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import numpy as np
 
 from clipmb.common.config import BaseConfig, CLIPConfig, CLIPTextConfig, CLIPVisionConfig
 from clipmb.common.errors import bad_input
+
+TowerT = TypeVar("TowerT", CLIPTextConfig, CLIPVisionConfig)
 
 
 class Kind(NamedTuple):
@@ -111,29 +113,36 @@ def specs(config: BaseConfig, head: str) -> list[Spec]:
     ``initializer_factor`` from the tower's own config.
     """
     has_text, has_vision, others = HEADS[head]
-    text = config.text_config if isinstance(config, CLIPConfig) else config
-    vision = config.vision_config if isinstance(config, CLIPConfig) else config
-    if (has_text and not isinstance(text, CLIPTextConfig)) or (has_vision and not isinstance(vision, CLIPVisionConfig)):
+    whole = config if isinstance(config, CLIPConfig) else None
+    text = _tower(config, CLIPTextConfig)
+    vision = _tower(config, CLIPVisionConfig)
+    owner = whole or text or vision
+    if owner is None or (has_text and text is None) or (has_vision and vision is None):
         raise bad_input(
-            f"{head} needs a config of its own class", type(config).__name__, "Pass its config class", TypeError
+            f"{head} needs a config of its own kind", type(config).__name__, "Pass its config class", TypeError
         )
     found: list[Spec] = []
-    if "logit_scale" in others:
-        found.append(Spec("logit_scale", "raw", (), mean=config.logit_scale_init_value))  # type: ignore[attr-defined]
-    if has_text:
-        found += _text_tower(text)  # type: ignore[arg-type]
-    if has_vision:
-        found += _vision_tower(vision)  # type: ignore[arg-type]
-    factor: float = config.initializer_factor  # type: ignore[attr-defined]
-    proj: int = getattr(config, "projection_dim", 0)
+    if whole is not None and "logit_scale" in others:
+        found.append(Spec("logit_scale", "raw", (), mean=whole.logit_scale_init_value))
+    if has_text and text is not None:
+        found += _text_tower(text)
+    if has_vision and vision is not None:
+        found += _vision_tower(vision)
     for name in others:
+        tower = text if name == "text_projection.weight" else vision
         if name == "classifier.bias":
             found.append(Spec(name, "bias", (config.num_labels,)))
-        elif name != "logit_scale":
-            width = text.hidden_size if name == "text_projection.weight" else vision.hidden_size  # type: ignore[attr-defined]
-            rows = config.num_labels if name == "classifier.weight" else proj
-            found.append(Spec(name, "linear", (rows, width), std=width**-0.5 * factor))
+        elif name != "logit_scale" and tower is not None:
+            width = tower.hidden_size
+            rows = config.num_labels if name == "classifier.weight" else owner.projection_dim
+            found.append(Spec(name, "linear", (rows, width), std=width**-0.5 * owner.initializer_factor))
     return found
+
+
+def _tower(config: BaseConfig, kind: type[TowerT]) -> TowerT | None:
+    """Returns the config itself, or the part of a full one, that is of a kind."""
+    parts = (config.text_config, config.vision_config) if isinstance(config, CLIPConfig) else (config,)
+    return next((part for part in parts if isinstance(part, kind)), None)
 
 
 def initial_weights(table: Iterable[Spec], seed: int = 0) -> dict[str, np.ndarray]:

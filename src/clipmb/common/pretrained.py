@@ -15,10 +15,12 @@ from clipmb.common.dtypes import DTYPES, dtype_name
 from clipmb.common.errors import bad_input, log_once, logger, one_of
 from clipmb.common.former import SavingOptions, check_saving, drop_unneeded
 from clipmb.common.hub import Source
-from clipmb.common.parameters import Spec, specs
+from clipmb.common.parameters import HEADS, Spec, specs
 from clipmb.common.saving import Transaction, read_whole
 
 Method = TypeVar("Method", bound=Callable[..., Any])
+
+_VOCABULARY = 49408  # CLIP's, whose last token is the end token
 
 
 class _Read(NamedTuple):
@@ -160,6 +162,7 @@ class PretrainedMixin:
         if found.info.initialised:
             names = ", ".join(found.info.initialised)
             logger.warning("%s: newly initialised; train the model before using it: %s", cls.__name__, names)
+        _check_pooling(found.config, cls.head)
         arrays = found.arrays
         if dtype == "auto":
             dtype = found.config.dtype or next((array.dtype.name for array in arrays.values()), None)
@@ -309,6 +312,16 @@ def load_weights(source: Source, variant: str | None = None) -> Loaded:
             f"To convert them once: clipmb convert {source} NEW_FOLDER --to {formats.OWN}"
         )
     return loaded
+
+
+def _check_pooling(config: BaseConfig, head: str) -> None:
+    """Says once when texts are pooled at the largest id, and the largest one is not CLIP's end token."""
+    text: Any = getattr(config, "text_config", config)
+    if HEADS[head][0] and text.eos_token_id == 2 and text.vocab_size > _VOCABULARY:
+        log_once(
+            f"eos_token_id 2 means that texts are pooled at their largest id, which with {text.vocab_size} tokens may "
+            "not be the end token. Set eos_token_id to the id of the end token: 49407 in CLIP's vocabulary."
+        )
 
 
 def config_text(config: BaseConfig, head: str, dtypes: Iterable[str]) -> str:

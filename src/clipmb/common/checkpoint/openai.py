@@ -334,7 +334,9 @@ def write(
         CheckpointError: OpenAI's format cannot hold this model.
         MissingBackendError: PyTorch is not installed.
     """
-    if problems := _inexpressible(config):
+    problems = _inexpressible(config) if isinstance(config, CLIPConfig) else []
+    if problems or not isinstance(config, CLIPConfig):
+        problems = problems or [f"the config is a {type(config).__name__}, not a CLIPConfig"]
         raise CheckpointError("OpenAI's format cannot hold this model; open_clip's may. Problems:", problems)
     tensors = dict(from_canonical(arrays))
     original = {
@@ -343,7 +345,7 @@ def write(
     }
     if all(_same(original[name], array) for name, array in tensors.items()):
         tensors = original
-    text, vision = config.text_config, config.vision_config  # type: ignore[attr-defined]
+    text, vision = config.text_config, config.vision_config
     metadata = (vision.image_size, text.max_position_embeddings, text.vocab_size)
     tensors |= {name: np.asarray(value) for name, value in zip(METADATA, metadata, strict=True)}
     write_pickle(save.path(FILE), lazy(tensors))
@@ -354,9 +356,7 @@ def _same(a: np.ndarray, b: np.ndarray) -> bool:
     return a.dtype == b.dtype or np.array_equal(a.astype(np.float64), b.astype(np.float64), equal_nan=True)
 
 
-def _inexpressible(config: BaseConfig) -> list[str]:
-    if not isinstance(config, CLIPConfig):
-        return [f"the config is a {type(config).__name__}, not a CLIPConfig"]
+def _inexpressible(config: CLIPConfig) -> list[str]:
     text, vision = config.text_config, config.vision_config
     problems = []
     for part, label in ((text, "text_config"), (vision, "vision_config")):

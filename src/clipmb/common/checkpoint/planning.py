@@ -183,8 +183,8 @@ def _explain_config(config: BaseConfig, origin: str, decisions: dict[str, str]) 
     """Adds what the config decides about the computation, unless the format already gave its reasons."""
     text = config.text_config if isinstance(config, CLIPConfig) else config
     vision = config.vision_config if isinstance(config, CLIPConfig) else config
-    towers = {"text": text, "vision": vision} if text is not vision else {"": config}
-    acts = ", ".join(f"{tower} {part.hidden_act}".strip() for tower, part in towers.items())  # type: ignore[attr-defined]
+    towers: dict[str, Any] = {"text": text, "vision": vision} if text is not vision else {"": config}
+    acts = ", ".join(f"{tower} {part.hidden_act}".strip() for tower, part in towers.items())
     decisions.setdefault("activation", f"{acts}: {origin}")
     if isinstance(text, CLIPTextConfig):
         end = text.eos_token_id
