@@ -395,3 +395,19 @@ def test_transformers_5_reads_our_added_tokens(tmp_path):
     again = clipmb.CLIPTokenizerFast.from_pretrained(tmp_path / "five")
     assert [again(text)["input_ids"] for text in ADDED_TEXTS] == expected
     assert again.pad_token == "<pad>"
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"new_special_tokens": ["<new>"]}, {"special_tokens_map": {"<|startoftext|>": "<s>"}}]
+)
+def test_a_vocabulary_learned_from_texts(options, files, tmp_path):
+    texts = ["a cat and a dog", "hello hello", "Ein Hund läuft"] * 20
+    theirs = reference("fast", files).train_new_from_iterator(texts, 600, **options)
+    ours = clipmb.CLIPTokenizerFast().train_new_from_iterator(texts, 600, **options)
+    # Merges that are equally frequent come in any order, in transformers too: the ids of two runs differ.
+    assert set(ours.get_vocab()) == set(theirs.get_vocab())
+    assert ours.special_tokens_map == theirs.special_tokens_map
+    assert ours.tokenize("hello Dog <new>") == theirs.tokenize("hello Dog <new>")
+    ours.save_pretrained(tmp_path)
+    again = transformers.CLIPTokenizerFast.from_pretrained(tmp_path)
+    assert again("hello Dog <new>")["input_ids"] == ours("hello Dog <new>")["input_ids"]

@@ -15,6 +15,10 @@ _UNNEEDED = (
 )  # fmt: skip
 
 
+# Arguments of save_pretrained that count only for an upload, or for the chat of other tokenizers.
+_UPLOADING = ("repo_id", "commit_message", "use_auth_token", "create_pr", "save_jinja_files")
+
+
 class SavingOptions(TypedDict, total=False):
     """The arguments of transformers 4's ``save_pretrained`` that `check_saving` knows."""
 
@@ -35,7 +39,7 @@ def check_saving(options: Mapping[str, Any]) -> None:
     """Accepts the arguments of transformers 4's ``save_pretrained`` that ask for what is done anyway.
 
     ``push_to_hub=False``, ``safe_serialization=True`` and ``is_main_process=True``; ``token`` and ``save_peft_format``
-    without effect.
+    without effect; those about an upload, or about files that CLIP has none of, as None or False.
 
     Raises:
         ValueError: ``push_to_hub=True``, since saving never uploads, or the opposite of another.
@@ -50,5 +54,6 @@ def check_saving(options: Mapping[str, Any]) -> None:
         if name in fixes and bool(value) is not fixes[name][0]:
             rule = "Saving writes local files only, weights as safetensors"
             raise bad_input(rule, f"{name}={value!r}", fixes[name][1], shown=True)
-        if name not in (*fixes, "token", "save_peft_format"):
+        neutral = name in _UPLOADING and (value is None or value is False)
+        if name not in (*fixes, "token", "save_peft_format") and not neutral:
             raise bad_input("save_pretrained has no such argument", name, "Leave it out", TypeError)

@@ -6,6 +6,7 @@ import inspect
 import json
 import os
 import warnings
+from pathlib import Path
 from typing import Any, NoReturn, Self
 
 from PIL import Image
@@ -18,7 +19,7 @@ from clipmb.common.hub import Source
 from clipmb.common.image.pixels import is_array
 from clipmb.common.image.processor import FILE, PROCESSOR_FILE, CLIPImageProcessor
 from clipmb.common.json_files import json_text, read_json
-from clipmb.common.saving import Transaction, read_whole
+from clipmb.common.saving import Transaction, read_whole, write_atomically
 from clipmb.common.text.base import SPECIAL, Tokens
 from clipmb.common.text.tokenizer import CLIPTokenizer, CLIPTokenizerFast
 
@@ -212,10 +213,30 @@ class CLIPProcessor:
         """Adds the files to a save."""
         self.tokenizer.save_pretrained(save.path(""))
         save.remove(*_TOKENIZER_FILES)  # those that this tokenizer did not write
-        settings = json.loads(self.image_processor.to_json_string()) | {"processor_class": type(self).__name__}
-        save.write(FILE, json_text(settings))
-        del settings["processor_class"]
-        save.write(PROCESSOR_FILE, json_text({"image_processor": settings, "processor_class": type(self).__name__}))
+        whole = self.to_dict(legacy_serialization=False)
+        save.write(FILE, json_text(whole["image_processor"] | {"processor_class": type(self).__name__}))
+        save.write(PROCESSOR_FILE, json_text(whole))
+
+    def to_dict(self, legacy_serialization: bool = True) -> dict[str, Any]:
+        """Returns the content of processor_config.json.
+
+        Args:
+            legacy_serialization: Without the image processor's settings, as transformers 4 writes it.
+        """
+        named = {"processor_class": type(self).__name__}
+        if legacy_serialization:
+            return named
+        settings = json.loads(self.image_processor.to_json_string())
+        settings.pop("processor_class", None)
+        return {"image_processor": settings, **named}
+
+    def to_json_string(self, legacy_serialization: bool = True) -> str:
+        """Returns `to_dict` as JSON."""
+        return json_text(self.to_dict(legacy_serialization))
+
+    def to_json_file(self, json_file_path: str | os.PathLike[str], legacy_serialization: bool = True) -> None:
+        """Writes `to_json_string` to a file."""
+        write_atomically(Path(json_file_path), self.to_json_string(legacy_serialization).encode())
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}:\n- image_processor: {self.image_processor!r}\n- tokenizer: {self.tokenizer!r}"

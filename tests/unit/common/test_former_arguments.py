@@ -29,6 +29,9 @@ def test_former_arguments(name, tmp_path):
         thing.save_pretrained(tmp_path / "c", push_to_hub=True)
     with pytest.raises(ValueError, match="safe_serialization=False"):
         thing.save_pretrained(tmp_path / "c", safe_serialization=False)
+    thing.save_pretrained(saved, repo_id=None, commit_message=None, create_pr=False, save_jinja_files=False)
+    with pytest.raises(TypeError, match="commit_message"):
+        thing.save_pretrained(tmp_path / "c", commit_message="mine")
     with pytest.raises(TypeError, match="push_to_hubb"):
         thing.save_pretrained(tmp_path / "c", push_to_hubb=False)
     assert not (tmp_path / "c").exists()

@@ -245,3 +245,12 @@ def test_a_part_given_by_name_takes_the_place_of_the_one_in_the_files(processor,
     processor.save_pretrained(tmp_path)
     given = CLIPTokenizer()
     assert CLIPProcessor.from_pretrained(tmp_path, tokenizer=given).tokenizer is given
+
+
+def test_the_processors_own_file(processor, tmp_path):
+    assert processor.to_dict() == {"processor_class": "CLIPProcessor"}
+    whole = processor.to_dict(legacy_serialization=False)
+    assert whole["image_processor"]["size"] == {"shortest_edge": 20}
+    processor.to_json_file(tmp_path / "processor_config.json", legacy_serialization=False)
+    assert json.loads((tmp_path / "processor_config.json").read_text()) == whole
+    assert json.loads(processor.to_json_string()) == {"processor_class": "CLIPProcessor"}

@@ -3,18 +3,27 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
-from typing import Any, overload
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any, Self, overload
 
 from clipmb.common.errors import bad_input, logger
 from clipmb.common.features import to_numpy
+from clipmb.common.saving import write_atomically
 from clipmb.common.text.added import AddedToken
 from clipmb.common.text.encoding import BatchEncoding, CharSpan, Encoding, TokenSpan
 from clipmb.common.text.engine import Aligned, Engine, TextTypeError, not_a_text
 from clipmb.common.text.files import SavedTokens
+from clipmb.common.text.learning import learn
 from clipmb.common.text.options import Options, read_options
 from clipmb.common.text.rows import Padding, Truncation, align, encode_words, encodings, surround
+
+_SETTINGS = (  # of a tokenizer that learns a vocabulary of its own
+    "errors", "clean_up_tokenization_spaces", "model_max_length", "padding_side", "truncation_side",
+    "split_special_tokens", "text_cleaning", "model_input_names",
+)  # fmt: skip
 
 __all__ = ["AddedToken", "BatchEncoding", "CLIPTokenizer", "CLIPTokenizerFast", "CharSpan", "Encoding", "TokenSpan"]
 
@@ -600,6 +609,46 @@ class CLIPTokenizerFast(_Tokenizer):
             vocab_file, merges_file, tokenizer_file, unk_token=unk_token, bos_token=bos_token, eos_token=eos_token,
             pad_token=pad_token, **kwargs,
         )  # fmt: skip
+
+    def train_new_from_iterator(
+        self,
+        text_iterator: Iterable[str] | Iterable[list[str]],
+        vocab_size: int,
+        length: int | None = None,
+        new_special_tokens: Sequence[str | AddedToken] | None = None,
+        special_tokens_map: Mapping[str, str] | None = None,
+        **kwargs: Any,
+    ) -> Self:
+        """Learns a vocabulary from texts with the tokenizers library, and returns a tokenizer with these settings.
+
+        Args:
+            text_iterator: Texts, or batches of them.
+            vocab_size: Number of tokens, the special ones and the 256 bytes included.
+            length: Number of texts, for the progress bar of the library.
+            new_special_tokens: Further special tokens.
+            special_tokens_map: Special token of this tokenizer to the one in its place.
+            **kwargs: Other arguments of ``tokenizers.trainers.BpeTrainer``, such as ``min_frequency``.
+
+        Returns:
+            The tokenizer. A model needs new embeddings of its size.
+
+        Raises:
+            ImportError: The tokenizers library is not installed.
+            TypeError: A token is neither a string nor an AddedToken.
+        """
+        renamed = special_tokens_map or {}
+        kept = {name: renamed.get(token, token) for name, token in self._special.items()}
+        further = [renamed.get(token, token) for token in self._additional]
+        further += [AddedToken.of(token, special=True).content for token in new_special_tokens or ()]
+        ordered = [renamed.get(token.content, token.content) for token in self._added.values() if token.special]
+        special = list(dict.fromkeys([*ordered, *kept.values(), *further]))
+        vocabulary = learn(text_iterator, vocab_size, special, length=length, **kwargs)
+        with TemporaryDirectory() as folder:
+            files = [os.path.join(folder, name) for name in ("vocab.json", "merges.txt")]
+            for file, content in zip(files, (vocabulary.vocab_json(), vocabulary.merges_txt()), strict=True):
+                write_atomically(Path(file), content.encode())
+            settings = {name: value for name, value in self._config().items() if name in _SETTINGS}
+            return type(self)(*files, **{**settings, **kept, "additional_special_tokens": further})
 
 
 def _wrong_text(text: Any, split: bool) -> Exception:

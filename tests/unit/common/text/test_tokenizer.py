@@ -571,3 +571,18 @@ def test_no_key_of_a_file_becomes_an_attribute_that_exists(tiny):
 def test_saving_needs_a_name(fast):
     with pytest.raises(ValueError, match="destination must be a folder"):
         fast.save_pretrained("")
+
+
+def test_a_learned_vocabulary_keeps_the_settings():
+    tokenizer = CLIPTokenizerFast(model_max_length=12, padding_side="left", additional_special_tokens=["<x>"])
+    learned = tokenizer.train_new_from_iterator(["a cat", "a cat"], 530, new_special_tokens=["<y>"])
+    assert (learned.model_max_length, learned.padding_side) == (12, "left")
+    assert learned.additional_special_tokens == ["<x>", "<y>"]
+    assert learned.decode(learned("a CAT <y>")["input_ids"], skip_special_tokens=True) == "a cat"
+    assert len(learned) <= 530
+
+
+def test_learning_names_the_library_when_it_is_missing(monkeypatch):
+    monkeypatch.setitem(sys.modules, "tokenizers", None)
+    with pytest.raises(ImportError, match="pip install tokenizers"):
+        CLIPTokenizerFast().train_new_from_iterator(["a"], 600)
