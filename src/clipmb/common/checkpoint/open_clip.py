@@ -112,7 +112,7 @@ def read(source: Source, variant: str | None = None) -> Loaded | None:
     }
     loaded = Loaded("open_clip", to_canonical(tensors), [path.name])
     loaded.decisions = explain_stripping(names_of.values(), "" if pickled is None else pickled.wrapper)
-    loaded.packages = ("safetensors",) if pickled is None else () if pickled.scripted else packages
+    loaded.packages = ("safetensors",) if pickled is None else () if pickled.is_mapped else packages
     if len(found) != 1:
         loaded.undescribed = (
             f"{path} has the names of OpenAI's and open_clip's models, but nothing says whether its activation is "

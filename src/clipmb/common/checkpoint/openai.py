@@ -276,7 +276,7 @@ def read(source: Source, variant: str | None = None) -> Loaded | None:
     arrays = pickled.arrays()
     tensors = {name: arrays[stored] for name, stored in names.items() if name not in METADATA}
     text, vision, proj = sizes_of(tensors, path)
-    needed = () if pickled.scripted else packages
+    needed = () if pickled.is_mapped else packages
     stripping = explain_stripping(names.values(), pickled.wrapper)
     if described:
         decisions = {"config": f"{CONFIG_NAME}, which is beside the weights", **stripping}

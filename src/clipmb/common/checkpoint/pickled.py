@@ -2,8 +2,9 @@
 
 A pickle is a program. Here it is read by an interpreter of its own, which knows the few operations that tensors need
 and can call nothing, and every claim of size is held against the bytes of the file, which takes 0.03 s for 605 MB. Only
-then, and never for a TorchScript archive, does ``torch.load(weights_only=True)`` see the file: PyTorch below 2.6 runs
-code of crafted files in spite of ``weights_only=True`` (CVE-2025-32434).
+then, and never for a TorchScript archive or one with other objects beside the weights, does
+``torch.load(weights_only=True)`` see the file: PyTorch below 2.6 runs code of crafted files in spite of
+``weights_only=True`` (CVE-2025-32434).
 """
 
 from __future__ import annotations
@@ -148,12 +149,14 @@ class _Interpreter:
                     stack[-size:] = [tuple(stack[-size:])]
                 case "APPEND" | "APPENDS":
                     items = [stack.pop()] if operation.name == "APPEND" else _pop_to_mark(stack)
-                    _expect(stack[-1], list).extend(items)
+                    if not isinstance(stack[-1], Inert):
+                        _expect(stack[-1], list).extend(items)
                 case "SETITEM" | "SETITEMS":
                     items = [stack.pop(-2), stack.pop()] if operation.name == "SETITEM" else _pop_to_mark(stack)
                     for name in items[::2]:
-                        _expect(name, str | int)  # hashing deeply nested tuples would overflow the stack
-                    _expect(stack[-1], dict).update(zip(items[::2], items[1::2], strict=True))
+                        _expect(name, str | int | Global)  # hashing deeply nested tuples would overflow the stack
+                    if not isinstance(stack[-1], Inert):
+                        _expect(stack[-1], dict).update(zip(items[::2], items[1::2], strict=True))
                 case "GLOBAL":
                     stack.append(Global(*value.split(" ", 1)))
                 case "STACK_GLOBAL":
@@ -251,6 +254,11 @@ class Pickled:
     wrapper: str = ""
     _starts: dict[str, int] = field(default_factory=dict)
 
+    @property
+    def is_mapped(self) -> bool:
+        """Whether the arrays come from the file without PyTorch, once `wrapper` is known."""
+        return self.scripted or (self.zipped and self.wrapper != "")
+
     def layouts(self) -> dict[str, Any]:
         """Returns the state dict with a `Layout` for each tensor, without loading it.
 
@@ -262,12 +270,14 @@ class Pickled:
     def arrays(self) -> dict[str, np.ndarray]:
         """Returns the state dict. The arrays of a zip archive are private mappings of the file.
 
+        PyTorch loads it where it is all that a file holds; what trainers put around it, PyTorch need not understand.
+
         Raises:
             CheckpointError: There is none, or PyTorch cannot load it.
-            MissingBackendError: PyTorch is not installed; TorchScript archives do not need it.
+            MissingBackendError: PyTorch is not installed; TorchScript archives and those of trainers do not need it.
         """
         layouts = self.layouts()
-        if self.scripted:
+        if self.is_mapped:
             with open(self.path, "rb") as file:
                 content = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
             return {
@@ -423,8 +433,14 @@ def _inspect_zip(path: Path, file: Any) -> Pickled:
         if storage.count * storage.dtype.itemsize > size:
             raise ValueError(f"it claims {storage.count} elements of {storage.dtype} in the record {storage.key!r:.40}")
         starts[storage.key] = start
-    _refuse(path, interpreter, scripted)
+    _refuse(path, interpreter, inert=scripted or _is_apart(tree))
     return Pickled(path, tree, scripted, True, _starts=starts)
+
+
+def _is_apart(tree: Any) -> bool:
+    """Whether the state dict is under a name of its own and holds numbers only, whatever stands beside it."""
+    weights, wrapper = unwrapped(tree)
+    return wrapper != "" and all(isinstance(value, Layout | int | float) for value in weights.values())
 
 
 def _records(file: Any) -> dict[str, tuple[int, int]]:
@@ -497,14 +513,14 @@ def _inspect_legacy(path: Path, file: Any) -> Pickled:
                 raise ValueError(f"its storage {key!r:.40} has {count} elements")
         if position > len(content):
             raise ValueError(f"it is {position - len(content)} bytes too short")
-        _refuse(path, interpreter, scripted=False)
+        _refuse(path, interpreter, inert=False)
         return Pickled(path, tree, zipped=False)
     finally:
         content.close()
 
 
-def _refuse(path: Path, interpreter: _Interpreter, scripted: bool) -> None:
-    if interpreter.foreign and not scripted:
+def _refuse(path: Path, interpreter: _Interpreter, *, inert: bool) -> None:
+    if interpreter.foreign and not inert:  # otherwise PyTorch never sees them
         raise CheckpointError(
             f"Refusing to load {path}: unpickling it would run code. Save the model's state_dict() instead. It names:",
             list(interpreter.foreign)[:20],

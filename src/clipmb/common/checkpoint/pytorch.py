@@ -9,7 +9,7 @@ import numpy as np
 
 from clipmb.common.checkpoint.names import names_in
 from clipmb.common.checkpoint.openai import is_openai
-from clipmb.common.checkpoint.pickled import inspect, write_pickle
+from clipmb.common.checkpoint.pickled import Pickled, inspect, write_pickle
 from clipmb.common.checkpoint.sharding import write_shards
 from clipmb.common.checkpoint.single_towers import encoders_in
 from clipmb.common.checkpoint.sniffing import read_files
@@ -44,19 +44,18 @@ def read(source: Source, variant: str | None = None) -> Loaded | None:
     """
     single = f"pytorch_model.{variant}.bin" if variant else _SINGLE
     index = f"pytorch_model.bin.index.{variant}.json" if variant else _INDEX
-    wrappers: list[str] = []
+    opened: list[Pickled] = []
 
     def read_file(path: Path) -> dict[str, np.ndarray]:
-        pickled = inspect(path)
-        arrays = pickled.arrays()
-        wrappers.append(pickled.wrapper)
-        return arrays
+        opened.append(inspect(path))
+        return opened[-1].arrays()
 
     found = read_files(source, "pickle", single, index, read_file)
     if found is None or is_openai(found[0]):
         return None
-    loaded = Loaded("pytorch", *found, packages=packages)
-    loaded.decisions = explain_stripping(found[0], next(iter(wrappers), ""))
+    loaded = Loaded("pytorch", *found)
+    loaded.packages = () if all(pickled.is_mapped for pickled in opened) else packages
+    loaded.decisions = explain_stripping(found[0], opened[0].wrapper if opened else "")
     return encoders_in(lazy(loaded.tensors), loaded) or loaded
 
 

@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import argparse
+import collections
+import os
+import pathlib
+
 import numpy as np
 import pytest
 from cases import CONFIGS, equal, random_arrays
@@ -88,6 +93,44 @@ def test_weights_come_before_their_averages(tmp_path):
     other = random_arrays(CONFIG, "CLIPModel", seed=1)
     _, arrays = loaded_from(pickle(tmp_path / "a.pt", {"ema": other, "model": WEIGHTS}))
     assert equal(arrays, WEIGHTS)
+
+
+class Ran:
+    """What a hostile file, or a trainer of somebody, has beside the weights."""
+
+    def __init__(self, path) -> None:
+        self.path = path
+
+    def __reduce__(self):
+        return os.mkdir, (str(self.path),)
+
+
+@pytest.mark.backend("pt")
+@pytest.mark.parametrize(
+    "beside",
+    [
+        {"args": argparse.Namespace(lr=1e-3)},
+        {"callbacks": {argparse.Namespace: {"best": 1.0}}},
+        {"config": collections.defaultdict(list, a=[1])},
+        {"step": np.float64(3.0)},
+        {"output": pathlib.PurePosixPath("/run")},
+        {"hostile": "ran"},
+    ],
+    ids=lambda beside: next(iter(beside)),
+)
+def test_what_stands_beside_the_weights_is_neither_needed_nor_run(tmp_path, beside):
+    beside = {"hostile": Ran(tmp_path / "ran")} if "hostile" in beside else beside
+    _, arrays = loaded_from(pickle(tmp_path / "last.ckpt", {"state_dict": prefixed(WEIGHTS, "model."), **beside}))
+    assert equal(arrays, WEIGHTS)
+    assert not (tmp_path / "ran").exists()
+
+
+@pytest.mark.backend("pt")
+def test_what_stands_among_the_weights_is_refused(tmp_path):
+    path = tmp_path / "last.ckpt"
+    torch.save({"state_dict": {"a": torch.ones(2), "b": argparse.Namespace()}}, path)
+    with pytest.raises(CheckpointError, match=r"would run code(.|\n)*argparse\.Namespace"):
+        formats.load(Source(str(path)))
 
 
 def test_wrappers_around_single_modules(tmp_path):
