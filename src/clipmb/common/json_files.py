@@ -31,11 +31,21 @@ def read_json(path: str | Path) -> dict[str, Any]:
     Raises:
         CheckpointError: The file cannot be read, is not JSON, or holds something other than an object.
     """
+    return parse_json(read_text(path), str(path))
+
+
+def read_text(path: str | Path) -> str:
+    """Reads a UTF-8 file.
+
+    Raises:
+        CheckpointError: It cannot be read, or is a pipe or device, which might never end.
+    """
     try:
-        text = Path(path).read_text(encoding="utf-8")
+        if not Path(path).is_file() and Path(path).exists():
+            raise OSError("it is a folder, pipe or device, and no file")
+        return Path(path).read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise CheckpointError(f"{path} cannot be read: {error}") from error
-    return parse_json(text, str(path))
 
 
 def parse_json(text: str, origin: str) -> dict[str, Any]:

@@ -592,8 +592,11 @@ def _height_width(field: str, size: dict[str, int]) -> tuple[int, int]:
 
 
 def _factor(factor: Any) -> float:
-    known = isinstance(factor, int | float | np.number) and not isinstance(factor, bool)
-    if not known or not -1e300 < factor < 1e300:
+    try:
+        known = isinstance(factor, int | float | np.number) and not isinstance(factor, bool) and np.isfinite(factor)
+    except TypeError:  # an integer that no float can hold
+        known = False
+    if not known:
         raise bad_input(
             "rescale_factor must be a finite number when do_rescale is on", factor, "Pass one, or do_rescale=False"
         )

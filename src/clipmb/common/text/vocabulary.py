@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from clipmb.common.errors import CheckpointError
-from clipmb.common.json_files import json_text, read_json
+from clipmb.common.json_files import json_text, read_json, read_text
 
 SUFFIX = "</w>"
 MOST_IDS = 2**31 - 1  # as the frameworks' smaller integers
@@ -208,18 +208,6 @@ def tokenizer_json(
         },
     }
     return json.dumps(content, ensure_ascii=False)
-
-
-def read_text(path: str | Path) -> str:
-    """Reads a UTF-8 file.
-
-    Raises:
-        CheckpointError: It cannot be read.
-    """
-    try:
-        return Path(path).read_text("utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise CheckpointError(f"{path} cannot be read: {error}") from error
 
 
 def _inside(content: Any, *keys: str) -> Any:

@@ -484,3 +484,44 @@ def test_no_framework_is_imported():
         "print(clipmb.CLIPImageProcessor()(numpy.zeros((5, 6, 3), 'uint8'), return_tensors='np').pixel_values.shape)\n"
     )
     assert output("-c", code).strip() == "(1, 3, 224, 224)"
+
+
+@pytest.mark.parametrize(
+    ("settings", "told"),
+    [
+        ({"size": float("nan")}, "size must be"),
+        ({"size": {"shortest_edge": 10**9}}, "whole number from 1 to 65535"),
+        ({"crop_size": {"height": "8", "width": 8}}, "crop_size['height'] must be"),
+        ({"do_resize": "no"}, "do_resize must be True or False"),
+        ({"resample": 9}, "resample must be"),
+        ({"rescale_factor": float("inf")}, "rescale_factor must be a finite number"),
+        ({"image_mean": [0.5, None, 0.5]}, "image_mean must be a finite number"),
+        ({"image_std": [float("nan")] * 3}, "image_std must be a finite number"),
+    ],
+)
+def test_wrong_content_names_file_and_field(tmp_path, settings, told):
+    (tmp_path / "preprocessor_config.json").write_text(json.dumps(settings))
+    with pytest.raises(CheckpointError) as caught:
+        CLIPImageProcessor.from_pretrained(tmp_path)
+    assert told in str(caught.value)
+    assert str(tmp_path / "preprocessor_config.json") in str(caught.value)
+
+
+def test_no_key_of_a_file_becomes_an_attribute_that_exists(tmp_path):
+    entries = {"__class__": "x", "preprocess": 1, "self": 2, "to_dict": 3, "note": "kept"}
+    (tmp_path / "preprocessor_config.json").write_text(json.dumps(entries))
+    processor = CLIPImageProcessor.from_pretrained(tmp_path)
+    assert type(processor) is CLIPImageProcessor
+    assert processor.note == "kept"
+    assert {name: processor.to_dict()[name] for name in entries} == entries
+
+
+def test_a_deviation_that_is_zero_in_float32_is_refused():
+    with pytest.raises(ValueError, match="image_std must not hold zeros"):
+        CLIPImageProcessor(image_std=1e-320)(Image.new("RGB", (9, 9)))
+
+
+def test_the_settings_of_a_folder_as_a_dict(tmp_path):
+    CLIPImageProcessor(size=20).save_pretrained(tmp_path)
+    settings, options = CLIPImageProcessor.get_image_processor_dict(tmp_path, local_files_only=True, colour="red")
+    assert (settings["size"], options) == ({"shortest_edge": 20}, {"colour": "red"})

@@ -568,6 +568,14 @@ def test_no_key_of_a_file_becomes_an_attribute_that_exists(tiny):
     assert {name: written[name] for name in config} == config
 
 
+@pytest.mark.parametrize("name", ["vocab.json", "merges.txt"])
+def test_pipes_are_refused_at_once(tiny, name):
+    tiny.joinpath(name).unlink()
+    os.mkfifo(tiny / name)
+    with pytest.raises(CheckpointError, match=rf"{name} cannot be read: it is a folder, pipe or device"):
+        CLIPTokenizer(tiny / "vocab.json", tiny / "merges.txt")
+
+
 def test_saving_needs_a_name(fast):
     with pytest.raises(ValueError, match="destination must be a folder"):
         fast.save_pretrained("")
