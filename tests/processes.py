@@ -29,15 +29,15 @@ def python(*arguments: object, **env: str) -> subprocess.CompletedProcess[str]:
     return run([sys.executable, *arguments], {"HF_HUB_OFFLINE": "1", **env})
 
 
-def start(*arguments: object) -> subprocess.Popen[str]:
-    """Starts the interpreter of the tests, offline, and returns at once."""
+def start(*arguments: object, **env: str) -> subprocess.Popen[str]:
+    """Starts the interpreter of the tests, offline, and returns at once; ``env`` adds to its environment."""
     return subprocess.Popen(
         [sys.executable, *map(str, arguments)],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
         encoding="utf-8",
-        env={**os.environ, "TF_CPP_MIN_LOG_LEVEL": "3", "HF_HUB_OFFLINE": "1"},
+        env={**os.environ, "TF_CPP_MIN_LOG_LEVEL": "3", "HF_HUB_OFFLINE": "1", **env},
     )
 
 

@@ -188,6 +188,7 @@ def two(rank: int, port: int) -> dict[str, Any]:
     made = trainer(**changed)
     found = {"processes": processes, "steps": steps(made, *processes), "shards": shards(made)}
     found["engine"] = made.engine().text_features(batch(3)["input_ids"])
+    found["largest"] = made.largest(3 + rank)
     return found
 
 

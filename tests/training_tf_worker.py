@@ -80,6 +80,7 @@ def main() -> None:
         found[f"{variant}/features"] = trainer.engine().text_features(batch(3)["input_ids"])
         found.update({f"{variant}/weights/{name}": value for name, value in trainer.weights().items()})
         found.update({f"{variant}/moments/{name}": value for name, value in trainer.moments().items()})
+        found["largest"] = np.array(trainer.largest(3 + rank))
     np.savez(folder / f"{rank}.npz", **found)
 
 

@@ -214,6 +214,10 @@ class Trainer(Protocol):
         """The bias of the sigmoid loss; None for the other."""
         ...
 
+    def largest(self, number: int) -> int:
+        """Returns the largest of the small numbers that the processes of the run call this with."""
+        ...
+
     def engine(self) -> Engine:
         """Returns an engine with the weights of this moment; it is valid until the next step."""
         ...

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+import signal
 import sys
 import time
 from collections.abc import Iterator, Sequence
@@ -31,7 +32,7 @@ from clipmb.common.training.metrics import METRICS_NAME, Metrics
 from clipmb.common.training.plots import CURVES_NAME, draw
 from clipmb.common.training.recipe import Recipe
 from clipmb.common.training.state import STATE_NAME, TrainingState
-from clipmb.common.training.stopping import Stopping
+from clipmb.common.training.stopping import Stopping, end
 from clipmb.evaluation import Evaluation, evaluate
 from clipmb.pipeline import CLIPPipeline, processor_for
 
@@ -92,7 +93,7 @@ def train(
     ``skipped.jsonl`` names the items that could not be read.
 
     SIGINT (Ctrl-C) and SIGTERM end the run after its current step with a save; a second signal ends the process at
-    once. Signals that the program handles itself, and those to a run of several processes, do what they always do.
+    once. Of several processes all end, whichever gets the signal. Signals that the program handles itself stay its own.
 
     Args:
         data: Images with captions, as ``Pairs.open`` takes them, or opened `Pairs`.
@@ -191,7 +192,7 @@ def train(
                 metrics.write({"step": trainer.steps, "evaluation": {**found, "skipped": len(found["skipped"])}})
             return found
 
-        with Stopping(count == 1) as stopping:
+        with Stopping() as stopping:
             for epoch, number, batch, values in _steps(trainer, loader, state):
                 last = trainer.steps == chosen.steps
                 if metrics is not None:
@@ -199,21 +200,24 @@ def train(
                 summary = f"loss {values['loss']:.4f}, {values['pairs_per_second']:.1f} pairs/s"
                 advance(1, summary)
                 log.write(trainer.steps, summary)
-                due = evaluate_every and trainer.steps % evaluate_every == 0 and not last and not stopping.signal
+                ended = trainer.largest(stopping.signal)  # all processes of a run end together
+                due = evaluate_every and trainer.steps % evaluate_every == 0 and not last and not ended
                 if held_out is not None and due:
                     evaluated(held_out)
-                ended = stopping.signal
                 if last or ended or trainer.steps % save_every == 0:
                     here = (epoch, number + 1) if number + 1 < loader.per_epoch else (epoch + 1, 0)
                     _save(folder, trainer, config, pairs.fingerprint, here)
                 result["loss"] = values["loss"]
                 result["skipped"] += batch.skipped
                 if ended:
-                    logger.warning(
-                        "clipmb: %s after step %d of %d; saved in %s. Pass resume=True (--resume) to continue.",
-                        ended.name, trainer.steps, chosen.steps, folder,
-                    )  # fmt: skip
-                    stopping.check()
+                    if rank == 0:
+                        logger.warning(
+                            "clipmb: %s after step %d of %d; saved in %s. Pass resume=True (--resume) to continue.",
+                            signal.Signals(ended).name, trainer.steps, chosen.steps, folder,
+                        )  # fmt: skip
+                    end(ended)
+        if stopping.signal:  # it came after the last step
+            end(stopping.signal)
         if held_out is not None:
             result["evaluation"] = evaluated(held_out)
     if rank == 0:

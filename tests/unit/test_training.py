@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+import socket
 import sys
 import time
 from pathlib import Path
@@ -419,3 +420,26 @@ def test_two_processes_write_one_checkpoint(files, tmp_path):
         assert done.returncode == 0, done.stderr[-3000:]
     one, two = (lines(tmp_path / name) for name in ("one", "two"))
     np.testing.assert_allclose([line["loss"] for line in two], [line["loss"] for line in one], rtol=1e-5)
+
+
+@pytest.mark.backend("pt")
+def test_a_signal_to_one_process_ends_all_after_the_same_step(files, tmp_path):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    place = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1"}
+    arguments = ["train", files / "pairs", "--model", files / "model", "--out", tmp_path, "--backend", "pt"]
+    options = ["--steps", 1_000_000, "--batch-size", 4, "--distributed", "data"]
+    running = [
+        start("-m", "clipmb", *arguments, *options, **place, RANK=str(rank), LOCAL_RANK=str(rank)) for rank in range(2)
+    ]
+    metrics = tmp_path / "metrics.jsonl"
+    while running[0].poll() is None and not (metrics.is_file() and metrics.stat().st_size):
+        time.sleep(0.05)
+    running[1].send_signal(signal.SIGTERM)
+    errors = [process.communicate(timeout=HANG)[1] for process in running]
+    assert [process.returncode for process in running] == [143, 143], errors
+    step = TrainingState.read(tmp_path).step
+    assert step == len(lines(tmp_path)) > 0
+    assert f"SIGTERM after step {step} of" in errors[0]
+    assert "SIGTERM" not in errors[1]

@@ -270,6 +270,12 @@ class Trainer:
         bias = self._parameters.get(LOGIT_BIAS.name)
         return None if bias is None else float(bias)
 
+    def largest(self, number: int) -> int:
+        """Returns the largest of the small numbers that the processes of the run call this with."""
+        if self.processes.count == 1:
+            return number
+        return int(np.max(multihost_utils.process_allgather(np.array(number, np.int32))))
+
     def engine(self) -> Engine:
         """Returns an engine with the weights of this moment; it is valid until the next step."""
         model = self.model

@@ -230,6 +230,14 @@ class Trainer:
         bias = self._parameters.get(LOGIT_BIAS.name)
         return None if bias is None else float(bias.detach())
 
+    def largest(self, number: int) -> int:
+        """Returns the largest of the small numbers that the processes of the run call this with."""
+        if self.processes.count == 1:
+            return number
+        found = torch.tensor(number, device=self.model.logit_scale.device)
+        dist.all_reduce(found, dist.ReduceOp.MAX)
+        return int(found)
+
     def engine(self) -> Engine:
         """Returns an engine with the weights of this moment; it is valid until the next step."""
         model = self.model

@@ -239,6 +239,13 @@ class Trainer:
         bias = self._parameters.get(LOGIT_BIAS.name)
         return None if bias is None else float(bias.numpy())
 
+    def largest(self, number: int) -> int:
+        """Returns the largest of the small numbers that the processes of the run call this with."""
+        if self.processes.count == 1:
+            return number
+        found = self.strategy.run(lambda: self._gathered(tf.constant([number])))
+        return int(tf.reduce_max(self.strategy.experimental_local_results(found)[0]))
+
     def engine(self) -> Engine:
         """Returns an engine with the weights of this moment; it is valid until the next step."""
         model = self.model

@@ -239,6 +239,7 @@ def test_two_processes_take_the_same_steps(jobs, one):
     for rank in (0, 1):
         found = jobs[f"two {rank}"]
         assert found["processes"] == (rank, 2)
+        assert found["largest"] == 4
         same_steps(found["steps"], one["steps"])
         assert found["shards"][LARGE] == [(40 * 48 // 4, 40 * 48)] * 3
         assert relative(found["engine"], one["engine"]) < 1e-12

@@ -114,6 +114,7 @@ def test_two_processes_do_what_one_does(two_processes, variant):
     for whole in batches(6):
         trainer.step(whole)
     for rank in range(2):
+        assert two_processes[rank]["largest"] == 4
         assert largest_difference(found("weights", rank), trainer.weights()) < 1e-10
         assert largest_difference(found("moments", rank), trainer.moments()) < 1e-10
         features = trainer.engine().text_features(batch(3)["input_ids"])

@@ -158,6 +158,7 @@ def test_two_devices_step_as_one_does(one_device, request, where, variant):
     ranks = request.getfixturevalue(f"two_{where}")
     assert len(ranks) == (2 if where == "processes" else 1)
     for found in ranks:
+        assert found["largest"] == 2 + len(ranks)
         np.testing.assert_allclose(found[f"{variant}/metrics"], metrics, rtol=1e-10, atol=1e-12)
         assert largest_difference(part_of(found, f"{variant}/weights/"), trainer.weights()) < 1e-10
         assert largest_difference(part_of(found, f"{variant}/moments/"), trainer.moments()) < 1e-10

@@ -7,7 +7,7 @@ import signal
 import socket
 import threading
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, NoReturn, Self
 
 # Only where a signal would end the process anyway: a program's own handlers stay.
 _USUAL: dict[int, Any] = {signal.SIGINT: signal.default_int_handler, signal.SIGTERM: signal.SIG_DFL}
@@ -19,21 +19,18 @@ class Stopping:
     A thread counts the signals: Python's own handlers wait until the framework returns from a step, which may take
     minutes, and see two signals of that time as one.
 
-    Args:
-        wanted: Otherwise signals do what they did before. They do so too outside of the main thread, and where the
-            program handles them itself.
+    Outside of the main thread, and where the program handles a signal itself, signals do what they did before.
 
     Attributes:
-        signal: The signal that was received; None so far.
+        signal: The number of the signal that was received; 0 for none.
     """
 
-    def __init__(self, wanted: bool = True) -> None:
-        self.signal: signal.Signals | None = None
-        self._wanted = wanted and threading.current_thread() is threading.main_thread()
+    def __init__(self) -> None:
+        self.signal = 0
         self._replaced: list[int] = []
 
     def __enter__(self) -> Self:
-        if self._wanted:
+        if threading.current_thread() is threading.main_thread():
             self._replaced = [number for number, usual in _USUAL.items() if signal.getsignal(number) == usual]
         if self._replaced:
             self._ours, theirs = socket.socketpair()
@@ -56,25 +53,25 @@ class Stopping:
             self._thread.join()
             self._ours.close()
 
-    def check(self) -> None:
-        """Ends the run as the signal would have ended the process, if there was one.
-
-        Raises:
-            KeyboardInterrupt: It was SIGINT.
-            SystemExit: It was SIGTERM; the exit code is 143.
-        """
-        if self.signal == signal.SIGINT:
-            raise KeyboardInterrupt
-        if self.signal is not None:
-            raise SystemExit(128 + self.signal)
-
     def _count(self) -> None:
         while received := self._ours.recv(1):
             if received[0] in self._replaced:
-                if self.signal is not None:
+                if self.signal:
                     os._exit(128 + received[0])
-                self.signal = signal.Signals(received[0])
+                self.signal = received[0]
 
 
 def _wait(number: int, frame: Any) -> None:
     """Does nothing: the thread has the signal already."""
+
+
+def end(number: int) -> NoReturn:
+    """Ends the program as a signal would have ended it.
+
+    Raises:
+        KeyboardInterrupt: It is SIGINT.
+        SystemExit: It is another; the exit code is 128 and its number, as in a shell.
+    """
+    if number == signal.SIGINT:
+        raise KeyboardInterrupt
+    raise SystemExit(128 + number)
