@@ -44,6 +44,7 @@ class Kind(NamedTuple):
         return array.transpose(tuple(int(axis) for axis in np.argsort(self.axes))) if self.axes else array
 
 
+_NUMBER = re.compile(r"0|[1-9][0-9]{0,8}")
 TABLE_VERSION = 1  # raised when a name, a kind or an order of axes changes; recorded by conversions
 
 KINDS = {
@@ -237,7 +238,7 @@ def find(path: Sequence[str], framework: str) -> tuple[str, str] | None:
     Returns:
         Canonical name and key of `KINDS`; None when no head of any size has such a parameter.
     """
-    blocks = [i for i, part in enumerate(path) if re.fullmatch(r"0|[1-9][0-9]{0,8}", part)]
+    blocks = [i for i, part in enumerate(path) if part[:1].isdigit() and _NUMBER.fullmatch(part)]
     spec = _PATHS[framework].get(tuple("0" if i in blocks else part for i, part in enumerate(path)))
     if spec is None:
         return None

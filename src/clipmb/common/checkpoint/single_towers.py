@@ -64,12 +64,13 @@ def encoders_in(tensors: Mapping[str, Lazy], loaded: Loaded) -> Loaded | None:
     Returns:
         The first encoder with the others as its ``others``; None when the tensors are of no diffusion model.
     """
+    short = {stripped(name): name for name in tensors}
     found = []
     for place, where in _PLACES.items():
-        inside = {short.removeprefix(place): name for name in tensors if (short := stripped(name)).startswith(place)}
+        inside = {name.removeprefix(place): full for name, full in short.items() if name.startswith(place)}
         if not inside:
             continue
-        part: Mapping[str, Any] = Deferred({short: tensors[name] for short, name in inside.items()})
+        part: Mapping[str, Any] = Deferred({name: tensors[full] for name, full in inside.items()})
         if is_openai(part):
             part = to_canonical(part)
         decisions = {**loaded.decisions, "encoder": f"the tensors below {place} ({where})"}

@@ -38,6 +38,8 @@ def unwrapped(tree: Any) -> tuple[Any, str]:
 
 def stripped(name: str) -> str:
     """Returns a name without ``module.``, ``_orig_mod.``, ``model.`` …, which training leaves before and inside it."""
+    if name.startswith(("text_model.", "vision_model.")) and "mod" not in name[10:]:  # nearly all names
+        return name
     return _WRAPPED.sub("", _LEADING.sub("", name))
 
 
