@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 from collections.abc import Iterator, Sequence
 from typing import Any, Self
@@ -165,7 +166,7 @@ class CLIPPipeline:
                 raise bad_input(
                     f"A text may have at most {limit - 2} tokens",
                     f"text {i} with {len(ids) - 2} tokens: {texts[i]!r:.80}",
-                    "Shorten it, or pass long_text='truncate' or long_text='mean'",
+                    "Shorten it, or pass long_text='truncate' or long_text='mean' (--long-text)",
                     shown=True,
                 )
             elif long_text == "truncate":
@@ -198,6 +199,7 @@ class CLIPPipeline:
         templates: str | Sequence[str] | None = None,
         batch_size: int = 32,
         progress: bool = False,
+        long_text: str = "error",
     ) -> np.ndarray:
         """Says which label fits each image.
 
@@ -208,11 +210,12 @@ class CLIPPipeline:
                 None.
             batch_size: Images per step.
             progress: Show a progress bar, when there is a terminal.
+            long_text: What to do with prompts longer than the model's context, as in `encode_text`.
 
         Returns:
             (images, labels) probabilities; rows sum to 1.
         """
-        classes = class_embeddings(self.encode_text, labels, templates)
+        classes = class_embeddings(functools.partial(self.encode_text, long_text=long_text), labels, templates)
         embeds = self.encode_image(images, batch_size=batch_size, progress=progress)
         return softmax(self.engine.logit_scale * (embeds @ classes.T))
 

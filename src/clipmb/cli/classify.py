@@ -18,6 +18,7 @@ def run(
     model: common.Model = None,
     backend: common.Backend = None,
     template: common.Template = None,
+    long_text: common.LongText = "error",
     dtype: common.Dtype = "float32",
     device: common.Device = None,
     batch_size: common.BatchSize = 32,
@@ -28,7 +29,9 @@ def run(
     names = [name for part in labels for name in common.split(part)]
     model, templates = common.chosen(model, template)
     pipeline = common.load_pipeline(model, backend, dtype, device)
-    probabilities = pipeline.classify(images, names, templates, batch_size=batch_size, progress=True)
+    probabilities = pipeline.classify(
+        images, names, templates, batch_size=batch_size, progress=True, long_text=long_text
+    )
     order = (-probabilities).argsort(axis=1, kind="stable")[:, :top]
     found = [
         {"image": image, "labels": [{"label": names[i], "probability": float(row[i])} for i in best]}

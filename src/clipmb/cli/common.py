@@ -18,6 +18,7 @@ from clipmb.common.dtypes import DTYPES
 from clipmb.common.errors import ClipmbError
 from clipmb.common.json_files import json_values
 from clipmb.common.zero_shot import TEMPLATES
+from clipmb.pipeline import LONG_TEXT
 
 if TYPE_CHECKING:
     from clipmb.pipeline import CLIPPipeline
@@ -92,6 +93,7 @@ ImageRoot = Annotated[
         "--image-root", metavar="DIR", help="Folder that image paths are relative to.", show_default="the table's"
     ),
 ]
+LongText = Annotated[str, choice("--long-text", values=LONG_TEXT, help="What to do with text longer than the context")]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
 _debug = False

@@ -13,7 +13,6 @@ import typer
 from clipmb.cli import common
 from clipmb.common.errors import bad_input
 from clipmb.common.saving import write_atomically
-from clipmb.pipeline import LONG_TEXT
 
 SUFFIXES = (".npy", ".npz", ".safetensors")
 
@@ -36,10 +35,7 @@ def run(
     model: common.Model = None,
     backend: common.Backend = None,
     normalize: Annotated[bool, typer.Option(help="Scale embeddings to unit length.")] = True,
-    long_text: Annotated[
-        str,
-        common.choice(values=LONG_TEXT, help="What to do with text longer than the context"),
-    ] = "error",
+    long_text: common.LongText = "error",
     dtype: common.Dtype = "float32",
     device: common.Device = None,
     batch_size: common.BatchSize = 32,

@@ -139,6 +139,19 @@ def test_demo(tmp_path):
     assert str(tmp_path / "new" / "demo.png") in done.stdout
 
 
+def test_a_label_longer_than_the_context(tmp_path):
+    pictures, _ = held_out_pictures()
+    pictures[0].save(tmp_path / "image.png")
+    call = ["classify", tmp_path / "image.png", "--labels", "rocket," + "panda " * 80, "-b", BACKENDS[0], "--json"]
+    done = clipmb(*call)
+    assert done.returncode == 1
+    assert "error: A text may have at most 30 tokens" in done.stderr
+    assert "--long-text" in done.stderr
+    done = clipmb(*call, "--long-text", "truncate")
+    assert done.returncode == 0, done.stderr
+    assert len(json.loads(done.stdout)["images"][0]["labels"]) == 2
+
+
 def test_info(folder):
     done = clipmb("info", folder, "--json")
     assert (done.returncode, done.stderr) == (0, "")
