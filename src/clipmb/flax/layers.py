@@ -134,8 +134,9 @@ def patch_product(pixel_values: Array, kernel: Array, *_: Any, precision: Any, *
     rows, columns = height // size, width // size
     pixel_values = pixel_values[:, : rows * size, : columns * size]
     patches = pixel_values.reshape(batch, rows, size, columns, size, channels).transpose(0, 1, 3, 2, 4, 5)
-    flat = patches.reshape(batch * rows * columns, -1)  # (batch * patches, patch * patch * channels)
-    return jnp.dot(flat, kernel.reshape(flat.shape[1], -1), precision=precision).reshape(batch, rows, columns, -1)
+    flat = patches.reshape(batch * rows * columns, size * size * channels)
+    product = jnp.dot(flat, kernel.reshape(size * size * channels, -1), precision=precision)
+    return product.reshape(batch, rows, columns, kernel.shape[-1])
 
 
 def look_up(table: nn.Embed, ids: Array, field: str) -> Array:

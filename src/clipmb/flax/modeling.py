@@ -1,7 +1,8 @@
 """CLIP in Flax: the classes of transformers 4, each a linen module with its config, its parameters and its files.
 
 Parameters are the nested dicts of the msgpack files of transformers 4. ``dtype`` is what a model computes in; its
-parameters keep the dtype of the file (`to_bf16`, `to_fp16`, `to_fp32` change it) and are cast where they are used.
+parameters are cast where they are used. Those of a 16-bit file are float32 in a model that computes in float32, and
+otherwise keep the dtype of the file; ``param_dtype=``, `to_bf16`, `to_fp16` and `to_fp32` change it.
 Source of every behaviour not explained here: the Flax models of transformers 4.57.6 for the interface, its PyTorch
 models for values.
 `clipmb.flax.modules` says what becomes of ids outside the vocabulary under ``jax.jit``, and how to use NNX.
@@ -28,7 +29,7 @@ from clipmb.common import checks
 from clipmb.common.checkpoint import LoadingInfo
 from clipmb.common.checkpoint.tensors import Deferred
 from clipmb.common.config import BaseConfig, CLIPConfig, CLIPTextConfig, CLIPVisionConfig
-from clipmb.common.errors import bad_input
+from clipmb.common.errors import bad_input, whole_number
 from clipmb.common.former import SavingOptions, check_saving
 from clipmb.common.outputs import (
     BaseModelOutputWithPooling,
@@ -39,6 +40,7 @@ from clipmb.common.outputs import (
 )
 from clipmb.common.parameters import KINDS, Spec, specs
 from clipmb.common.pretrained import PretrainedMixin, normal_dtype
+from clipmb.common.vocabulary import rows_around_mean
 from clipmb.flax.modules import (
     FlaxCLIPForImageClassificationModule,
     FlaxCLIPModule,
@@ -61,7 +63,7 @@ class FlaxCLIPPreTrainedModel(PretrainedMixin):
         seed: Random seed of the initialisation.
         dtype: What the model computes in: float32, float16, bfloat16, or float64 (which needs ``jax_enable_x64``).
         _do_init: Initialise the parameters. Otherwise the model has none and every call needs ``params=``.
-        gradient_checkpointing: As `enable_gradient_checkpointing`.
+        gradient_checkpointing: As `enable_gradient_checkpointing`; so does that field of the config.
 
     Raises:
         TypeError: The config is not of the class that the head needs.
@@ -74,7 +76,13 @@ class FlaxCLIPPreTrainedModel(PretrainedMixin):
     base_model_prefix = "clip"
     main_input_name = "input_ids"
     supports_gradient_checkpointing = True
-    load_options: ClassVar[tuple[str, ...]] = ("seed", "input_shape", "_do_init", "gradient_checkpointing")
+    load_options: ClassVar[tuple[str, ...]] = (
+        "seed",
+        "input_shape",
+        "_do_init",
+        "gradient_checkpointing",
+        "param_dtype",
+    )
 
     def __init__(
         self,
@@ -91,7 +99,8 @@ class FlaxCLIPPreTrainedModel(PretrainedMixin):
         self.key = jax.random.PRNGKey(seed)
         self.dtype = compute_dtype(dtype, type(self).__name__)
         self.input_shape = input_shape
-        self.module: Module = self.module_class(config, self.dtype, gradient_checkpointing)
+        checkpointing = gradient_checkpointing or getattr(config, "gradient_checkpointing", False)
+        self.module: Module = self.module_class(config, self.dtype, bool(checkpointing))
         self._is_initialized = _do_init
         self._params: dict[str, Any] = self.init_weights(self.key) if _do_init else {}
 
@@ -110,6 +119,7 @@ class FlaxCLIPPreTrainedModel(PretrainedMixin):
         input_shape: Any = None,
         _do_init: bool = True,
         gradient_checkpointing: bool = False,
+        param_dtype: Any = None,
     ) -> Self | tuple[Self, dict[str, Any]]:
         """Builds the model around canonical arrays, and draws the parameters that have none.
 
@@ -122,14 +132,19 @@ class FlaxCLIPPreTrainedModel(PretrainedMixin):
             input_shape: Accepted and unneeded.
             _do_init: Keep the parameters in the model; otherwise return ``(model, params)``.
             gradient_checkpointing: As in the constructor.
+            param_dtype: The dtype of every parameter; "auto" for that of the file. By default that of the file, but
+                float32 instead of 16 bits in a model that computes in float32, in which training would lose its steps.
         """
         model = cls(
             config, input_shape, seed, dtype or "float32", _do_init=False, gradient_checkpointing=gradient_checkpointing
         )
         table = [spec for spec in specs(config, cls.head) if spec.name in arrays]
-        params = _tree(from_numpy(arrays, table), table)
+        widened = param_dtype is None and model.dtype == jnp.float32
+        params = _tree(from_numpy(arrays, table, widened), table)
         if initialised:
             params = model.init_weights(model.key, params=params)
+        if param_dtype not in (None, "auto"):
+            params = _cast(params, compute_dtype(param_dtype, f"A parameter of {cls.__name__}"), None)
         if not _do_init:
             return model, params
         model._is_initialized = True
@@ -182,17 +197,22 @@ class FlaxCLIPPreTrainedModel(PretrainedMixin):
             raise ValueError("\n  - ".join([f"params do not fit {type(self).__name__}. Problems:", *problems]))
         return leaves
 
-    def init_weights(self, rng: Array, input_shape: Any = None, params: Params | None = None) -> dict[str, Any]:
+    def init_weights(
+        self, rng: Array, input_shape: Any = None, params: Params | None = None, eval_only: bool = False
+    ) -> dict[str, Any]:
         """Draws parameters from their initial normal distributions.
 
         Args:
             rng: A key; the same one gives the same parameters whatever else is drawn.
             input_shape: Accepted and unneeded.
             params: A tree of which only what is missing is drawn.
+            eval_only: Draw nothing and return `params_shape_tree`, as maxdiffusion asks for.
 
         Returns:
             The whole tree, in float32 where it was drawn.
         """
+        if eval_only:
+            return self.params_shape_tree
         given = {} if params is None else _leaves(params)
         table = specs(self.config, self.head)
         arrays = {}
@@ -268,9 +288,58 @@ class FlaxCLIPPreTrainedModel(PretrainedMixin):
         table = specs(self.config, self.head)
         return sum(math.prod(spec.shape) for spec in table if not (exclude_embeddings and spec.kind == "embedding"))
 
-    def enable_gradient_checkpointing(self) -> None:
-        """Recomputes each block in the backward pass of training instead of keeping its intermediate results."""
-        self.module = self.module.clone(gradient_checkpointing=True)
+    def resize_token_embeddings(
+        self, new_num_tokens: int | None = None, pad_to_multiple_of: int | None = None, mean_resizing: bool = True
+    ) -> Array:
+        """Grows or shrinks the vocabulary of the model and its own parameters, whose optimizer state is made again.
+
+        Args:
+            new_num_tokens: The new number of tokens; None leaves it.
+            pad_to_multiple_of: Round it up to a multiple of this.
+            mean_resizing: Draw new rows around the mean of the old ones; otherwise from the initial distribution.
+
+        Returns:
+            The table, (tokens, width), which is in `params`.
+
+        Raises:
+            ValueError: The model has no text tower or no parameters, or a number is not positive.
+        """
+        path = ("text_model", "embeddings", "token_embedding", "embedding")
+        leaves = _leaves(self.params)
+        if path not in leaves:
+            raise bad_input(
+                "Only models with a text tower have token embeddings",
+                type(self).__name__,
+                "Use a model with a text tower",
+            )
+        old = leaves[path]
+        size = whole_number("new_num_tokens", len(old) if new_num_tokens is None else new_num_tokens)
+        multiple = whole_number("pad_to_multiple_of", pad_to_multiple_of or 1)
+        size += -size % multiple
+        config = getattr(self.config, "text_config", self.config)
+        if size != len(old):
+            config.vocab_size = size
+            self.key, key = jax.random.split(self.key)
+            kept = {place: leaf for place, leaf in leaves.items() if place != path}
+            fresh = _leaves(self.init_weights(key, params=unflatten_dict(kept)))[path][len(old) :]
+            if mean_resizing and len(fresh):
+                seed = int(jax.random.randint(key, (), 0, 2**31 - 1))
+                fresh = rows_around_mean(to_numpy(old), len(fresh), seed)
+            leaves[path] = jnp.concatenate([old[:size], jnp.asarray(fresh, old.dtype)])
+            self.params = unflatten_dict(leaves)
+        return leaves[path]
+
+    def enable_gradient_checkpointing(self, every_n_layers: int = 1) -> None:
+        """Recomputes blocks in the backward pass of training instead of keeping their intermediate results.
+
+        Args:
+            every_n_layers: Recompute the first block of every so many.
+
+        Raises:
+            ValueError: ``every_n_layers`` is not a positive number.
+        """
+        every_n_layers = whole_number("every_n_layers", every_n_layers)
+        self.module = self.module.clone(gradient_checkpointing=every_n_layers)
 
     def disable_gradient_checkpointing(self) -> None:
         """Undoes `enable_gradient_checkpointing`."""
@@ -279,7 +348,7 @@ class FlaxCLIPPreTrainedModel(PretrainedMixin):
     @property
     def is_gradient_checkpointing(self) -> bool:
         """Whether gradient checkpointing is on."""
-        return self.module.gradient_checkpointing  # type: ignore[attr-defined]
+        return bool(self.module.gradient_checkpointing)  # type: ignore[attr-defined]
 
     def set_attn_implementation(self, attn_implementation: str | dict[str, str]) -> None:
         """Chooses "eager" or "sdpa" attention, for the whole or by tower."""

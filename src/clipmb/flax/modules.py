@@ -145,17 +145,23 @@ class FlaxCLIPEncoderLayer(nn.Module):
 
 
 class FlaxCLIPLayerCollection(nn.Module):
-    """The blocks under the names "0", "1", …, as the checkpoints have them."""
+    """The blocks under the names "0", "1", …, as the checkpoints have them.
+
+    Attributes:
+        gradient_checkpointing: The first of every so many blocks is recomputed in the backward pass; none at 0.
+    """
 
     config: CLIPTextConfig | CLIPVisionConfig
     dtype: Any = jnp.float32
-    gradient_checkpointing: bool = False
+    gradient_checkpointing: int = False
 
     def setup(self) -> None:
-        layer = FlaxCLIPEncoderLayer
-        if self.gradient_checkpointing:
-            layer = nn.remat(layer, static_argnums=(3, 4))  # fused, deterministic
-        self.blocks = [layer(self.config, self.dtype, name=str(i)) for i in range(self.config.num_hidden_layers)]
+        every, recomputed = self.gradient_checkpointing, nn.remat(FlaxCLIPEncoderLayer, static_argnums=(3, 4))
+        kinds = [
+            recomputed if every and i % every == 0 else FlaxCLIPEncoderLayer
+            for i in range(self.config.num_hidden_layers)
+        ]
+        self.blocks = [kind(self.config, self.dtype, name=str(i)) for i, kind in enumerate(kinds)]
 
     def __call__(
         self, hidden_states: Array, bias: Array | None, fused: bool, deterministic: bool
@@ -174,7 +180,7 @@ class FlaxCLIPEncoder(nn.Module):
 
     config: CLIPTextConfig | CLIPVisionConfig
     dtype: Any = jnp.float32
-    gradient_checkpointing: bool = False
+    gradient_checkpointing: int = False
 
     def setup(self) -> None:
         self.layers = FlaxCLIPLayerCollection(self.config, self.dtype, self.gradient_checkpointing)
@@ -279,7 +285,7 @@ class FlaxCLIPTextTransformer(nn.Module):
 
     config: CLIPTextConfig
     dtype: Any = jnp.float32
-    gradient_checkpointing: bool = False
+    gradient_checkpointing: int = False
 
     def setup(self) -> None:
         self.embeddings = FlaxCLIPTextEmbeddings(self.config, self.dtype)
@@ -322,7 +328,7 @@ class FlaxCLIPVisionTransformer(nn.Module):
 
     config: CLIPVisionConfig
     dtype: Any = jnp.float32
-    gradient_checkpointing: bool = False
+    gradient_checkpointing: int = False
 
     def setup(self) -> None:
         self.embeddings = FlaxCLIPVisionEmbeddings(self.config, self.dtype)
@@ -382,7 +388,7 @@ class FlaxCLIPModule(nn.Module):
 
     config: CLIPConfig
     dtype: Any = jnp.float32
-    gradient_checkpointing: bool = False
+    gradient_checkpointing: int = False
 
     def setup(self) -> None:
         config, proj = self.config, self.config.projection_dim
@@ -465,7 +471,7 @@ class FlaxCLIPTextModule(nn.Module):
 
     config: CLIPTextConfig
     dtype: Any = jnp.float32
-    gradient_checkpointing: bool = False
+    gradient_checkpointing: int = False
 
     def setup(self) -> None:
         self.text_model = FlaxCLIPTextTransformer(self.config, self.dtype, self.gradient_checkpointing)
@@ -492,7 +498,7 @@ class FlaxCLIPTextModelWithProjectionModule(nn.Module):
 
     config: CLIPTextConfig
     dtype: Any = jnp.float32
-    gradient_checkpointing: bool = False
+    gradient_checkpointing: int = False
 
     def setup(self) -> None:
         config = self.config
@@ -527,7 +533,7 @@ class FlaxCLIPVisionModule(nn.Module):
 
     config: CLIPVisionConfig
     dtype: Any = jnp.float32
-    gradient_checkpointing: bool = False
+    gradient_checkpointing: int = False
 
     def setup(self) -> None:
         self.vision_model = FlaxCLIPVisionTransformer(self.config, self.dtype, self.gradient_checkpointing)
@@ -553,7 +559,7 @@ class FlaxCLIPVisionModelWithProjectionModule(nn.Module):
 
     config: CLIPVisionConfig
     dtype: Any = jnp.float32
-    gradient_checkpointing: bool = False
+    gradient_checkpointing: int = False
 
     def setup(self) -> None:
         config = self.config
@@ -589,7 +595,7 @@ class FlaxCLIPForImageClassificationModule(nn.Module):
 
     config: CLIPConfig
     dtype: Any = jnp.float32
-    gradient_checkpointing: bool = False
+    gradient_checkpointing: int = False
 
     def __post_init__(self) -> None:
         if self.config.num_labels < 1:

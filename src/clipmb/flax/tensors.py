@@ -16,7 +16,7 @@ from clipmb.common.parameters import KINDS, Spec
 _CHUNK = 2**25  # bytes that are copied before their file's pages are given back
 
 
-def from_numpy(arrays: dict[str, np.ndarray], table: list[Spec]) -> dict[str, jax.Array]:
+def from_numpy(arrays: dict[str, np.ndarray], table: list[Spec], widened: bool = False) -> dict[str, jax.Array]:
     """Puts canonical arrays on the default device in linen's layouts, a few at a time.
 
     Arrays of float64 become float32 unless ``jax_enable_x64`` is on, as everywhere in JAX.
@@ -24,6 +24,7 @@ def from_numpy(arrays: dict[str, np.ndarray], table: list[Spec]) -> dict[str, ja
     Args:
         arrays: Canonical name to array; the pages of `OwnArrays` are given back on the way.
         table: The parameters wanted.
+        widened: Make those of 16 bits float32.
 
     Returns:
         Canonical name to array.
@@ -35,6 +36,8 @@ def from_numpy(arrays: dict[str, np.ndarray], table: list[Spec]) -> dict[str, ja
         if spec is not table[-1] and sum(arrays[part.name].nbytes for part in chunk) < _CHUNK:
             continue
         copies = jax.device_put([KINDS[part.kind].to_framework(arrays[part.name]) for part in chunk])
+        if widened:
+            copies = [copy.astype("float32") if copy.dtype.itemsize == 2 else copy for copy in copies]
         placed.update(zip([part.name for part in chunk], jax.block_until_ready(copies), strict=True))
         if isinstance(arrays, OwnArrays):
             for part in chunk:

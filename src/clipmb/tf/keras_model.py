@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any, Self
 
 import keras
+import numpy as np
 import tensorflow as tf
 from tensorflow import Tensor
 
@@ -14,8 +15,45 @@ from clipmb.tf.layers import build_parts
 from clipmb.tf.tensors import bind, distribution, initializer
 
 
+class Compiled:
+    """What Keras' compiled functions are frozen to: a plain object, whose content Keras does not take for weights.
+
+    Attributes:
+        states: Name of a function to the state it was made in, and the variables, whose ids no others may take.
+    """
+
+    def __init__(self) -> None:
+        self.states: dict[str, tuple[Any, Any]] = {}
+
+
+def optimizer_for(optimizer: Any, variables: list[keras.Variable]) -> Any:
+    """Returns an optimizer that knows all variables: itself, or one like it that goes on from what it knew.
+
+    Args:
+        optimizer: One of Keras that is built.
+        variables: What is to be trained. One in the place of another, by its path, takes over the rows of its moments.
+    """
+    known = {id(variable) for variable in optimizer._trainable_variables}
+    if all(id(variable) in known for variable in variables):
+        return optimizer
+    new = type(optimizer).from_config(optimizer.get_config())
+    new.build(variables)
+    old = {variable.path: variable.numpy() for variable in optimizer.variables}
+    for variable in new.variables:
+        if variable.path in old and variable.shape[1:] == old[variable.path].shape[1:]:
+            value, before = np.array(variable.numpy()), old[variable.path]
+            kept = slice(min(len(value), len(before))) if value.ndim else ()
+            value[kept] = before[kept]
+            variable.assign(value)
+    return new
+
+
 class KerasModel(PretrainedMixin, keras.Model):
     """A Keras model that takes its inputs as `clipmb.tf.tensors.bind` does, and brings its own loss."""
+
+    def __init__(self, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self._compiled = Compiled()
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Calls the model on inputs by name, by position, or in one mapping: tensors, arrays or lists.
@@ -52,6 +90,17 @@ class KerasModel(PretrainedMixin, keras.Model):
             setattr(owner, name, distribution(spec))  # which lets go of the array
         self._tracker.unlock()  # subclasses may add layers
 
+    @classmethod
+    def canonical_array(cls, value: Any) -> np.ndarray:
+        """Returns one value of a ``state_dict`` as numpy."""
+        return value.numpy() if tf.is_tensor(value) or isinstance(value, keras.Variable) else np.asarray(value)
+
+    def init_weights(self) -> None:
+        """Draws every parameter from its initial normal distribution."""
+        for spec in specs(self.config, self.head):
+            parameter = self.parameter(spec)
+            parameter.assign(distribution(spec)(parameter.shape, dtype=parameter.dtype))
+
     def get_config(self) -> dict[str, Any]:
         """Returns what `from_config` rebuilds the model from, for ``.keras`` files."""
         policy = keras.dtype_policies.serialize(self.dtype_policy)
@@ -63,6 +112,35 @@ class KerasModel(PretrainedMixin, keras.Model):
         own = cls.config_class.from_dict(config["config"])
         dtype = keras.dtype_policies.deserialize(config["dtype"])
         return cls(config=own, dtype=dtype, name=config["name"], trainable=config["trainable"])
+
+    def _changed(self, function: str) -> bool:
+        """Returns whether weights, what is trained, attention or checkpointing differ from when it was last called."""
+        encoders = [layer for layer in self._flatten_layers() if hasattr(layer, "checkpointing")]
+        state = (
+            [id(variable) for variable in self.variables],
+            [id(variable) for variable in self.trainable_variables],
+            [(encoder.config.attn_implementation, encoder.checkpointing) for encoder in encoders],
+        )
+        before, _ = self._compiled.states.get(function, (state, None))
+        self._compiled.states[function] = state, self.variables
+        return before != state
+
+    def make_train_function(self, force: bool = False) -> Any:
+        """Makes what ``fit`` calls, again if the model has changed; the optimizer keeps what it knows of weights."""
+        changed = self._changed("train")
+        if self.optimizer is not None and self.optimizer.built:
+            self.optimizer = optimizer_for(self.optimizer, self.trainable_variables)
+        return super().make_train_function(force or changed)
+
+    def make_test_function(self, force: bool = False) -> Any:
+        """Makes what ``evaluate`` calls, again if the model has changed."""
+        changed = self._changed("test")
+        return super().make_test_function(force or changed)
+
+    def make_predict_function(self, force: bool = False) -> Any:
+        """Makes what ``predict`` calls, again if the model has changed."""
+        changed = self._changed("predict")
+        return super().make_predict_function(force or changed)
 
     def own_loss(self, y: Any, y_pred: Any) -> Tensor | None:
         """Returns the loss to train with where ``compile`` was given none.

@@ -102,11 +102,12 @@ def build_at(layer: keras.layers.Layer, path: str) -> None:
 
 
 def replace_part(owner: keras.layers.Layer, name: str, part: keras.layers.Layer) -> None:
-    """Puts a layer in the place of another one, although Keras locks the parts of a layer that is built."""
-    owner._tracker.unlock()
-    owner._tracker.untrack(getattr(owner, name))
+    """Puts a layer in the place of another one, although Keras locks the parts of a layer that is built.
+
+    It takes the other's place among the parts, too: the order of weights is that of a fresh model.
+    """
+    owner._tracker.replace_tracked_value("layers", getattr(owner, name), part)
     setattr(owner, name, part)
-    owner._tracker.lock()
 
 
 class Linear(keras.layers.Dense):
@@ -119,6 +120,10 @@ class Linear(keras.layers.Dense):
     def build(self, input_shape: Any = None) -> None:
         """Creates kernel (inputs, units) and bias (units,)."""
         super().build((None, self.inputs))
+
+    def quantize(self, mode: str | None = None, type_check: bool = True, config: Any = None) -> None:
+        """Quantizes like Keras' own dense layers, whose subclasses Keras would leave out without a word."""
+        super().quantize(mode, type_check=False, config=config)
 
     def call(self, inputs: Tensor, training: bool | None = None) -> Tensor:
         """(…, inputs) to (…, units), as a product of two matrices.
@@ -195,6 +200,11 @@ def look_up(table: keras.layers.Embedding, ids: Tensor, field: str) -> Tensor:
     inside = (ids >= 0) & (ids < table.input_dim)
     embedded = table(tf.where(inside, ids, 0))  # so that no kernel raises before the check does
     return tf.where(tf.expand_dims(inside, -1), embedded, tf.constant(np.nan, embedded.dtype))
+
+
+def whole_table(table: keras.layers.Embedding) -> Tensor:
+    """Returns every row of a table of embeddings, (size, width), through its call, which knows adapters and int8."""
+    return table(tf.range(table.input_dim))
 
 
 def check_range(ids: Tensor, size: int, field: str) -> None:

@@ -24,7 +24,7 @@ from tensorflow import Tensor
 from clipmb.common import checks
 from clipmb.common.checkpoint.tensors import Deferred
 from clipmb.common.config import BaseConfig, CLIPConfig, CLIPTextConfig, CLIPVisionConfig
-from clipmb.common.errors import bad_input, warn_once
+from clipmb.common.errors import bad_input, warn_once, whole_number
 from clipmb.common.outputs import (
     BaseModelOutput,
     BaseModelOutputWithPooling,
@@ -46,17 +46,15 @@ from clipmb.tf.layers import (
     LayerNorm,
     Linear,
     Module,
-    build_at,
     check_range,
     interpolate_positions,
     look_up,
     recomputed,
-    replace_part,
     statistics_dtype,
+    whole_table,
 )
 from clipmb.tf.losses import classification_loss, contrastive_loss, normalize
 from clipmb.tf.tensors import (
-    distribution,
     given,
     lazy_numpy,
     next_seed,
@@ -66,6 +64,7 @@ from clipmb.tf.tensors import (
     to_tensor,
     unpacking,
 )
+from clipmb.tf.vocabulary import VocabularyMixin
 
 for _type in ModelOutput.types:
     register_output(_type)
@@ -155,7 +154,7 @@ class TFCLIPEncoder(Module):
         super().__init__()
         self.config = config
         self.layers = [TFCLIPEncoderLayer(config) for _ in range(config.num_hidden_layers)]
-        self.checkpointing = False
+        self.checkpointing = 0  # the first of every so many blocks is recomputed in the backward pass; none at 0
         self.seed_generator = keras.random.SeedGenerator()
 
     def call(
@@ -178,9 +177,9 @@ class TFCLIPEncoder(Module):
         fused = fused and not dropout
         bias = attention_bias(attention_mask, hidden_states) if causal else None
         states, attentions = [hidden_states], []
-        for layer in self.layers:
+        for i, layer in enumerate(self.layers):
             seed = next_seed(self.seed_generator) if dropout else None  # drawn here: recomputing has to drop the same
-            if self.checkpointing and training:
+            if training and self.checkpointing and i % self.checkpointing == 0:
                 hidden_states, weights = recomputed(layer, hidden_states, bias, fused, seed)
             else:
                 hidden_states, weights = layer(hidden_states, bias, fused, seed)
@@ -219,7 +218,7 @@ class TFCLIPTextEmbeddings(Module):
         """(batch, seq) to (batch, seq, width)."""
         tokens = look_up(self.token_embedding, input_ids, "input_ids")  # (batch, seq, width)
         if position_ids is None:
-            return tokens + tf.convert_to_tensor(self.position_embedding.embeddings)[: sizes(input_ids)[1]]
+            return tokens + whole_table(self.position_embedding)[: sizes(input_ids)[1]]
         return tokens + look_up(self.position_embedding, position_ids, "position_ids")
 
 
@@ -248,7 +247,7 @@ class TFCLIPVisionEmbeddings(Module):
         batch, rows, columns, width = sizes(patches)
         patches = tf.reshape(patches, (batch, rows * columns, width))  # (batch, patches, width)
         class_token = tf.broadcast_to(self.class_embedding, (batch, 1, width))  # (batch, 1, width)
-        positions = tf.convert_to_tensor(self.position_embedding.embeddings)  # (patches + 1, width)
+        positions = whole_table(self.position_embedding)  # (patches + 1, width)
         if interpolate_pos_encoding:
             positions = interpolate_positions(positions, rows, columns)
         return tf.concat([class_token, patches], axis=1) + positions
@@ -331,7 +330,7 @@ class TFCLIPVisionTransformer(Module):
         )
 
 
-class TFCLIPPreTrainedModel(ExportMixin, KerasModel):
+class TFCLIPPreTrainedModel(ExportMixin, VocabularyMixin, KerasModel):
     """What the six heads share: construction, files, embeddings, checkpointing.
 
     Args:
@@ -392,20 +391,15 @@ class TFCLIPPreTrainedModel(ExportMixin, KerasModel):
         with given(arrays):
             return cls(config, dtype=dtype if dtype_policy is None else dtype_policy)
 
-    @classmethod
-    def canonical_array(cls, value: Any) -> np.ndarray:
-        """Returns one value of a ``state_dict`` as numpy."""
-        return value.numpy() if tf.is_tensor(value) or isinstance(value, keras.Variable) else np.asarray(value)
-
     def to_arrays(self) -> Deferred:
         """Returns every parameter by its canonical name, in canonical layout, each made when it is asked for."""
         return Deferred({spec.name: lazy_numpy(self.parameter(spec), spec) for spec in specs(self.config, self.head)})
 
-    def init_weights(self) -> None:
-        """Draws every parameter from its initial normal distribution."""
-        for spec in specs(self.config, self.head):
-            parameter = self.parameter(spec)
-            parameter.assign(distribution(spec)(parameter.shape, dtype=parameter.dtype))
+    def post_init(self) -> None:
+        """Creates every weight, and turns gradient checkpointing on where the config asks for it."""
+        super().post_init()
+        if getattr(self.config, "gradient_checkpointing", False):
+            self.gradient_checkpointing_enable()
 
     def check_ids(self, input_ids: Any, position_ids: Any = None) -> None:
         """Raises for ids outside the vocabulary: the check that functions compiled by XLA cannot make themselves.
@@ -422,86 +416,28 @@ class TFCLIPPreTrainedModel(ExportMixin, KerasModel):
         if position_ids is not None:
             check_range(to_tensor(position_ids), embeddings.position_embedding.input_dim, "position_ids")
 
-    def num_parameters(self, only_trainable: bool = False, exclude_embeddings: bool = False) -> int:
-        """Counts parameters.
+    def gradient_checkpointing_enable(
+        self, gradient_checkpointing_kwargs: dict[str, Any] | None = None, every_n_layers: int = 1
+    ) -> None:
+        """Recomputes blocks in the backward pass of training instead of keeping their intermediate results.
 
         Args:
-            only_trainable: Leave out frozen ones.
-            exclude_embeddings: Leave out the tables of embeddings.
-        """
-        layers = self._flatten_layers()
-        skipped = {id(w) for layer in layers if isinstance(layer, keras.layers.Embedding) for w in layer.weights}
-        return sum(
-            int(np.prod(weight.shape))
-            for weight in self.weights
-            if (weight.trainable or not only_trainable) and not (exclude_embeddings and id(weight) in skipped)
-        )
-
-    def get_input_embeddings(self) -> keras.layers.Layer:
-        """Returns the token embedding, or the patch embedding of a model without text."""
-        if hasattr(self, "text_model"):
-            return self.text_model.embeddings.token_embedding
-        return self.vision_model.embeddings.patch_embedding
-
-    def set_input_embeddings(self, value: keras.layers.Layer) -> None:
-        """Replaces the layer that `get_input_embeddings` returns."""
-        owner = self.text_model.embeddings if hasattr(self, "text_model") else self.vision_model.embeddings
-        name = "token_embedding" if hasattr(self, "text_model") else "patch_embedding"
-        replace_part(owner, name, value)
-
-    def resize_token_embeddings(
-        self, new_num_tokens: int | None = None, pad_to_multiple_of: int | None = None
-    ) -> keras.layers.Layer:
-        """Grows or shrinks the vocabulary; new rows are drawn from the initial distribution.
-
-        Functions traced and optimizers built before do not know the new weight.
-
-        Args:
-            new_num_tokens: The new number of tokens; None leaves it.
-            pad_to_multiple_of: Round it up to a multiple of this.
-
-        Returns:
-            The token embedding.
+            gradient_checkpointing_kwargs: PyTorch's keywords; TensorFlow has nothing to choose.
+            every_n_layers: Recompute the first block of every so many.
 
         Raises:
-            ValueError: The model has no text tower, or a number is not positive.
+            ValueError: ``every_n_layers`` is not a positive number.
         """
-        if not hasattr(self, "text_model"):
-            raise bad_input(
-                "Only models with a text tower have token embeddings",
-                type(self).__name__,
-                "Use a model with a text tower",
-            )
-        old = self.text_model.embeddings.token_embedding
-        size = old.input_dim if new_num_tokens is None else new_num_tokens
-        for value in (size, pad_to_multiple_of or 1):
-            if value < 1:
-                raise bad_input("The number of tokens must be positive", value, "Pass a positive number")
-        size += -size % (pad_to_multiple_of or 1)
-        if size != old.input_dim:
-            new = type(old).from_config({**old.get_config(), "input_dim": size})
-            build_at(new, old.path)
-            kept = min(size, old.input_dim)
-            new.set_weights([np.concatenate([old.get_weights()[0][:kept], new.get_weights()[0][kept:]])])
-            self.set_input_embeddings(new)
-            self.text_model.config.vocab_size = size
-        return self.text_model.embeddings.token_embedding
-
-    def gradient_checkpointing_enable(self, gradient_checkpointing_kwargs: dict[str, Any] | None = None) -> None:
-        """Recomputes each block in the backward pass of training instead of keeping its intermediate results.
-
-        The keywords are PyTorch's; TensorFlow has nothing to choose.
-        """
-        self._set_checkpointing(True)
+        self._set_checkpointing(whole_number("every_n_layers", every_n_layers))
 
     def gradient_checkpointing_disable(self) -> None:
         """Undoes `gradient_checkpointing_enable`."""
-        self._set_checkpointing(False)
+        self._set_checkpointing(0)
 
-    def _set_checkpointing(self, on: bool) -> None:
+    def _set_checkpointing(self, every_n_layers: int) -> None:
         for layer in self._flatten_layers():
             if isinstance(layer, TFCLIPEncoder):
-                layer.checkpointing = on
+                layer.checkpointing = every_n_layers
 
     @property
     def is_gradient_checkpointing(self) -> bool:
@@ -662,19 +598,19 @@ class TFCLIPModel(TFCLIPPreTrainedModel):
         return contrastive_loss(y_pred[-5])  # logits_per_text, whether or not there is a loss before it
 
 
-@keras.saving.register_keras_serializable("clipmb")
-class TFCLIPTextModel(TFCLIPPreTrainedModel):
-    """The text tower alone."""
+class TFCLIPTextPreTrainedModel(TFCLIPPreTrainedModel):
+    """What the two text heads share."""
 
-    head = "CLIPTextModel"
     config_class = CLIPTextConfig
     config: CLIPTextConfig
 
     def __init__(self, config: CLIPTextConfig, dtype: Any = None, **kwargs: Any) -> None:
         super().__init__(config, dtype, **kwargs)
-        config = self.config
-        self.text_model = TFCLIPTextTransformer(config)
-        self.post_init()
+        self.text_model = TFCLIPTextTransformer(self.config)
+
+    def output_of(self, output: BaseModelOutputWithPooling[Tensor]) -> ModelOutput:
+        """Makes the output of the head from that of the tower."""
+        return output
 
     def call(
         self,
@@ -685,10 +621,10 @@ class TFCLIPTextModel(TFCLIPPreTrainedModel):
         output_hidden_states: bool | None = None,
         return_dict: bool | None = None,
         training: bool = False,
-    ) -> BaseModelOutputWithPooling[Tensor] | Any:
+    ) -> BaseModelOutputWithPooling[Tensor] | CLIPTextModelOutput[Tensor] | Any:
         """Encodes texts; arguments and errors as in `TFCLIPModel.call`."""
         output = self.text_model(input_ids, attention_mask, position_ids, output_attentions, output_hidden_states)
-        return returned(output, return_dict, self.config.return_dict)
+        return returned(self.output_of(output), return_dict, self.config.return_dict)
 
     if TYPE_CHECKING:
 
@@ -698,39 +634,64 @@ class TFCLIPTextModel(TFCLIPPreTrainedModel):
 
 
 @keras.saving.register_keras_serializable("clipmb")
-class TFCLIPTextModelWithProjection(TFCLIPPreTrainedModel):
-    """The text tower with its projection."""
+class TFCLIPTextModel(TFCLIPTextPreTrainedModel):
+    """The text tower alone."""
 
-    head = "CLIPTextModelWithProjection"
-    config_class = CLIPTextConfig
-    config: CLIPTextConfig
+    head = "CLIPTextModel"
 
     def __init__(self, config: CLIPTextConfig, dtype: Any = None, **kwargs: Any) -> None:
         super().__init__(config, dtype, **kwargs)
-        config = self.config
-        self.text_model = TFCLIPTextTransformer(config)
-        self.text_projection = Linear(config.hidden_size, config.projection_dim, bias=False)
         self.post_init()
 
-    def call(
-        self,
-        input_ids: Tensor | None = None,
-        attention_mask: Tensor | None = None,
-        position_ids: Tensor | None = None,
-        output_attentions: bool | None = None,
-        output_hidden_states: bool | None = None,
-        return_dict: bool | None = None,
-        training: bool = False,
-    ) -> CLIPTextModelOutput[Tensor] | Any:
-        """Encodes and projects texts; arguments and errors as in `TFCLIPModel.call`."""
-        output = self.text_model(input_ids, attention_mask, position_ids, output_attentions, output_hidden_states)
-        projected = CLIPTextModelOutput(
+
+@keras.saving.register_keras_serializable("clipmb")
+class TFCLIPTextModelWithProjection(TFCLIPTextPreTrainedModel):
+    """The text tower with its projection."""
+
+    head = "CLIPTextModelWithProjection"
+
+    def __init__(self, config: CLIPTextConfig, dtype: Any = None, **kwargs: Any) -> None:
+        super().__init__(config, dtype, **kwargs)
+        self.text_projection = Linear(self.config.hidden_size, self.config.projection_dim, bias=False)
+        self.post_init()
+
+    def output_of(self, output: BaseModelOutputWithPooling[Tensor]) -> CLIPTextModelOutput[Tensor]:
+        """Projects the pooled state; see `TFCLIPTextPreTrainedModel.output_of`."""
+        return CLIPTextModelOutput(
             text_embeds=self.text_projection(output.pooler_output),
             last_hidden_state=output.last_hidden_state,
             hidden_states=output.hidden_states,
             attentions=output.attentions,
         )
-        return returned(projected, return_dict, self.config.return_dict)
+
+
+class TFCLIPVisionPreTrainedModel(TFCLIPPreTrainedModel):
+    """What the two vision heads share."""
+
+    config_class = CLIPVisionConfig
+    config: CLIPVisionConfig
+    main_input_name = "pixel_values"
+
+    def __init__(self, config: CLIPVisionConfig, dtype: Any = None, **kwargs: Any) -> None:
+        super().__init__(config, dtype, **kwargs)
+        self.vision_model = TFCLIPVisionTransformer(self.config)
+
+    def output_of(self, output: BaseModelOutputWithPooling[Tensor]) -> ModelOutput:
+        """Makes the output of the head from that of the tower."""
+        return output
+
+    def call(
+        self,
+        pixel_values: Tensor | None = None,
+        output_attentions: bool | None = None,
+        output_hidden_states: bool | None = None,
+        interpolate_pos_encoding: bool = False,
+        return_dict: bool | None = None,
+        training: bool = False,
+    ) -> BaseModelOutputWithPooling[Tensor] | CLIPVisionModelOutput[Tensor] | Any:
+        """Encodes images; arguments and errors as in `TFCLIPModel.call`."""
+        output = self.vision_model(pixel_values, output_attentions, output_hidden_states, interpolate_pos_encoding)
+        return returned(self.output_of(output), return_dict, self.config.return_dict)
 
     if TYPE_CHECKING:
 
@@ -740,80 +701,35 @@ class TFCLIPTextModelWithProjection(TFCLIPPreTrainedModel):
 
 
 @keras.saving.register_keras_serializable("clipmb")
-class TFCLIPVisionModel(TFCLIPPreTrainedModel):
+class TFCLIPVisionModel(TFCLIPVisionPreTrainedModel):
     """The vision tower alone."""
 
     head = "CLIPVisionModel"
-    config_class = CLIPVisionConfig
-    config: CLIPVisionConfig
-    main_input_name = "pixel_values"
 
     def __init__(self, config: CLIPVisionConfig, dtype: Any = None, **kwargs: Any) -> None:
         super().__init__(config, dtype, **kwargs)
-        config = self.config
-        self.vision_model = TFCLIPVisionTransformer(config)
         self.post_init()
-
-    def call(
-        self,
-        pixel_values: Tensor | None = None,
-        output_attentions: bool | None = None,
-        output_hidden_states: bool | None = None,
-        interpolate_pos_encoding: bool = False,
-        return_dict: bool | None = None,
-        training: bool = False,
-    ) -> BaseModelOutputWithPooling[Tensor] | Any:
-        """Encodes images; arguments and errors as in `TFCLIPModel.call`."""
-        output = self.vision_model(pixel_values, output_attentions, output_hidden_states, interpolate_pos_encoding)
-        return returned(output, return_dict, self.config.return_dict)
-
-    if TYPE_CHECKING:
-
-        @called_like(call)
-        def __call__(self) -> Any:
-            """Runs `call` as a Keras layer."""
 
 
 @keras.saving.register_keras_serializable("clipmb")
-class TFCLIPVisionModelWithProjection(TFCLIPPreTrainedModel):
+class TFCLIPVisionModelWithProjection(TFCLIPVisionPreTrainedModel):
     """The vision tower with its projection."""
 
     head = "CLIPVisionModelWithProjection"
-    config_class = CLIPVisionConfig
-    config: CLIPVisionConfig
-    main_input_name = "pixel_values"
 
     def __init__(self, config: CLIPVisionConfig, dtype: Any = None, **kwargs: Any) -> None:
         super().__init__(config, dtype, **kwargs)
-        config = self.config
-        self.vision_model = TFCLIPVisionTransformer(config)
-        self.visual_projection = Linear(config.hidden_size, config.projection_dim, bias=False)
+        self.visual_projection = Linear(self.config.hidden_size, self.config.projection_dim, bias=False)
         self.post_init()
 
-    def call(
-        self,
-        pixel_values: Tensor | None = None,
-        output_attentions: bool | None = None,
-        output_hidden_states: bool | None = None,
-        interpolate_pos_encoding: bool = False,
-        return_dict: bool | None = None,
-        training: bool = False,
-    ) -> CLIPVisionModelOutput[Tensor] | Any:
-        """Encodes and projects images; arguments and errors as in `TFCLIPModel.call`."""
-        output = self.vision_model(pixel_values, output_attentions, output_hidden_states, interpolate_pos_encoding)
-        projected = CLIPVisionModelOutput(
+    def output_of(self, output: BaseModelOutputWithPooling[Tensor]) -> CLIPVisionModelOutput[Tensor]:
+        """Projects the pooled state; see `TFCLIPVisionPreTrainedModel.output_of`."""
+        return CLIPVisionModelOutput(
             image_embeds=self.visual_projection(output.pooler_output),
             last_hidden_state=output.last_hidden_state,
             hidden_states=output.hidden_states,
             attentions=output.attentions,
         )
-        return returned(projected, return_dict, self.config.return_dict)
-
-    if TYPE_CHECKING:
-
-        @called_like(call)
-        def __call__(self) -> Any:
-            """Runs `call` as a Keras layer."""
 
 
 @keras.saving.register_keras_serializable("clipmb")

@@ -7,6 +7,7 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from cases import (
     ALL_HEADS,
@@ -109,13 +110,108 @@ def test_save_and_load_bit_for_bit_in_the_dtype_of_the_file(tmp_path, head, dtyp
     model = load(tmp_path, head)
     params = jax.tree.map(lambda leaf: leaf.astype(dtype), model.params)
     model.save_pretrained(tmp_path / "again", params=params)
-    again = type(model).from_pretrained(tmp_path / "again")
+    again = type(model).from_pretrained(tmp_path / "again", param_dtype="auto")
     assert equal(again.params, params)
     assert again.config.architectures == [head]
     assert again.config.dtype == dtype
     assert again.dtype == jnp.float32  # what is computed in, whatever the parameters are
     assert jax.eval_shape(lambda: again(**inputs_of(head, CONFIG)))[0].dtype == jnp.float32
     assert type(model).from_pretrained(tmp_path / "again", dtype="auto").dtype == jnp.dtype(dtype)
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_parameters_of_16_bit_files_train_in_float32(tmp_path, dtype):
+    model = load(tmp_path, "CLIPModel")
+    model.save_pretrained(tmp_path / "half", jax.tree.map(lambda leaf: leaf.astype(dtype), model.params))
+    half = type(model).from_pretrained(tmp_path / "half")
+    assert {leaf.dtype for leaf in jax.tree.leaves(half.params)} == {jnp.dtype("float32")}
+    params = jax.tree.map(lambda leaf: leaf.astype(dtype).astype("float32"), model.params)
+    assert equal(half.params, params)
+    for options in ({"dtype": dtype}, {"dtype": "auto"}, {"param_dtype": dtype}):
+        kept = type(model).from_pretrained(tmp_path / "half", **options).params
+        assert {leaf.dtype for leaf in jax.tree.leaves(kept)} == {jnp.dtype(dtype)}
+    _, outside = type(model).from_pretrained(tmp_path / "half", _do_init=False)
+    assert equal(outside, params)
+    optimizer = optax.adam(1e-3)
+    state = optimizer.init(params)
+    inputs = inputs_of("CLIPModel", CONFIG)
+
+    @jax.jit
+    def step(params, state):
+        loss, gradients = jax.value_and_grad(lambda p: half(**inputs, params=p, return_loss=True).loss)(params)
+        updates, state = optimizer.update(gradients, state)
+        return optax.apply_updates(params, updates), state, loss
+
+    for _ in range(8):
+        params, state, loss = step(params, state)
+    assert np.isfinite(loss)
+    assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(params))
+
+
+@pytest.mark.parametrize("head", ["CLIPModel", "CLIPTextModel"])
+def test_the_vocabulary_grows_and_shrinks(tmp_path, head):
+    model = load(tmp_path, head)
+    old, inputs = model.params["text_model"]["embeddings"]["token_embedding"]["embedding"], inputs_of(head, CONFIG)
+    expected, path = model(**inputs).to_tuple()[0], ("text_model", "embeddings", "token_embedding", "embedding")
+    table = model.resize_token_embeddings(len(old) + 3, pad_to_multiple_of=8)
+    size = -(-(len(old) + 3) // 8) * 8
+    assert table.shape == (size, old.shape[1])
+    assert getattr(model.config, "text_config", model.config).vocab_size == size
+    assert np.array_equal(table[: len(old)], old)
+    assert np.array_equal(model(**inputs).to_tuple()[0], expected)
+    np.testing.assert_allclose(table[len(old) :], np.tile(old.mean(0), (size - len(old), 1)), atol=1e-3)
+    model.save_pretrained(tmp_path / "again")
+    assert equal(type(model).from_pretrained(tmp_path / "again").params, model.params)
+    drawn = model.resize_token_embeddings(size + 400, mean_resizing=False)[size:]
+    assert drawn.std() == pytest.approx(0.02, rel=0.1)
+    assert model.resize_token_embeddings(50).shape[0] == 50
+    assert path in model.required_params
+    with pytest.raises(ValueError, match=r"50"):
+        model(**inputs)
+    with pytest.raises(ValueError, match="new_num_tokens"):
+        model.resize_token_embeddings(0)
+    with pytest.raises(ValueError, match="text tower have token embeddings"):
+        load(tmp_path, "CLIPVisionModel").resize_token_embeddings(9)
+
+
+def test_no_pictures_at_all(tmp_path):
+    model = load(tmp_path, "CLIPVisionModelWithProjection")
+    pixels = inputs_of("CLIPVisionModelWithProjection", CONFIG)["pixel_values"][:0]
+    assert model(pixels).image_embeds.shape == (0, CONFIG.projection_dim)
+
+
+def test_maxdiffusion_draws_shapes_and_saves_params_that_are_outside(tmp_path):
+    model = load(tmp_path, "CLIPTextModel")
+    shapes = model.init_weights(jax.random.key(0), eval_only=True)
+    assert {leaf.shape for leaf in jax.tree.leaves(shapes)} == {leaf.shape for leaf in jax.tree.leaves(model.params)}
+    assert all(isinstance(leaf, jax.ShapeDtypeStruct) for leaf in jax.tree.leaves(shapes))
+    params = model.params
+    del model._params
+    model.save_pretrained(tmp_path / "saved", params=params)
+    assert equal(type(model).from_pretrained(tmp_path / "saved").params, params)
+
+
+def test_a_config_turns_gradient_checkpointing_on():
+    config = type(CONFIG).from_dict({**CONFIG.to_dict(), "gradient_checkpointing": True})
+    model = flax.FlaxCLIPModel(config)
+    inputs = inputs_of("CLIPModel", CONFIG)
+
+    def recomputed() -> int:
+        def loss(params):
+            return model(**inputs, params=params, train=True, return_loss=True).loss
+
+        return str(jax.make_jaxpr(loss)(model.params)).count("remat")
+
+    layers = CONFIG.text_config.num_hidden_layers, CONFIG.vision_config.num_hidden_layers
+    assert model.is_gradient_checkpointing is True
+    assert recomputed() == sum(layers)
+    model.enable_gradient_checkpointing(every_n_layers=2)
+    assert recomputed() == sum((count + 1) // 2 for count in layers)
+    model.disable_gradient_checkpointing()
+    assert model.is_gradient_checkpointing is False
+    assert recomputed() == 0
+    with pytest.raises(ValueError, match="every_n_layers"):
+        model.enable_gradient_checkpointing(every_n_layers=0)
 
 
 def test_float64_files_stay_float64(tmp_path, x64):

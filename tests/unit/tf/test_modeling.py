@@ -716,3 +716,137 @@ def test_stress_config_is_exact_in_float64():
     config = CLIPConfig({**TEXT, **STRESS}, {**VISION, **STRESS}, projection_dim=24)
     assert_equal(build(config=config)(BOTH), build(config=config, dtype="float64")(BOTH), 5e-6)
     assert isinstance(config.text_config, CLIPTextConfig)
+
+
+# Models that change
+
+
+def trained(model):
+    model.compile(optimizer=keras.optimizers.Adam(1e-2), jit_compile=False)
+    model.fit(dataset(BOTH), shuffle=False, verbose=0)
+    return model
+
+
+def values(model) -> dict:
+    return {weight.path: weight.numpy() for weight in model.weights}
+
+
+def test_fit_goes_on_with_a_table_of_another_size():
+    model = trained(build())
+    predicted = model.predict(BOTH, verbose=0).text_embeds
+    moments = {v.path: v.numpy() for v in model.optimizer.variables}
+    table = model.resize_token_embeddings(PLAIN.text_config.vocab_size + 8)
+    names = [[weight.path.partition("/")[2] for weight in each.weights] for each in (model, build())]
+    assert names[0] == names[1]
+    assert_equal(model.predict(BOTH, verbose=0).text_embeds, predicted, 0)
+    before = table.embeddings.numpy()
+    table.embeddings.assign(before * 2)
+    assert relative(model.predict(BOTH, verbose=0).text_embeds, predicted) > 1e-3
+    table.embeddings.assign(before)
+    model.make_train_function()
+    kept = {v.path: v.numpy() for v in model.optimizer.variables}
+    assert kept.keys() == moments.keys()
+    for name, value in moments.items():
+        np.testing.assert_array_equal(kept[name][: len(value)] if value.ndim else kept[name], value)
+    new = PLAIN.text_config.vocab_size + 3
+    texts = {**TEXTS, "input_ids": np.full_like(TEXTS["input_ids"], new)}
+    model.fit(dataset({**texts, **IMAGES}), shuffle=False, verbose=0)
+    after = model.get_input_embeddings().embeddings.numpy()
+    assert np.abs(after[new] - before[new]).max() > 1e-4
+    np.testing.assert_array_equal(after[new + 1], before[new + 1])
+    assert model.optimizer.iterations == 2 * len(list(dataset(BOTH)))
+
+
+@pytest.mark.parametrize("change", ["freeze", "attention", "checkpointing", "embeddings", "thaw"])
+def test_compiled_functions_follow_the_model(change):
+    model = build()
+    if change == "thaw":
+        model.vision_model.trainable = False
+    trained(model)
+    model.evaluate(dataset(BOTH), verbose=0)
+    model.predict(BOTH, verbose=0)
+    made = model.train_function, model.test_function, model.predict_function
+    model.fit(dataset(BOTH), shuffle=False, verbose=0)
+    model.evaluate(dataset(BOTH), verbose=0)
+    model.predict(BOTH, verbose=0)
+    assert made == (model.train_function, model.test_function, model.predict_function)
+    if change in ("freeze", "thaw"):
+        model.vision_model.trainable = change == "thaw"
+    elif change == "attention":
+        model.set_attn_implementation("eager")
+    elif change == "checkpointing":
+        model.gradient_checkpointing_enable()
+    else:
+        new = keras.layers.Embedding(PLAIN.text_config.vocab_size, PLAIN.text_config.hidden_size)
+        new.build()
+        model.set_input_embeddings(new)
+    before = values(model)
+    model.fit(dataset(BOTH), shuffle=False, verbose=0)
+    model.evaluate(dataset(BOTH), verbose=0)
+    model.predict(BOTH, verbose=0)
+    assert not set(made) & {model.train_function, model.test_function, model.predict_function}
+    for weight in model.weights:
+        frozen = change == "freeze" and weight.path.split("/")[1] == "vision_model"
+        assert np.array_equal(before[weight.path], weight.numpy()) is frozen, weight.path
+
+
+def test_every_table_is_reached_through_its_layer():
+    model = build()
+    expected = model(BOTH)
+    for embeddings, fields in (
+        (model.text_model.embeddings, [{}, {"position_ids": np.arange(TEXTS["input_ids"].shape[1])[None]}]),
+        (model.vision_model.embeddings, [{}]),
+    ):
+        layer = embeddings.position_embedding
+        layer.enable_lora(2)
+        layer.lora_embeddings_b.assign(np.resize([1.0, -2.0, 3.0], layer.lora_embeddings_b.shape))
+        for field in fields:
+            assert relative(model({**BOTH, **field}).logits_per_text, expected.logits_per_text) > 1e-3
+        layer.lora_embeddings_b.assign(np.zeros(layer.lora_embeddings_b.shape))
+    assert_equal(model(BOTH), expected, 0)
+    model.text_model.embeddings.token_embedding.enable_lora(2)
+    with pytest.raises(ValueError, match="quantized or has LoRA"):
+        model.resize_token_embeddings(5)
+
+
+def test_quantize_makes_every_product_and_table_int8():
+    model = build()
+    expected = model(BOTH).logits_per_text
+    with pytest.warns(
+        UserWarning, match="does not have a `quantize` method"
+    ):  # norms and patches, which stay as they are
+        model.quantize("int8")
+    for weight in model.weights:
+        large = weight.path.endswith(("/kernel", "/embeddings")) and "patch_embedding" not in weight.path
+        assert (weight.dtype == "int8") is large, weight.path
+    assert 1e-6 < relative(model(BOTH).logits_per_text, expected) < 0.1
+
+
+def test_a_config_turns_gradient_checkpointing_on(monkeypatch):
+    config = CLIPConfig.from_dict({**PLAIN.to_dict(), "gradient_checkpointing": True})
+    model = clipmb.tf.TFCLIPModel(config)
+    assert model.is_gradient_checkpointing
+    model.gradient_checkpointing_disable()
+    assert not model.is_gradient_checkpointing
+    calls = []
+    original = clipmb.tf.modeling.recomputed
+    monkeypatch.setattr("clipmb.tf.modeling.recomputed", lambda *args: calls.append(1) or original(*args))
+    model.gradient_checkpointing_enable(every_n_layers=2)
+    model(BOTH, training=True)
+    layers = (PLAIN.text_config.num_hidden_layers, PLAIN.vision_config.num_hidden_layers)
+    assert len(calls) == sum((count + 1) // 2 for count in layers)
+    with pytest.raises(ValueError, match="every_n_layers"):
+        model.gradient_checkpointing_enable(every_n_layers=0)
+
+
+@pytest.mark.parametrize("mean_resizing", [True, False])
+def test_new_rows_are_drawn_around_the_mean_or_initially(mean_resizing):
+    model = build()
+    old = model.get_input_embeddings().embeddings.numpy()
+    new = model.resize_token_embeddings(len(old) + 500, mean_resizing=mean_resizing).embeddings.numpy()[len(old) :]
+    spread = 1e-4 if mean_resizing else 1
+    np.testing.assert_allclose(new.mean(0), old.mean(0) if mean_resizing else 0, atol=0.3 * spread * old.std())
+    if mean_resizing:
+        np.testing.assert_allclose(new.std(0), 1e-9**0.5 * old.std(0), rtol=0.2)
+    else:
+        assert new.std() == pytest.approx(0.02 * PLAIN.text_config.initializer_factor, rel=0.1)
