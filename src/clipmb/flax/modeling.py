@@ -144,7 +144,7 @@ class FlaxCLIPPreTrainedModel(PretrainedMixin):
         if initialised:
             params = model.init_weights(model.key, params=params)
         if param_dtype not in (None, "auto"):
-            params = _cast(params, compute_dtype(param_dtype, f"A parameter of {cls.__name__}"), None)
+            params = _plain(_cast(params, compute_dtype(param_dtype, f"A parameter of {cls.__name__}"), None))
         if not _do_init:
             return model, params
         model._is_initialized = True
