@@ -28,10 +28,12 @@ class ExportMixin(keras.Model):
         return found
 
     def export_saved_model(self, folder: str | os.PathLike[str]) -> None:
-        """Writes a SavedModel with the signature ``serving_default`` and, for each tower, its features.
+        """Writes a SavedModel with signatures for serving and, for each tower, its features.
 
-        ``serving_default`` takes `input_signature` and returns every tensor of the output that is not nested;
-        `TFCLIPModel` also has ``text_features`` and ``image_features``. Batch and length of text may be any.
+        ``serving_default`` takes `input_signature` and returns every tensor of the output that is not nested; models
+        with a text tower also have ``int64_serving`` and, without attention_mask, ``serving_without_mask``.
+        `TFCLIPModel` also has ``text_features`` and ``image_features``. Batch and length of text may be any. The
+        endpoint ``serve``, which ``keras.layers.TFSMLayer`` calls, takes a dict of the inputs of any of these.
 
         Args:
             folder: Where; made when it is missing.
@@ -48,11 +50,32 @@ class ExportMixin(keras.Model):
         def features(name: str) -> Callable[..., dict[str, Tensor]]:
             return lambda **inputs: {name: getattr(self, f"get_{name}")(inputs)}
 
-        signatures = {"serving_default": serve(default, *inputs)}
+        serving = serve(default, *inputs)
+
+        def converted(given: dict[str, Tensor]) -> dict[str, Tensor]:  # to what the one graph takes
+            if "input_ids" in given:
+                mask = given.get("attention_mask")
+                ones = tf.ones_like(given["input_ids"], tf.int32)
+                given = {**given, "attention_mask": ones if mask is None else mask}
+            return serving(**{name: tf.cast(value, inputs[name].dtype) for name, value in given.items()})
+
+        endpoint = tf.function(converted, autograph=False)
+        endpoint.get_concrete_function(inputs)
+        signatures = {"serving_default": serving}
+        if "input_ids" in inputs:
+            wide = {
+                name: tf.TensorSpec(spec.shape, tf.int64, name) if spec.dtype == tf.int32 else spec
+                for name, spec in inputs.items()
+            }
+            for name, specs in {"serving_without_mask": inputs, "int64_serving": wide}.items():
+                unmasked = {field: spec for field, spec in specs.items() if field != "attention_mask"}
+                bare, full = endpoint.get_concrete_function(unmasked), endpoint.get_concrete_function(specs)
+                signatures[name] = bare if name == "serving_without_mask" else full
         if hasattr(self, "get_text_features"):
             signatures["text_features"] = serve(features("text_features"), "input_ids", "attention_mask")
             signatures["image_features"] = serve(features("image_features"), "pixel_values")
         module: Any = tf.Module()
+        module.serve = endpoint
         module.weights = [variable.value for variable in self.variables]
         tf.saved_model.save(module, os.fspath(folder), signatures=signatures)
 

@@ -9,6 +9,7 @@ import numpy as np
 import tensorflow as tf
 from tensorflow import Tensor
 
+from clipmb.common.config import BaseConfig
 from clipmb.common.parameters import Spec, specs
 from clipmb.common.pretrained import PretrainedMixin
 from clipmb.tf.layers import build_parts
@@ -107,8 +108,10 @@ class KerasModel(PretrainedMixin, keras.Model):
         return {"config": self.config.to_dict(), "dtype": policy, "name": self.name, "trainable": self.trainable}
 
     @classmethod
-    def from_config(cls, config: dict[str, Any], custom_objects: Any = None) -> Self:
-        """Builds a model from the result of `get_config`."""
+    def from_config(cls, config: dict[str, Any] | BaseConfig, custom_objects: Any = None, **kwargs: Any) -> Self:
+        """Builds a model from the result of `get_config`, as Keras does, or from a config, as transformers 4 does."""
+        if not isinstance(config, dict):
+            return cls(config=config, **kwargs)
         own = cls.config_class.from_dict(config["config"])
         dtype = keras.dtype_policies.deserialize(config["dtype"])
         return cls(config=own, dtype=dtype, name=config["name"], trainable=config["trainable"])

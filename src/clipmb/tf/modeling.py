@@ -14,7 +14,8 @@ inputs, and ``compile(jit_compile=False)``, since Keras' default for ``fit`` is 
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING, Any, ClassVar, Self
+import os
+from typing import TYPE_CHECKING, Any, ClassVar, Self, Unpack
 
 import keras
 import numpy as np
@@ -25,6 +26,7 @@ from clipmb.common import checks
 from clipmb.common.checkpoint.tensors import Deferred
 from clipmb.common.config import BaseConfig, CLIPConfig, CLIPTextConfig, CLIPVisionConfig
 from clipmb.common.errors import bad_input, warn_once, whole_number
+from clipmb.common.former import SavingOptions
 from clipmb.common.outputs import (
     BaseModelOutput,
     BaseModelOutputWithPooling,
@@ -394,6 +396,30 @@ class TFCLIPPreTrainedModel(ExportMixin, VocabularyMixin, KerasModel):
     def to_arrays(self) -> Deferred:
         """Returns every parameter by its canonical name, in canonical layout, each made when it is asked for."""
         return Deferred({spec.name: lazy_numpy(self.parameter(spec), spec) for spec in specs(self.config, self.head)})
+
+    def save_pretrained(
+        self,
+        save_directory: str | os.PathLike[str],
+        saved_model: bool = False,
+        version: int = 1,
+        *,
+        max_shard_size: int | str = "5GB",
+        variant: str | None = None,
+        **options: Unpack[SavingOptions],
+    ) -> None:
+        """Writes the files of `PretrainedMixin.save_pretrained`, and on request a SavedModel.
+
+        Args:
+            save_directory: The folder; made when it is missing.
+            saved_model: Also call `export_saved_model`, for the folder ``saved_model/<version>``.
+            version: The version of the SavedModel.
+            max_shard_size: As in `PretrainedMixin.save_pretrained`.
+            variant: As in `PretrainedMixin.save_pretrained`.
+            **options: The arguments of transformers 4's `save_pretrained`.
+        """
+        super().save_pretrained(save_directory, max_shard_size=max_shard_size, variant=variant, **options)
+        if saved_model and options.get("is_main_process", True):
+            self.export_saved_model(os.path.join(save_directory, "saved_model", str(version)))
 
     def post_init(self) -> None:
         """Creates every weight, and turns gradient checkpointing on where the config asks for it."""

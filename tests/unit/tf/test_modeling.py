@@ -663,7 +663,37 @@ def test_saved_models_serve_any_batch(head, tmp_path):
             assert_equal(served["text_features"](**shorter)["text_features"], model.get_text_features(shorter), 2e-6)
             assert_equal(served["image_features"](pixel_values=pixels)["image_features"],
                          model.get_image_features(pixels), 2e-6)  # fmt: skip
-    assert set(served) == {"serving_default", "text_features", "image_features"} if head == "CLIPModel" else True
+    features = {"text_features", "image_features"} if head == "CLIPModel" else set()
+    texts = {"int64_serving", "serving_without_mask"} if "input_ids" in inputs_of(head, PLAIN) else set()
+    assert set(served) == {"serving_default", *features, *texts}
+
+
+@pytest.mark.parametrize("head", ["CLIPModel", "CLIPTextModelWithProjection", "CLIPVisionModel"])
+def test_saved_models_serve_int64_and_texts_without_mask(head, tmp_path):
+    model = build(head)
+    model.save_pretrained(tmp_path, True, version=3)
+    assert (tmp_path / "model.safetensors").exists()
+    folder = tmp_path / "saved_model" / "3"
+    inputs = {name: tf.constant(value) for name, value in inputs_of(head, PLAIN).items()}
+    inputs["pixel_values"] = tf.cast(inputs["pixel_values"], tf.float32) if "pixel_values" in inputs else None
+    inputs = {name: value for name, value in inputs.items() if value is not None}
+    bare = {name: value for name, value in inputs.items() if name != "attention_mask"}
+    layer, served = keras.layers.TFSMLayer(folder), tf.saved_model.load(folder).signatures
+    for given, signature in ((inputs, "int64_serving"), (bare, "serving_without_mask")):
+        expected = {name: value for name, value in model(given).items() if tf.is_tensor(value)}
+        for dtype in (tf.int32, tf.int64):
+            cast = {name: tf.cast(value, dtype) if name != "pixel_values" else value for name, value in given.items()}
+            assert_equal(layer(cast), expected, 2e-6)
+            if signature in served and dtype == (tf.int64 if signature == "int64_serving" else tf.int32):
+                assert_equal(served[signature](**cast), expected, 2e-6)
+    assert ("int64_serving" in served) is ("input_ids" in inputs)
+
+
+def test_a_model_from_a_config_as_in_transformers():
+    model = clipmb.tf.TFCLIPModel.from_config(PLAIN, name="clip")
+    assert (model.name, model.config.to_dict()) == ("clip", PLAIN.to_dict())
+    again = clipmb.tf.TFCLIPModel.from_config(model.get_config())
+    assert (again.name, again.config.to_dict()) == ("clip", PLAIN.to_dict())
 
 
 @pytest.mark.parametrize("compile", [False, True])
