@@ -625,7 +625,7 @@ class TFCLIPModel(TFCLIPPreTrainedModel):
 
 
 class TFCLIPTextPreTrainedModel(TFCLIPPreTrainedModel):
-    """What the two text heads share."""
+    """What the two text heads share; arguments as in `TFCLIPPreTrainedModel`."""
 
     config_class = CLIPTextConfig
     config: CLIPTextConfig
@@ -692,7 +692,7 @@ class TFCLIPTextModelWithProjection(TFCLIPTextPreTrainedModel):
 
 
 class TFCLIPVisionPreTrainedModel(TFCLIPPreTrainedModel):
-    """What the two vision heads share."""
+    """What the two vision heads share; arguments as in `TFCLIPPreTrainedModel`."""
 
     config_class = CLIPVisionConfig
     config: CLIPVisionConfig
