@@ -625,7 +625,7 @@ class TFCLIPModel(TFCLIPPreTrainedModel):
 
 
 class TFCLIPTextPreTrainedModel(TFCLIPPreTrainedModel):
-    """What the two text heads share; arguments as in `TFCLIPPreTrainedModel`."""
+    """What the two text heads share."""
 
     config_class = CLIPTextConfig
     config: CLIPTextConfig
@@ -661,7 +661,7 @@ class TFCLIPTextPreTrainedModel(TFCLIPPreTrainedModel):
 
 @keras.saving.register_keras_serializable("clipmb")
 class TFCLIPTextModel(TFCLIPTextPreTrainedModel):
-    """The text tower alone."""
+    """The text tower alone; arguments as in `TFCLIPPreTrainedModel`."""
 
     head = "CLIPTextModel"
 
@@ -672,7 +672,7 @@ class TFCLIPTextModel(TFCLIPTextPreTrainedModel):
 
 @keras.saving.register_keras_serializable("clipmb")
 class TFCLIPTextModelWithProjection(TFCLIPTextPreTrainedModel):
-    """The text tower with its projection."""
+    """The text tower with its projection; arguments as in `TFCLIPPreTrainedModel`."""
 
     head = "CLIPTextModelWithProjection"
 
@@ -692,7 +692,7 @@ class TFCLIPTextModelWithProjection(TFCLIPTextPreTrainedModel):
 
 
 class TFCLIPVisionPreTrainedModel(TFCLIPPreTrainedModel):
-    """What the two vision heads share; arguments as in `TFCLIPPreTrainedModel`."""
+    """What the two vision heads share."""
 
     config_class = CLIPVisionConfig
     config: CLIPVisionConfig
@@ -728,7 +728,7 @@ class TFCLIPVisionPreTrainedModel(TFCLIPPreTrainedModel):
 
 @keras.saving.register_keras_serializable("clipmb")
 class TFCLIPVisionModel(TFCLIPVisionPreTrainedModel):
-    """The vision tower alone."""
+    """The vision tower alone; arguments as in `TFCLIPPreTrainedModel`."""
 
     head = "CLIPVisionModel"
 
@@ -739,7 +739,7 @@ class TFCLIPVisionModel(TFCLIPVisionPreTrainedModel):
 
 @keras.saving.register_keras_serializable("clipmb")
 class TFCLIPVisionModelWithProjection(TFCLIPVisionPreTrainedModel):
-    """The vision tower with its projection."""
+    """The vision tower with its projection; arguments as in `TFCLIPPreTrainedModel`."""
 
     head = "CLIPVisionModelWithProjection"
 
