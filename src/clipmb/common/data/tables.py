@@ -187,7 +187,7 @@ class Table:
 
     def _found(self, roots: Sequence[Path]) -> Path:
         first = _unpacked(self._pictures[0]) if len(self) else ""
-        return next((root for root in roots if _at(root, first).exists()), *roots[:1] or (Path(),))
+        return next((root for root in roots if os.path.exists(_at(root, first))), *roots[:1] or (Path(),))
 
     def __len__(self) -> int:
         return len(self._labels)
