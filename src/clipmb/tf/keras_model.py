@@ -9,11 +9,13 @@ import numpy as np
 import tensorflow as tf
 from tensorflow import Tensor
 
+from clipmb.common.checkpoint.tensors import Deferred
 from clipmb.common.config import BaseConfig
+from clipmb.common.errors import bad_input
 from clipmb.common.parameters import Spec, specs
 from clipmb.common.pretrained import PretrainedMixin
 from clipmb.tf.layers import build_parts
-from clipmb.tf.tensors import bind, distribution, initializer
+from clipmb.tf.tensors import bind, distribution, initializer, lazy_numpy
 
 
 class Compiled:
@@ -95,6 +97,23 @@ class KerasModel(PretrainedMixin, keras.Model):
     def canonical_array(cls, value: Any) -> np.ndarray:
         """Returns one value of a ``state_dict`` as numpy."""
         return value.numpy() if tf.is_tensor(value) or isinstance(value, keras.Variable) else np.asarray(value)
+
+    def to_arrays(self) -> Deferred:
+        """Returns every parameter by its canonical name, in canonical layout, each made when it is asked for.
+
+        Raises:
+            ValueError: The model holds other weights, too, which would be lost.
+        """
+        table = {spec: self.parameter(spec) for spec in specs(self.config, self.head)}
+        known = {id(parameter) for parameter in table.values()}
+        if others := [weight.path for weight in self.weights if id(weight) not in known]:
+            raise bad_input(
+                "A checkpoint holds the weights of CLIP alone",
+                f"{len(others)} others: {', '.join(others[:5])}",
+                "Remove what was added to the model, or save it with model.save_weights",
+                shown=True,
+            )
+        return Deferred({spec.name: lazy_numpy(parameter, spec) for spec, parameter in table.items()})
 
     def init_weights(self) -> None:
         """Draws every parameter from its initial normal distribution."""

@@ -23,7 +23,6 @@ import tensorflow as tf
 from tensorflow import Tensor
 
 from clipmb.common import checks
-from clipmb.common.checkpoint.tensors import Deferred
 from clipmb.common.config import BaseConfig, CLIPConfig, CLIPTextConfig, CLIPVisionConfig
 from clipmb.common.errors import bad_input, warn_once, whole_number
 from clipmb.common.former import SavingOptions
@@ -38,7 +37,7 @@ from clipmb.common.outputs import (
     default,
     returned,
 )
-from clipmb.common.parameters import Spec, specs
+from clipmb.common.parameters import Spec
 from clipmb.common.pretrained import called_like
 from clipmb.tf.export import ExportMixin
 from clipmb.tf.keras_model import KerasModel
@@ -58,7 +57,6 @@ from clipmb.tf.layers import (
 from clipmb.tf.losses import classification_loss, contrastive_loss, normalize
 from clipmb.tf.tensors import (
     given,
-    lazy_numpy,
     next_seed,
     plain_errors,
     register_output,
@@ -393,10 +391,6 @@ class TFCLIPPreTrainedModel(ExportMixin, VocabularyMixin, KerasModel):
         with given(arrays):
             return cls(config, dtype=dtype if dtype_policy is None else dtype_policy)
 
-    def to_arrays(self) -> Deferred:
-        """Returns every parameter by its canonical name, in canonical layout, each made when it is asked for."""
-        return Deferred({spec.name: lazy_numpy(self.parameter(spec), spec) for spec in specs(self.config, self.head)})
-
     def save_pretrained(
         self,
         save_directory: str | os.PathLike[str],
@@ -416,6 +410,9 @@ class TFCLIPPreTrainedModel(ExportMixin, VocabularyMixin, KerasModel):
             max_shard_size: As in `PretrainedMixin.save_pretrained`.
             variant: As in `PretrainedMixin.save_pretrained`.
             **options: The arguments of transformers 4's `save_pretrained`.
+
+        Raises:
+            ValueError: The model holds weights that its files have no place for, such as LoRA's.
         """
         super().save_pretrained(save_directory, max_shard_size=max_shard_size, variant=variant, **options)
         if saved_model and options.get("is_main_process", True):

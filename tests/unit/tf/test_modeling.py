@@ -327,6 +327,23 @@ def test_subclasses_may_add_layers():
     assert len(model.weights) == len(specs(PLAIN.text_config, "CLIPTextModel")) + 2
 
 
+@pytest.mark.parametrize("adding", ["layer", "lora", "int8"])
+def test_nothing_that_a_model_holds_is_lost_by_saving(adding, tmp_path):
+    model = build("CLIPTextModelWithProjection")
+    if adding == "layer":
+        model.extra = keras.layers.Dense(3)
+        model.extra.build((None, 4))
+    elif adding == "lora":
+        model.text_projection.enable_lora(2)
+    else:
+        model.text_projection.quantize("int8")
+    with pytest.raises(
+        ValueError, match=r"weights of CLIP alone. Received: [1-3] others: .*(extra|dense|text_projection)"
+    ):
+        model.save_pretrained(tmp_path / "saved")
+    assert not (tmp_path / "saved").exists()
+
+
 # Graphs and XLA
 
 
