@@ -170,7 +170,8 @@ class BaseConfig(JsonSettings):
             push_to_hub: Refused when true; saving never uploads.
             **options: The arguments of transformers 4's `save_pretrained`.
         """
-        check_saving({"push_to_hub": push_to_hub, **options})
+        if not check_saving({"push_to_hub": push_to_hub, **options}):
+            return
         with Transaction(save_directory) as save:
             save.write(CONFIG_NAME, self.to_json_string())
 

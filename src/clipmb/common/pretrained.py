@@ -255,8 +255,8 @@ class PretrainedMixin:
             ValueError: ``safe_serialization=False`` or ``push_to_hub=True`` was asked for, or the folder is a file.
             TypeError: An option is unknown.
         """
-        check_saving(options)
-        self.save_arrays(self.to_arrays(), save_directory, max_shard_size=max_shard_size, variant=variant)
+        if check_saving(options):
+            self.save_arrays(self.to_arrays(), save_directory, max_shard_size=max_shard_size, variant=variant)
 
     def save_arrays(
         self,

@@ -202,9 +202,10 @@ class CLIPProcessor:
             **options: The arguments of transformers 4's `save_pretrained`.
 
         Returns:
-            The paths of the two settings files.
+            The paths of the two settings files; none with ``is_main_process=False``.
         """
-        check_saving({"push_to_hub": push_to_hub, **options})
+        if not check_saving({"push_to_hub": push_to_hub, **options}):
+            return []
         with Transaction(save_directory) as save:
             self._write(save)
         return [os.path.join(save_directory, name) for name in (FILE, PROCESSOR_FILE)]

@@ -185,8 +185,8 @@ class FlaxCLIPPreTrainedModel(PretrainedMixin):
                 for, or the folder is a file.
             TypeError: An option is unknown.
         """
-        check_saving(options)
-        self.save_arrays(self.to_arrays(params), save_directory, max_shard_size=max_shard_size, variant=variant)
+        if check_saving(options):
+            self.save_arrays(self.to_arrays(params), save_directory, max_shard_size=max_shard_size, variant=variant)
 
     def _checked(self, params: Params) -> dict[tuple[str, ...], Any]:
         """Returns the leaves of a tree by path, once it fits the model."""

@@ -419,12 +419,13 @@ class CLIPImageProcessor(JsonSettings):
             **options: The arguments of transformers 4's `save_pretrained`.
 
         Returns:
-            The path of the file, in a list.
+            The path of the file, in a list; an empty one with ``is_main_process=False``.
 
         Raises:
             ValueError: An option asks for an upload, or ``save_directory`` is a file.
         """
-        check_saving({"push_to_hub": push_to_hub, **options})
+        if not check_saving({"push_to_hub": push_to_hub, **options}):
+            return []
         with Transaction(save_directory) as save:
             self._write(save)
         return [os.path.join(save_directory, FILE)]

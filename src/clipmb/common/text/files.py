@@ -144,14 +144,15 @@ class SavedTokens(DecodingTokens):
             **kwargs: ``legacy_format``, without effect, and the arguments of transformers 4's `save_pretrained`.
 
         Returns:
-            The paths written.
+            The paths written; none with ``is_main_process=False``.
 
         Raises:
             TypeError: An argument is unknown.
             ValueError: ``save_directory`` is a file, or ``push_to_hub=True``: saving never uploads.
         """
         kwargs.pop("legacy_format", None)
-        check_saving(kwargs)
+        if not check_saving(kwargs):
+            return ()
         files = self._written(filename_prefix)
         with Transaction(save_directory) as save:
             for name, content in files.items():
