@@ -48,6 +48,7 @@ class BaseConfig(JsonSettings):
         output_attentions: Default of the argument of the same name.
         output_hidden_states: Default of the argument of the same name.
         return_dict: Default of the argument of the same name.
+        torchscript: Let PyTorch's models return tuples, which is all that ``torch.jit.trace`` takes.
         id2label: Class index to name; read only by image classification.
         label2id: The inverse; made from ``id2label`` when missing.
         num_labels: Number of classes; names are LABEL_0, … when ``id2label`` is missing.
@@ -67,6 +68,7 @@ class BaseConfig(JsonSettings):
         legacy_dtype = extra.pop("torch_dtype", None)
         self.dtype: str | None = _dtype(extra.pop("dtype", None) or legacy_dtype)
         self.return_dict: bool = boolean("return_dict", extra.pop("return_dict", True))
+        self.torchscript: bool = boolean("torchscript", extra.pop("torchscript", False))
         self.output_attentions: bool = boolean("output_attentions", extra.pop("output_attentions", False))
         self.output_hidden_states: bool = boolean("output_hidden_states", extra.pop("output_hidden_states", False))
         self.architectures: list[str] | None = _names("architectures", extra.pop("architectures", None))
@@ -139,8 +141,8 @@ class BaseConfig(JsonSettings):
 
     @property
     def use_return_dict(self) -> bool:
-        """``return_dict``, by its name in transformers 4."""
-        return self.return_dict
+        """``return_dict``, unless ``torchscript`` is set."""
+        return self.return_dict and not self.torchscript
 
     @property
     def name_or_path(self) -> str:
@@ -296,6 +298,7 @@ class BaseConfig(JsonSettings):
 _GENERIC_DEFAULTS = {
     "dtype": None,
     "return_dict": True,
+    "torchscript": False,
     "output_attentions": False,
     "output_hidden_states": False,
     "architectures": None,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -19,14 +20,9 @@ def statistics_dtype(dtype: torch.dtype) -> torch.dtype:
 
 
 def quick_gelu(x: Tensor) -> Tensor:
-    """Sigmoid approximation of GELU, ``x * sigmoid(1.702 * x)``; (…) to the same.
-
-    Where no gradient is needed it makes one temporary tensor instead of three.
-    """
-    if x.requires_grad:
-        return x * torch.sigmoid(1.702 * x)
+    """Sigmoid approximation of GELU, ``x * sigmoid(1.702 * x)``; (…) to the same, with one temporary tensor less."""
     gate = 1.702 * x
-    return gate.sigmoid_().mul_(x)
+    return x * gate.sigmoid_()
 
 
 def gelu(x: Tensor) -> Tensor:
@@ -109,8 +105,8 @@ def interpolate_positions(positions: Tensor, rows: int, columns: int) -> Tensor:
     Returns:
         (rows * columns + 1, width).
     """
-    side = round((positions.shape[0] - 1) ** 0.5)
-    if rows == columns == side:
+    side = math.isqrt(int(positions.shape[0]) - 1)
+    if rows == columns == side and not torch.jit.is_tracing():  # a trace would never interpolate again
         return positions
     grid = positions[1:].reshape(1, side, side, -1).permute(0, 3, 1, 2)  # (1, width, side, side)
     grid = F.interpolate(grid, size=(rows, columns), mode="bicubic", align_corners=False)

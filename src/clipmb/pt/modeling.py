@@ -193,9 +193,9 @@ class CLIPTextEmbeddings(nn.Module):
 
     def forward(self, input_ids: Tensor, position_ids: Tensor | None = None) -> Tensor:
         """(batch, seq) to (batch, seq, width)."""
-        tokens = look_up(self.token_embedding, input_ids, "input_ids")  # (batch, seq, width)
         if position_ids is None:
-            return tokens + self.position_embedding.weight[: input_ids.shape[1]]
+            position_ids = torch.arange(input_ids.shape[1], device=input_ids.device)[None]  # (1, seq)
+        tokens = look_up(self.token_embedding, input_ids, "input_ids")  # (batch, seq, width)
         return tokens + look_up(self.position_embedding, position_ids, "position_ids")
 
 
@@ -218,7 +218,8 @@ class CLIPVisionEmbeddings(nn.Module):
         rows, columns = patches.shape[2:]
         patches = patches.flatten(2).transpose(1, 2)  # (batch, patches, width)
         class_token = self.class_embedding.expand(patches.shape[0], 1, -1)  # (batch, 1, width)
-        positions = self.position_embedding.weight  # (patches + 1, width)
+        places = torch.arange(self.config.num_patches + 1, device=patches.device)
+        positions = self.position_embedding(places)  # (patches + 1, width)
         if interpolate_pos_encoding:
             positions = interpolate_positions(positions, rows, columns)
         return torch.cat([class_token, patches], dim=1) + positions
@@ -605,7 +606,7 @@ class CLIPModel(CLIPPreTrainedModel):
             text_model_output=text_output,
             vision_model_output=vision_output,
         )
-        return returned(output, return_dict, self.config.return_dict)
+        return returned(output, return_dict, self.config.use_return_dict)
 
     if TYPE_CHECKING:
 
@@ -638,7 +639,7 @@ class CLIPTextModel(CLIPPreTrainedModel):
     ) -> BaseModelOutputWithPooling[Tensor] | Any:
         """Encodes texts; arguments and errors as in `CLIPModel.forward`."""
         output = self.text_model(input_ids, attention_mask, position_ids, output_attentions, output_hidden_states)
-        return returned(output, return_dict, self.config.return_dict)
+        return returned(output, return_dict, self.config.use_return_dict)
 
     if TYPE_CHECKING:
 
@@ -678,7 +679,7 @@ class CLIPTextModelWithProjection(CLIPPreTrainedModel):
             hidden_states=output.hidden_states,
             attentions=output.attentions,
         )
-        return returned(projected, return_dict, self.config.return_dict)
+        return returned(projected, return_dict, self.config.use_return_dict)
 
     if TYPE_CHECKING:
 
@@ -711,7 +712,7 @@ class CLIPVisionModel(CLIPPreTrainedModel):
     ) -> BaseModelOutputWithPooling[Tensor] | Any:
         """Encodes images; arguments and errors as in `CLIPModel.forward`."""
         output = self.vision_model(pixel_values, output_attentions, output_hidden_states, interpolate_pos_encoding)
-        return returned(output, return_dict, self.config.return_dict)
+        return returned(output, return_dict, self.config.use_return_dict)
 
     if TYPE_CHECKING:
 
@@ -751,7 +752,7 @@ class CLIPVisionModelWithProjection(CLIPPreTrainedModel):
             hidden_states=output.hidden_states,
             attentions=output.attentions,
         )
-        return returned(projected, return_dict, self.config.return_dict)
+        return returned(projected, return_dict, self.config.use_return_dict)
 
     if TYPE_CHECKING:
 
@@ -812,7 +813,7 @@ class CLIPForImageClassification(CLIPPreTrainedModel):
             hidden_states=output.hidden_states,
             attentions=output.attentions,
         )
-        return returned(classified, return_dict, self.config.return_dict)
+        return returned(classified, return_dict, self.config.use_return_dict)
 
     if TYPE_CHECKING:
 

@@ -388,6 +388,16 @@ def test_embeddings_and_counts(tmp_path):
     assert model.device == torch.device("cpu")
 
 
+@pytest.mark.parametrize("positions", [False, True])
+def test_every_parameter_is_reached_through_the_call_of_its_module(tmp_path, positions):
+    model, seen = load(tmp_path), set()
+    for name, module in model.named_modules():
+        module.register_forward_hook(lambda *_, name=name: seen.add(name))
+    model(**tensors(), position_ids=torch.arange(11)[None] if positions else None)
+    own = {name.rpartition(".")[0] for name, _ in model.named_parameters()}
+    assert own - seen == set()
+
+
 # -- compilers --------------------------------------------------------------------------------------------------------
 
 
@@ -425,7 +435,33 @@ def test_export_with_a_dynamic_batch_and_length(tmp_path):
     assert found.text_embeds.shape == (3, 24)
 
 
-def test_trace_and_autocast(tmp_path):
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning", "ignore:`torch.jit.trace:DeprecationWarning")
+def test_traces_follow_the_inputs(tmp_path):
+    """With gradients on, as `torch.jit.trace` compares a trace with gradients to one without."""
+    model = load(tmp_path, torchscript=True)
+    inputs = tensors()
+    traced = torch.jit.trace(model, example_kwarg_inputs=inputs)
+    others = {
+        "input_ids": inputs["input_ids"][:3, :9],
+        "attention_mask": inputs["attention_mask"][:3, :9],
+        "pixel_values": torch.cat([inputs["pixel_values"]] * 2),
+    }
+    for each in (inputs, others):
+        for found, expected in zip(traced(**each)[:4], model(**each)[:4], strict=True):
+            assert torch.equal(found, expected)
+
+
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning", "ignore:`torch.jit.trace:DeprecationWarning")
+def test_a_trace_interpolates_positions_although_its_example_needs_none(tmp_path):
+    model = load(tmp_path, "CLIPVisionModel", torchscript=True)
+    example = {**tensors("CLIPVisionModel"), "interpolate_pos_encoding": torch.tensor(True)}
+    traced = torch.jit.trace(model, example_kwarg_inputs=example)
+    assert torch.equal(traced(**example)[0], model(**example)[0])
+    example["pixel_values"] = torch.randn(2, 3, 24, 28)
+    torch.testing.assert_close(traced(**example)[0], model(**example)[0])
+
+
+def test_autocast(tmp_path):
     model = load(tmp_path, "CLIPTextModelWithProjection", return_dict=False)
     inputs = tensors("CLIPTextModelWithProjection")
     with torch.autocast("cpu", torch.bfloat16):
