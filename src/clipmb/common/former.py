@@ -26,6 +26,7 @@ class SavingOptions(TypedDict, total=False):
     safe_serialization: bool
     is_main_process: bool
     save_function: Any
+    save_config: bool
     token: str | bool | None
     save_peft_format: bool
 
@@ -39,24 +40,25 @@ def drop_unneeded(options: dict[str, Any]) -> None:
 def check_saving(options: Mapping[str, Any]) -> bool:
     """Accepts the arguments of transformers 4's ``save_pretrained`` that ask for what is done anyway.
 
-    ``push_to_hub=False`` and ``safe_serialization=True``; ``token``, ``save_peft_format`` and ``save_function`` (clipmb
-    writes its files itself) without effect; those about an upload, or about files that CLIP has none of, as None or
-    False.
+    ``push_to_hub=False``, ``safe_serialization=True`` and ``save_config=True``; ``token``, ``save_peft_format`` (of
+    adapters only) and ``save_function`` (clipmb writes its files itself) without effect; those about an upload, or
+    about files that CLIP has none of, as None or False.
 
     Returns:
         Whether this process writes: ``is_main_process``, True by default.
 
     Raises:
-        ValueError: ``push_to_hub=True``, since saving never uploads, or ``safe_serialization=False``.
+        ValueError: ``push_to_hub=True``, since saving never uploads, or a file is not wanted.
         TypeError: An argument is unknown.
     """
     fixes = {
         "push_to_hub": (False, 'Save, then huggingface_hub.upload_folder(repo_id="me/my-clip", folder_path=folder)'),
         "safe_serialization": (True, "Convert the saved folder"),
+        "save_config": (True, "Remove config.json, if it has to be missing"),
     }
     for name, value in options.items():
         if name in fixes and bool(value) is not fixes[name][0]:
-            rule = "Saving writes local files only, weights as safetensors"
+            rule = "Saving writes local files only: config.json, and weights as safetensors"
             raise bad_input(rule, f"{name}={value!r}", fixes[name][1], shown=True)
         neutral = name in _UPLOADING and (value is None or value is False)
         if name not in SavingOptions.__annotations__ and not neutral:

@@ -106,7 +106,8 @@ def interpolate_positions(positions: Tensor, rows: int, columns: int) -> Tensor:
         (rows * columns + 1, width).
     """
     side = math.isqrt(int(positions.shape[0]) - 1)
-    if rows == columns == side and not torch.jit.is_tracing():  # a trace would never interpolate again
+    tracing = torch.jit.is_tracing()  # pyright: ignore[reportPrivateImportUsage] - public all the same
+    if rows == columns == side and not tracing:  # a trace would never interpolate again
         return positions
     grid = positions[1:].reshape(1, side, side, -1).permute(0, 3, 1, 2)  # (1, width, side, side)
     grid = F.interpolate(grid, size=(rows, columns), mode="bicubic", align_corners=False)

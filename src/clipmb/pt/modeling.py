@@ -6,7 +6,9 @@ of the checkpoints. Source of every behaviour not explained here: the PyTorch mo
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, ClassVar, Self
+import os
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any, ClassVar, Self, Unpack
 
 import numpy as np
 import torch
@@ -18,6 +20,7 @@ from clipmb.common import checks
 from clipmb.common.checkpoint.tensors import Deferred
 from clipmb.common.config import BaseConfig, CLIPConfig, CLIPTextConfig, CLIPVisionConfig
 from clipmb.common.errors import bad_input, warn_once
+from clipmb.common.former import SavingOptions, check_saving
 from clipmb.common.outputs import (
     BaseModelOutput,
     BaseModelOutputWithPooling,
@@ -31,8 +34,10 @@ from clipmb.common.outputs import (
 )
 from clipmb.common.parameters import Spec, specs
 from clipmb.common.pretrained import PretrainedMixin, called_like
+from clipmb.pt.adapters import AdapterMixin
 from clipmb.pt.layers import ACTIVATIONS, Uninitialised, interpolate_positions, look_up, statistics_dtype
 from clipmb.pt.losses import classification_loss, contrastive_loss, normalize
+from clipmb.pt.placement import place
 from clipmb.pt.tensors import from_numpy, lazy_numpy, register_output, to_numpy
 
 for _type in ModelOutput.types:
@@ -297,7 +302,7 @@ class CLIPVisionTransformer(nn.Module):
         )
 
 
-class CLIPPreTrainedModel(PretrainedMixin, nn.Module):
+class CLIPPreTrainedModel(PretrainedMixin, AdapterMixin, nn.Module):
     """What the six heads share: construction, files, embeddings, checkpointing.
 
     Args:
@@ -312,7 +317,10 @@ class CLIPPreTrainedModel(PretrainedMixin, nn.Module):
     base_model_prefix = "clip"
     main_input_name = "input_ids"
     supports_gradient_checkpointing = True
-    load_options: ClassVar[tuple[str, ...]] = ("device", "device_map")
+    load_options: ClassVar[tuple[str, ...]] = (
+        "device", "device_map", "max_memory", "offload_folder", "offload_buffers"
+    )  # fmt: skip
+    _no_split_modules: ClassVar[list[str]] = ["CLIPEncoderLayer", "CLIPTextEmbeddings", "CLIPVisionEmbeddings"]
     text_model: CLIPTextTransformer  # of heads that have it
     vision_model: CLIPVisionTransformer  # of heads that have it
 
@@ -334,6 +342,7 @@ class CLIPPreTrainedModel(PretrainedMixin, nn.Module):
         dtype: str | None,
         device: Any = None,
         device_map: Any = None,
+        **offloading: Any,
     ) -> Self:
         """Builds the model around canonical arrays, and draws the parameters that have none.
 
@@ -343,7 +352,8 @@ class CLIPPreTrainedModel(PretrainedMixin, nn.Module):
             initialised: As in `PretrainedMixin.from_arrays`.
             dtype: As in `PretrainedMixin.from_arrays`.
             device: The device of the parameters; the CPU when None.
-            device_map: ``{"": device}``, or a device, as an alternative to ``device``.
+            device_map: As in `clipmb.pt.placement.place`, as an alternative to ``device``.
+            **offloading: ``max_memory``, ``offload_folder`` and ``offload_buffers``, likewise.
         """
         with torch.device("meta"), Uninitialised():
             model = cls(config)
@@ -353,9 +363,7 @@ class CLIPPreTrainedModel(PretrainedMixin, nn.Module):
         for spec in initialised:
             model.set_parameter(spec.name, torch.empty(spec.shape, dtype=kind))
         model.init_weights(initialised)
-        device = device_map if device is None else device
-        if device is not None and device != "auto":
-            model.to(device.get("", "cpu") if isinstance(device, dict) else device)
+        place(model, device, device_map, no_split=cls._no_split_modules, **offloading)
         return model.eval()
 
     @classmethod
@@ -368,6 +376,51 @@ class CLIPPreTrainedModel(PretrainedMixin, nn.Module):
         return Deferred(
             {spec.name: lazy_numpy(self.get_parameter(spec.name)) for spec in specs(self.config, self.head)}
         )
+
+    def save_pretrained(  # pyright: ignore[reportIncompatibleMethodOverride] - it takes one argument more
+        self,
+        save_directory: str | os.PathLike[str],
+        *,
+        state_dict: Mapping[str, Tensor] | None = None,
+        max_shard_size: int | str = "5GB",
+        variant: str | None = None,
+        **options: Unpack[SavingOptions],
+    ) -> None:
+        """Writes ``config.json`` and ``model.safetensors`` with everything that the model holds, or its adapter.
+
+        What was added to the model or swapped in it is saved under its own names. A model with an adapter of
+        `add_adapter` or `load_adapter` saves that alone, as transformers does, for `load_adapter` and peft to read.
+
+        Args:
+            save_directory: The folder; made when it is missing.
+            state_dict: Name to tensor, instead of the model's own: what ``accelerator.get_state_dict(model)`` returns.
+            max_shard_size: Files larger than this are split and given an index.
+            variant: Write ``model.<variant>.safetensors``.
+            **options: The arguments of transformers 4's `save_pretrained`.
+
+        Raises:
+            ValueError: Weights are offloaded or are no plain tensors, ``safe_serialization=False`` or
+                ``push_to_hub=True`` was asked for, or the folder is a file.
+            TypeError: An option is unknown.
+        """
+        if not check_saving(options):
+            return
+        if self._hf_peft_config_loaded:
+            peft_names = options.get("save_peft_format", True)
+            self.save_adapter(save_directory, state_dict=state_dict, save_peft_format=peft_names)
+            return
+        state = self.state_dict() if state_dict is None else state_dict
+        plain = (Tensor, nn.Parameter)
+        away = [name for name, value in state.items() if type(value) not in plain or value.is_meta]
+        if away:
+            raise bad_input(
+                "Weights that are saved must be plain tensors in memory",
+                f"{len(away)} offloaded, quantised or distributed: {', '.join(away[:5])}",
+                "Pass state_dict=accelerator.get_state_dict(model), or save before offloading and quantising",
+                shown=True,
+            )
+        arrays = Deferred({name: lazy_numpy(value) for name, value in state.items()})
+        self.save_arrays(arrays, save_directory, max_shard_size=max_shard_size, variant=variant)
 
     def set_parameter(self, name: str, tensor: Tensor) -> None:
         """Makes a tensor the parameter of a canonical name."""

@@ -25,6 +25,8 @@ def test_former_arguments(name, tmp_path):
         save_directory=saved, push_to_hub=False, safe_serialization=True, is_main_process=True, token=None
     )
     assert type(getattr(clipmb, name).from_pretrained(saved)) is type(thing)
+    with pytest.raises(ValueError, match="save_config=False"):
+        thing.save_pretrained(tmp_path / "c", save_config=False)
     thing.save_pretrained(tmp_path / "c", is_main_process=False, save_function=print)
     with pytest.raises(ValueError, match=r"push_to_hub=True.*huggingface_hub\.upload_folder\(repo_id="):
         thing.save_pretrained(tmp_path / "c", push_to_hub=True)

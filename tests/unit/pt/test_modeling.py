@@ -5,11 +5,13 @@ from __future__ import annotations
 import copy
 import io
 import pickle
+import sys
 
 import numpy as np
 import pytest
 import torch
 from cases import ALL_HEADS, CONFIGS, TEXT_HEADS, config_of, inputs_of, random_arrays, relative, write_checkpoint
+from safetensors.torch import load_file
 
 import clipmb
 from clipmb import CheckpointError, CLIPConfig, CLIPTextConfig, pt
@@ -54,6 +56,43 @@ def test_loading_maps_the_file_and_training_leaves_it(tmp_path):
     model.save_pretrained(folder)  # over the very file that is mapped
     again = pt.CLIPModel.from_pretrained(folder)
     assert all(torch.equal(a, b) for a, b in zip(model.parameters(), again.parameters(), strict=True))
+
+
+def test_what_was_added_and_swapped_is_saved_too(tmp_path):
+    model = load(tmp_path)
+    model.head = torch.nn.Linear(24, 5)
+    model.register_buffer("steps", torch.tensor([3, 2**40]))
+    model.visual_projection = torch.nn.Linear(48, 7, bias=True)
+    model.save_pretrained(tmp_path / "again")
+    saved = load_file(tmp_path / "again" / "model.safetensors")
+    assert saved.keys() == model.state_dict().keys()
+    assert all(torch.equal(saved[name], value) for name, value in model.state_dict().items())
+    with pytest.raises(CheckpointError, match=r"(?s)visual_projection\.bias.*head\.weight|head\.weight.*visual_proj"):
+        pt.CLIPModel.from_pretrained(tmp_path / "again")
+
+
+def test_a_given_state_dict_is_what_is_saved(tmp_path):
+    model = load(tmp_path)
+    model.save_pretrained(tmp_path / "half", state_dict={name: value / 2 for name, value in model.state_dict().items()})
+    half = pt.CLIPModel.from_pretrained(tmp_path / "half")
+    assert all(torch.equal(a / 2, b) for a, b in zip(model.parameters(), half.parameters(), strict=True))
+
+
+def test_weights_that_are_not_in_memory_are_not_saved(tmp_path):
+    model = load(tmp_path)
+    model.text_model.to("meta")
+    with pytest.raises(ValueError, match=r"\d+ offloaded.*text_model.*get_state_dict"):
+        model.save_pretrained(tmp_path / "half")
+    assert not (tmp_path / "half").exists()
+
+
+def test_adapters_need_peft(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "peft", None)
+    model = load(tmp_path)
+    with pytest.raises(ImportError, match="pip install -U peft"):
+        model.add_adapter({})
+    with pytest.raises(ValueError, match="must have an adapter"):
+        model.disable_adapters()
 
 
 def test_sharded_files_and_subfolders(tmp_path):
