@@ -2,6 +2,7 @@
 PYTHON ?= python3
 VENV   ?= .venv
 V5     ?= .venv-transformers5
+CLIENTS ?= .venv-clients
 BIN    := $(VENV)/bin
 
 export CLIPMB_TEST_BACKENDS       ?= pt,tf,flax
@@ -10,7 +11,7 @@ export CLIPMB_REQUIRE_KERNEL      ?= 1
 export CLIPMB_TRANSFORMERS5_PYTHON ?= $(CURDIR)/$(V5)/bin/python
 export TF_CPP_MIN_LOG_LEVEL       ?= 3
 
-.PHONY: demo test test-without-compiler fuzz lint format bench docs clean
+.PHONY: demo test test-without-compiler clients fuzz lint format bench docs clean
 
 demo: $(VENV)/.installed
 	$(BIN)/python -m clipmb demo --out build/demo.png
@@ -26,6 +27,10 @@ test-without-compiler: $(VENV)/.installed
 	test ! -e build/without-compiler/clipmb/common/image/_resize*
 	CLIPMB_REQUIRE_KERNEL=0 PYTHONPATH=build/without-compiler $(BIN)/python -m pytest -q tests/unit/common/image \
 		tests/reference/test_image_processor.py
+
+# accelerate, peft, transformers 5 and others with our models, in an environment of their own.
+clients: $(CLIENTS)/.installed
+	CLIPMB_TEST_BACKENDS=pt $(CLIENTS)/bin/python -m pytest -q $(or $(ARGS),tests/clients)
 
 fuzz: $(VENV)/.installed
 	$(BIN)/python tests/fuzz/fuzz_resize.py
@@ -60,5 +65,12 @@ $(V5)/.installed: constraints-transformers5.txt
 	$(V5)/bin/python -m pip install --quiet -r constraints-transformers5.txt
 	@touch $@
 
+$(CLIENTS)/.installed: constraints-clients.txt setup.py src/clipmb/common/image/_resize.c
+	$(PYTHON) -m venv $(CLIENTS)
+	$(CLIENTS)/bin/python -m pip install --quiet "pip>=25.1"
+	$(CLIENTS)/bin/python -m pip install --quiet -r constraints-clients.txt
+	$(CLIENTS)/bin/python -m pip install --quiet -e .
+	@touch $@
+
 clean:
-	rm -rf $(VENV) $(V5) build dist src/*.egg-info src/clipmb/common/image/_resize*.so .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(V5) $(CLIENTS) build dist src/*.egg-info src/clipmb/common/image/_resize*.so .pytest_cache .ruff_cache .hypothesis
