@@ -50,7 +50,7 @@ class Engine(Protocol):
         *,
         dtype: Any = None,
         device: Any = None,
-        compile: bool = False,
+        compile: bool | None = None,
         **options: Any,
     ) -> Self:
         """Loads a checkpoint.
@@ -60,7 +60,8 @@ class Engine(Protocol):
             dtype: What to compute in: "float32" (the default), "float16", "bfloat16" or "float64", or the framework's
                 own dtype of one of these names.
             device: Device, as the framework names it; its default when None.
-            compile: Use the framework's compiler: slower first calls, faster later ones.
+            compile: Use the framework's compiler: slower first calls, faster later ones. The backend's own choice when
+                None.
             **options: The other options of ``from_pretrained``.
 
         Raises:

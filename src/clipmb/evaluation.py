@@ -322,7 +322,7 @@ def _encode_pictures(
 
 def _finite(embeds: np.ndarray, what: str) -> np.ndarray:
     """Checks embeddings, since comparisons with NaN would make every rank 1."""
-    if bad := int((~np.isfinite(embeds).all(axis=1)).sum()):
+    if bad := int((~(np.isfinite(embeds).all(axis=1) & embeds.any(axis=1))).sum()):
         rule = f"The {what} embeddings of the model must be finite and not zero"
         raise bad_input(rule, f"{bad} of {len(embeds)} that are not", "Use float32, or another model", shown=True)
     return embeds

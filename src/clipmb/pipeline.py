@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import functools
 import os
-from collections.abc import Iterator, Sequence
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
 from typing import Any, Self
 
 import numpy as np
@@ -12,7 +13,7 @@ import numpy as np
 from clipmb import backends
 from clipmb.backends import Engine
 from clipmb.common.config import CLIPConfig
-from clipmb.common.errors import bad_input, logger, one_of, whole_number
+from clipmb.common.errors import CheckpointError, bad_input, logger, one_of, whole_number
 from clipmb.common.hub import Source
 from clipmb.common.processor import CLIPProcessor, image_processor_of, tokenizer_of
 from clipmb.common.progress import progress_bar
@@ -42,7 +43,7 @@ class CLIPPipeline:
         backend: str | None = None,
         dtype: Any = None,
         device: Any = None,
-        compile: bool = False,
+        compile: bool | None = None,
         **options: Any,
     ) -> Self:
         """Loads a model.
@@ -53,7 +54,8 @@ class CLIPPipeline:
                 one that was used.
             dtype: "float32" (the default), "float16", "bfloat16" or "float64".
             device: Where to compute, in the framework's own words; its default when None.
-            compile: Use the framework's compiler: slower first calls, faster later ones.
+            compile: Use the framework's compiler: slower first calls, faster later ones. Flax and TensorFlow do when
+                None, PyTorch does not.
             **options: ``subfolder``, ``revision``, ``cache_dir``, ``token``, ``local_files_only``, ``force_download``.
 
         Raises:
@@ -81,7 +83,7 @@ class CLIPPipeline:
         """Embeds images.
 
         Args:
-            images: One or a list of paths, PIL images or arrays.
+            images: One or a list of paths, PIL images or arrays; an array of four axes is a batch.
             batch_size: Images per step.
             normalize: Scale the embeddings to unit length.
             progress: Show a progress bar, when there is a terminal.
@@ -90,18 +92,23 @@ class CLIPPipeline:
             (images, proj), float32 (float64 for such a model); one image gives (1, proj).
 
         Raises:
-            ValueError: An image cannot be read; the message has its index.
+            ValueError: An image cannot be read, or its embedding is not finite, or has no direction and is to be
+                normalised; the message has its index.
+            TypeError: Something is not one image; the message has its index.
+            CheckpointError: The model's weights are not finite.
         """
-        images = list(images) if isinstance(images, list | tuple) else [images]
+        images = _images(images)
         parts = []
         for start, batch in batches(images, batch_size, "images", progress):
             try:
                 pixels = self.processor.image_processor(batch, return_tensors="np")["pixel_values"]
-            except ValueError as error:
+            except (ValueError, TypeError) as error:
                 if not start:
                     raise
-                raise ValueError(f"{error} (indices count from image {start})") from error
-            parts.append(self.engine.image_features(pixels))
+                raise type(error)(_renumbered(str(error), start)) from error
+            features = self.engine.image_features(pixels)
+            self._check(features, normalize, "image", lambda row, start=start: start + row, pixels)
+            parts.append(features)
         return self._joined(parts, normalize)
 
     def encode_text(
@@ -111,6 +118,7 @@ class CLIPPipeline:
         normalize: bool = True,
         progress: bool = False,
         long_text: str = "error",
+        split_special_tokens: bool = True,
     ) -> np.ndarray:
         """Embeds texts.
 
@@ -121,24 +129,31 @@ class CLIPPipeline:
             progress: Show a progress bar, when there is a terminal.
             long_text: What to do with text that is longer than the model's context: "error"; "truncate" to its
                 beginning; "mean": the mean of the unit embeddings of consecutive pieces.
+            split_special_tokens: Whether "<|endoftext|>" and the like within a text are text too, as in training. False
+                makes them the tokens of these names, as calling the tokenizer does.
 
         Returns:
             (texts, proj), float32 (float64 for such a model); one text gives (1, proj).
 
         Raises:
-            ValueError: A text is too long and ``long_text`` is "error", or something is not text.
+            ValueError: A text is too long and ``long_text`` is "error"; or its embedding is not finite, or has no
+                direction and is to be normalised. The message has the text's index.
+            TypeError: Something is not text; the message has its index.
+            CheckpointError: The model's weights are not finite.
         """
         if long_text not in LONG_TEXT:
             raise one_of("long_text", long_text, LONG_TEXT)
-        texts = [texts] if isinstance(texts, str) else list(texts)
-        rows, owners = self._rows(texts, long_text)
+        texts = _texts(texts)
+        rows, owners = self._rows(texts, long_text, split_special_tokens)
         order = sorted(range(len(rows)), key=lambda i: len(rows[i]))
         parts = []
         for _, batch in batches(order, batch_size, "texts", progress):
             longest = len(rows[batch[-1]])
             ids = pad_rows([rows[i] for i in batch], longest, self.processor.tokenizer.pad_token_id)
             mask = pad_rows([[1] * len(rows[i]) for i in batch], longest, 0)
-            parts.append(self.engine.text_features(ids, mask))
+            features = self.engine.text_features(ids, mask)
+            self._check(features, normalize, "text", lambda row, batch=batch: owners[batch[row]])
+            parts.append(features)
         features = self._joined(parts, False)
         restored = np.empty_like(features)
         restored[order] = features
@@ -151,14 +166,17 @@ class CLIPPipeline:
             restored = means
         return unit(restored) if normalize and len(restored) else restored
 
-    def _rows(self, texts: list[str], long_text: str) -> tuple[list[list[int]], list[int]]:
+    def _rows(self, texts: list[str], long_text: str, split_special_tokens: bool) -> tuple[list[list[int]], list[int]]:
         """Returns the ids of every text or piece of one, and the text that each belongs to."""
         if not texts:
             return [], []
         limit = self.config.text_config.max_position_embeddings
         tokenizer = self.processor.tokenizer
+        encoded = tokenizer(
+            texts, truncation=False, padding=False, split_special_tokens=split_special_tokens, verbose=False
+        )
         rows, owners = [], []
-        for i, ids in enumerate(tokenizer(texts, truncation=False, padding=False, verbose=False)["input_ids"]):
+        for i, ids in enumerate(encoded["input_ids"]):
             ids = list(ids)
             if len(ids) <= limit:
                 pieces = [ids]
@@ -185,12 +203,13 @@ class CLIPPipeline:
         Args:
             images: As in `encode_image`.
             texts: As in `encode_text`.
-            **options: ``batch_size``, ``progress``, ``long_text``.
+            **options: ``batch_size``, ``progress``, ``long_text``, ``split_special_tokens``.
+
+        Raises:
+            ValueError: As in `encode_image` and `encode_text`, or the logits are not finite.
         """
-        long_text = options.pop("long_text", "error")
-        return self.engine.logit_scale * (
-            self.encode_image(images, **options) @ self.encode_text(texts, long_text=long_text, **options).T
-        )
+        of_text = {name: options.pop(name) for name in ("long_text", "split_special_tokens") if name in options}
+        return self._logits(self.encode_image(images, **options), self.encode_text(texts, **of_text, **options))
 
     def classify(
         self,
@@ -214,10 +233,63 @@ class CLIPPipeline:
 
         Returns:
             (images, labels) probabilities; rows sum to 1.
+
+        Raises:
+            ValueError: As in `encode_image` and `encode_text`, there are no labels, or the templates are wrong.
         """
         classes = class_embeddings(functools.partial(self.encode_text, long_text=long_text), labels, templates)
         embeds = self.encode_image(images, batch_size=batch_size, progress=progress)
-        return softmax(self.engine.logit_scale * (embeds @ classes.T))
+        return softmax(self._logits(embeds, classes))
+
+    def _logits(self, images: np.ndarray, texts: np.ndarray) -> np.ndarray:
+        scale = self.engine.logit_scale
+        if not np.isfinite(np.float32(scale)):
+            raise CheckpointError(
+                "The factor on similarities, the exponential of logit_scale, must be finite. Received: "
+                f"{scale}. Repair or replace the checkpoint."
+            )
+        return scale * (images @ texts.T)
+
+    def _check(
+        self,
+        features: np.ndarray,
+        normalize: bool,
+        kind: str,
+        place: Callable[[int], int],
+        pixels: np.ndarray | None = None,
+    ) -> None:
+        """Refuses embeddings that are no numbers, with the likely cause.
+
+        Args:
+            features: (batch, proj), not normalised.
+            normalize: Whether they are to have unit length, which zero cannot have.
+            kind: "image" or "text".
+            place: The index of the item of a row.
+            pixels: What the images were computed from.
+        """
+        finite = np.all(np.isfinite(features), axis=1)  # (batch,)
+        good = finite & np.any(features, axis=1) if normalize else finite
+        if good.all():
+            return
+        row = int(np.argmin(good))
+        broken = [name for name, array in self.engine.weights().items() if not np.isfinite(array).all()]
+        if broken:
+            raise CheckpointError(
+                f"The weights of a model must be finite. Received: {len(broken)} with NaN or infinity, such as "
+                f"{broken[0]}. Repair or replace the checkpoint."
+            )
+        if not finite[row]:
+            rule, found = f"The embedding of {kind} {place(row)} must be finite", "NaN or infinity"
+        else:
+            rule, found = f"The embedding of {kind} {place(row)} must have a direction", "zeros only"
+        if pixels is not None and not np.isfinite(pixels[row]).all():
+            found += ", from pixel values that are not finite"
+            fix = "Correct the image, or the image processor's mean and standard deviation"
+        elif not finite[row]:
+            fix = "Compute in float32 (16 bits may overflow), or use another model"
+        else:
+            fix = "Use another model, or pass normalize=False"
+        raise bad_input(rule, found, fix, shown=True)
 
     def _joined(self, parts: list[np.ndarray], normalize: bool) -> np.ndarray:
         if not parts:
@@ -253,3 +325,36 @@ def batches(items: list, size: int, what: str, progress: bool) -> Iterator[tuple
         for start in starts:
             yield start, items[start : start + size]
             advance(min(size, len(items) - start))
+
+
+def _images(images: Any) -> list:
+    """Returns the images given, one entry each."""
+    if isinstance(images, Iterator | list | tuple) or getattr(images, "ndim", None) == 4:
+        images = list(images)
+    else:
+        images = [images]
+    for index, image in enumerate(images):
+        if isinstance(image, list | tuple | Mapping | Set) or getattr(image, "ndim", 0) > 3:
+            raise _not_one("image", index, image, "Pass a path, a PIL image or an array of two or three axes")
+    return images
+
+
+def _renumbered(message: str, start: int) -> str:
+    """Adds the number of earlier images to that in an image processor's message, which counts within the batch."""
+    return re.sub(r"\b([Ii]mage) (\d+)", lambda found: f"{found[1]} {start + int(found[2])}", message)
+
+
+def _texts(texts: str | Iterable[str]) -> list[str]:
+    """Returns the texts given, one entry each."""
+    if isinstance(texts, Mapping | Set | bytes) or not isinstance(texts, Iterable):
+        raise bad_input("texts must be a text or a list of texts", texts, "Pass one of these", TypeError)
+    texts = [texts] if isinstance(texts, str) else list(texts)
+    for index, text in enumerate(texts):
+        if not isinstance(text, str):
+            raise _not_one("text", index, text, "Pass a list of texts")
+    return texts
+
+
+def _not_one(kind: str, index: int, value: Any, fix: str) -> Exception:
+    found = f"{type(value).__name__} at index {index}"
+    return bad_input(f"Every entry must be one {kind}", found, fix, TypeError, shown=True)

@@ -77,8 +77,9 @@ def class_embeddings(
 
 
 def unit(embeds: np.ndarray) -> np.ndarray:
-    """Scales rows to unit length."""
-    return embeds / np.linalg.norm(embeds, axis=-1, keepdims=True)
+    """Scales rows to unit length; rows of zeros, which have no direction, stay zeros."""
+    lengths = np.linalg.norm(embeds, axis=-1, keepdims=True)
+    return embeds / np.where(lengths == 0, 1, lengths)
 
 
 def softmax(logits: np.ndarray) -> np.ndarray:

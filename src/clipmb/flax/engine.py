@@ -19,18 +19,25 @@ from clipmb.common.outputs import stages
 from clipmb.common.pretrained import normal_dtype
 from clipmb.flax.modeling import FlaxCLIPModel
 
+LENGTHS = (8, 16, 24, 32, 48, 77)
+BATCH = 256
+
 
 class Engine:
     """A loaded CLIP that takes and returns numpy arrays, as `clipmb.backends.Engine` describes it.
 
+    JAX compiles for every shape and keeps what it compiled, eager operations included. Texts are therefore padded to
+    one of `LENGTHS` or the context, and batches to the next power of two up to `BATCH`, in parts of which larger ones
+    are computed; the padding is dropped again, and changes results by rounding errors at most.
+
     Args:
         model: A `FlaxCLIPModel`.
-        compile: Compile both towers (jax.jit), once for every shape.
+        compile: Compile both towers (jax.jit).
     """
 
     backend: ClassVar[str] = "flax"
 
-    def __init__(self, model: FlaxCLIPModel, *, compile: bool = False) -> None:
+    def __init__(self, model: FlaxCLIPModel, *, compile: bool = True) -> None:
         self.model = model
         self.config: CLIPConfig = model.config
         self._image: Callable[..., Any] = model.get_image_features
@@ -46,7 +53,7 @@ class Engine:
         *,
         dtype: Any = None,
         device: Any = None,
-        compile: bool = False,
+        compile: bool | None = None,
         **options: Any,
     ) -> Self:
         """Loads a checkpoint.
@@ -56,7 +63,7 @@ class Engine:
             dtype: "float32" (the default), "float16", "bfloat16" or "float64".
             device: "cpu", "gpu", "tpu", such a name with a number ("gpu:1"), or a ``jax.Device``; JAX's default when
                 None.
-            compile: As in the constructor.
+            compile: As in the constructor; None is True.
             **options: The other options of ``from_pretrained``.
 
         Raises:
@@ -70,7 +77,7 @@ class Engine:
             model = FlaxCLIPModel.from_pretrained(name_or_path, dtype=dtype, **options)
             if device is not None:
                 model.params = jax.device_put(model.params, device)  # committed: what is computed from them stays there
-        return cls(model, compile=compile)
+        return cls(model, compile=compile is not False)
 
     @staticmethod
     def environment() -> dict[str, Any]:
@@ -87,7 +94,8 @@ class Engine:
     @property
     def logit_scale(self) -> float:
         """The factor on cosine similarities."""
-        return float(np.exp(np.asarray(self.model.params["logit_scale"], np.float64)))
+        with np.errstate(over="ignore"):  # the pipeline reports infinity
+            return float(np.exp(np.asarray(self.model.params["logit_scale"], np.float64)))
 
     def image_features(self, pixel_values: np.ndarray) -> np.ndarray:
         """Encodes images.
@@ -101,8 +109,7 @@ class Engine:
         Raises:
             ValueError: The shape does not fit the model.
         """
-        with self._wide():
-            return self._numpy(self._image(pixel_values=pixel_values, params=self.model.params))
+        return self._in_parts(self._image, pixel_values=pixel_values)
 
     def text_features(self, input_ids: np.ndarray, attention_mask: np.ndarray | None = None) -> np.ndarray:
         """Encodes texts.
@@ -118,8 +125,16 @@ class Engine:
             ValueError: An id is outside the vocabulary, or a shape does not fit the model.
         """
         checks.check_ids(input_ids, self.config.text_config.vocab_size, "input_ids")
-        with self._wide():
-            return self._numpy(self._text(input_ids=input_ids, attention_mask=attention_mask, params=self.model.params))
+        limit = self.config.text_config.max_position_embeddings
+        length = input_ids.shape[-1]
+        if input_ids.ndim == 2 and 0 < length <= limit:
+            missing = min(next((size for size in LENGTHS if size >= length), limit), limit) - length
+            # Attention is causal: what follows a token has no influence on it. The padding is no end token.
+            other = int(self.config.text_config.eos_token_id == 0)
+            input_ids = np.pad(input_ids, ((0, 0), (0, missing)), constant_values=other)
+            if attention_mask is not None:
+                attention_mask = np.pad(attention_mask, ((0, 0), (0, missing)))
+        return self._in_parts(self._text, input_ids=input_ids, attention_mask=attention_mask)
 
     def stages(
         self, input_ids: np.ndarray, attention_mask: np.ndarray | None, pixel_values: np.ndarray
@@ -149,6 +164,21 @@ class Engine:
         """Releases the model and its memory; the engine cannot be used afterwards."""
         del self.model, self._image, self._text
 
+    def _in_parts(self, tower: Callable[..., Any], **inputs: np.ndarray | None) -> np.ndarray:
+        """Computes rows in batches of few different sizes."""
+        rows = max(len(array) for array in inputs.values() if array is not None)
+        parts = []
+        for start in range(0, max(rows, 1), BATCH):
+            size = min(BATCH, rows - start)
+            missing = (1 << max(size - 1, 0).bit_length()) - size
+            part = {
+                name: array if array is None else _padded(array[start : start + size], missing)
+                for name, array in inputs.items()
+            }
+            with self._wide():
+                parts.append(self._numpy(tower(**part, params=self.model.params))[:size])
+        return np.concatenate(parts)
+
     def _wide(self) -> contextlib.AbstractContextManager:
         """Lets a model of float64 compute in float64, whatever ``jax_enable_x64`` says outside."""
         return jax.enable_x64(True) if self.model.dtype == jnp.float64 else contextlib.nullcontext()
@@ -161,3 +191,8 @@ class Engine:
 def _exact() -> contextlib.AbstractContextManager:
     """Computes float32 products in float32, not in TF32 or bfloat16, within."""
     return jax.default_matmul_precision("highest")
+
+
+def _padded(array: np.ndarray, missing: int) -> np.ndarray:
+    """Adds rows of zeros."""
+    return np.concatenate([array, np.zeros((missing, *array.shape[1:]), array.dtype)]) if missing else array

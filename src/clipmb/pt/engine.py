@@ -44,7 +44,7 @@ class Engine:
         *,
         dtype: Any = None,
         device: Any = None,
-        compile: bool = False,
+        compile: bool | None = None,
         **options: Any,
     ) -> Self:
         """Loads a checkpoint.
@@ -53,14 +53,16 @@ class Engine:
             name_or_path: Folder, Hub id or opened source; None to take ``config`` and ``state_dict`` from the options.
             dtype: "float32" (the default), "float16", "bfloat16" or "float64".
             device: As PyTorch names it; the CPU when None.
-            compile: As in the constructor.
+            compile: As in the constructor; not when None.
             **options: The other options of ``from_pretrained``.
 
         Raises:
             CheckpointError: The files cannot be found or read, or do not fit.
             ValueError: The dtype or the device does not exist.
         """
-        return cls(CLIPModel.from_pretrained(name_or_path, dtype=dtype, device=device, **options), compile=compile)
+        return cls(
+            CLIPModel.from_pretrained(name_or_path, dtype=dtype, device=device, **options), compile=bool(compile)
+        )
 
     @staticmethod
     def environment() -> dict[str, Any]:

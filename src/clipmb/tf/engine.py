@@ -29,7 +29,7 @@ class Engine:
 
     backend: ClassVar[str] = "tf"
 
-    def __init__(self, model: TFCLIPModel, *, compile: bool = False) -> None:
+    def __init__(self, model: TFCLIPModel, *, compile: bool = True) -> None:
         self.model = model
         self.config: CLIPConfig = model.config
         self._device: str | None = None
@@ -50,7 +50,7 @@ class Engine:
         *,
         dtype: Any = None,
         device: Any = None,
-        compile: bool = False,
+        compile: bool | None = None,
         **options: Any,
     ) -> Self:
         """Loads a checkpoint.
@@ -59,7 +59,7 @@ class Engine:
             name_or_path: Folder, Hub id or opened source; None to take ``config`` and ``state_dict`` from the options.
             dtype: "float32" (the default), "float16", "bfloat16" or "float64".
             device: As TensorFlow names it ("gpu", "/GPU:1"), or "cuda"; TensorFlow's own choice when None.
-            compile: As in the constructor.
+            compile: As in the constructor; None is True.
             **options: The other options of ``from_pretrained``.
 
         Raises:
@@ -69,7 +69,7 @@ class Engine:
         with _placed(device):
             # By name, since a type checker takes it for one of the options otherwise.
             model = TFCLIPModel.from_pretrained(name_or_path, dtype=dtype, output_loading_info=False, **options)
-            engine = cls(model, compile=compile)
+            engine = cls(model, compile=compile is not False)
         engine._device = device
         return engine
 
@@ -87,7 +87,8 @@ class Engine:
     @property
     def logit_scale(self) -> float:
         """The factor on cosine similarities."""
-        return float(np.exp(self.model.logit_scale.numpy().astype(np.float64)))
+        with np.errstate(over="ignore"):  # the pipeline reports infinity
+            return float(np.exp(self.model.logit_scale.numpy().astype(np.float64)))
 
     def image_features(self, pixel_values: np.ndarray) -> np.ndarray:
         """Encodes images.

@@ -251,7 +251,7 @@ class Trainer:
         model = self.model
         if self.recipe.precision == "bfloat16":  # whose layers cannot compute in float32
             model = TFCLIPModel.from_pretrained(None, config=model.config, state_dict=self.weights(), dtype="float32")
-        return Engine(model)
+        return Engine(model, compile=False)  # it would be traced after every step
 
     def _inputs(self, batch: Mapping[str, np.ndarray]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Returns what a step takes: the pairs, padded for the devices, their number, and the seed of dropout.
