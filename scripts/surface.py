@@ -29,6 +29,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from clipmb.common.former import ABSENT
+
 os.environ.update({"TF_USE_LEGACY_KERAS": "1", "TF_CPP_MIN_LOG_LEVEL": "3", "HF_HUB_OFFLINE": "1"})
 
 PAGE = Path(__file__).parents[1] / "docs" / "migrating.md"
@@ -245,6 +247,8 @@ def _called(made: Any, attribute: str, options: dict[str, Any]) -> bool:
         warnings.simplefilter("ignore")
         if made is None:
             return True
+        if attribute == "from_pretrained" and ABSENT.keys() & options.keys():
+            return False
         try:
             if attribute == "from_pretrained":
                 made.save_pretrained(folder)

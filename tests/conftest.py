@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import os
+import signal
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,9 @@ import pytest
 TESTS = Path(__file__).parent
 ALL_BACKENDS = ("pt", "tf", "flax")
 BACKENDS = tuple(name.strip() for name in os.environ.get("CLIPMB_TEST_BACKENDS", ",".join(ALL_BACKENDS)).split(","))
+
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # inherited from a shell that runs the suite in the background
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 if unknown := set(BACKENDS) - set(ALL_BACKENDS):
     raise pytest.UsageError(f"CLIPMB_TEST_BACKENDS names {sorted(unknown)}; there are {ALL_BACKENDS}")

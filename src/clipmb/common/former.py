@@ -15,6 +15,31 @@ _UNNEEDED = (
 )  # fmt: skip
 
 
+# Arguments of from_pretrained that ask for what is not done here, and what to do instead.
+_QUANTISE = "Quantise the loaded model, for instance with quantize_ of torchao"
+_SPLIT = "Use the framework's own tensor parallelism on the loaded model"
+ABSENT = {
+    "adapter_kwargs": "Call load_adapter on the loaded model",
+    "adapter_name": "Call load_adapter on the loaded model",
+    "device_mesh": _SPLIT,
+    "distributed_config": _SPLIT,
+    "generation_config": "Leave it out: CLIP generates no text",
+    "gguf_file": "Convert the file first",
+    "key_mapping": "Pass state_dict= with the names changed",
+    "load_in_4bit": _QUANTISE,
+    "load_in_8bit": _QUANTISE,
+    "load_weight_prefix": "Pass state_dict= with the names changed",
+    "mirror": "Set the environment variable HF_ENDPOINT",
+    "offload_state_dict": "Leave it out: weights are mapped from their file",
+    "quantization_config": _QUANTISE,
+    "tf_to_pt_weight_rename": "Pass state_dict= with the names changed",
+    "tp_plan": _SPLIT,
+    "tp_size": _SPLIT,
+    "use_kernels": "Leave it out: the kernels of the framework are used",
+}
+# Those that PyTorch alone has a use for.
+_PLACING = ("device_map", "max_memory", "offload_folder", "offload_buffers")
+
 # Arguments of save_pretrained that count only for an upload, or for the chat of other tokenizers.
 _UPLOADING = ("repo_id", "commit_message", "use_auth_token", "create_pr", "save_jinja_files")
 
@@ -32,9 +57,19 @@ class SavingOptions(TypedDict, total=False):
 
 
 def drop_unneeded(options: dict[str, Any]) -> None:
-    """Takes the arguments of transformers 4's ``from_pretrained`` that have no effect here out of ``options``."""
+    """Takes the arguments of transformers 4's ``from_pretrained`` that have no effect here out of ``options``.
+
+    Raises:
+        TypeError: One asks for what is not done here: it has another value than None and False.
+    """
     for name in _UNNEEDED:
         options.pop(name, None)
+    for name in (*ABSENT, *_PLACING):
+        if options.get(name, name) in (None, False):
+            del options[name]
+    for name in ABSENT.keys() & options.keys():
+        rule = f"from_pretrained takes {name} only as None or False"
+        raise bad_input(rule, options[name], ABSENT[name], TypeError)
 
 
 def check_saving(options: Mapping[str, Any]) -> bool:

@@ -19,7 +19,7 @@ from torch.utils.checkpoint import checkpoint
 from clipmb.common import checks
 from clipmb.common.checkpoint.tensors import Deferred
 from clipmb.common.config import BaseConfig, CLIPConfig, CLIPTextConfig, CLIPVisionConfig
-from clipmb.common.errors import bad_input, warn_once
+from clipmb.common.errors import bad_input, warn_once, whole_number
 from clipmb.common.former import SavingOptions, check_saving
 from clipmb.common.outputs import (
     BaseModelOutput,
@@ -34,6 +34,7 @@ from clipmb.common.outputs import (
 )
 from clipmb.common.parameters import Spec, specs
 from clipmb.common.pretrained import PretrainedMixin, called_like
+from clipmb.common.vocabulary import rows_around_mean
 from clipmb.pt.adapters import AdapterMixin
 from clipmb.pt.layers import ACTIVATIONS, Uninitialised, interpolate_positions, look_up, statistics_dtype
 from clipmb.pt.losses import classification_loss, contrastive_loss, normalize
@@ -127,7 +128,8 @@ class CLIPEncoder(nn.Module):
         super().__init__()
         self.config = config
         self.layers = nn.ModuleList(CLIPEncoderLayer(config) for _ in range(config.num_hidden_layers))
-        self.checkpointing: dict[str, Any] | None = None  # keywords of torch.utils.checkpoint when it is on
+        self.checkpointing = 0  # the first of every so many blocks is recomputed in the backward pass; none at 0
+        self.checkpointing_options: dict[str, Any] = {}  # of torch.utils.checkpoint
 
     def forward(
         self,
@@ -149,9 +151,10 @@ class CLIPEncoder(nn.Module):
         if causal and (attention_mask is not None or not fused):
             bias = attention_bias(attention_mask, hidden_states)
         states, attentions = [hidden_states], []
-        for layer in self.layers:
-            if self.checkpointing is not None and self.training:
-                hidden_states, weights = checkpoint(layer, hidden_states, bias, fused, causal, **self.checkpointing)
+        for i, layer in enumerate(self.layers):
+            if self.training and self.checkpointing and i % self.checkpointing == 0:
+                options = self.checkpointing_options
+                hidden_states, weights = checkpoint(layer, hidden_states, bias, fused, causal, **options)
             else:
                 hidden_states, weights = layer(hidden_states, bias, fused, causal)
             states.append(hidden_states)
@@ -428,9 +431,11 @@ class CLIPPreTrainedModel(PretrainedMixin, AdapterMixin, nn.Module):
         setattr(self.get_submodule(owner), leaf, nn.Parameter(tensor))
 
     def post_init(self) -> None:
-        """Initialises every parameter, except on the meta device."""
+        """Initialises every parameter, except on the meta device, and does what the config says of checkpointing."""
         if self.device.type != "meta":
             self.init_weights(specs(self.config, self.head))
+        if getattr(self.config, "gradient_checkpointing", False):
+            self.gradient_checkpointing_enable()
 
     @torch.no_grad()
     def init_weights(self, table: list[Spec] | None = None) -> None:
@@ -484,13 +489,14 @@ class CLIPPreTrainedModel(PretrainedMixin, AdapterMixin, nn.Module):
 
     @torch.no_grad()
     def resize_token_embeddings(
-        self, new_num_tokens: int | None = None, pad_to_multiple_of: int | None = None
+        self, new_num_tokens: int | None = None, pad_to_multiple_of: int | None = None, mean_resizing: bool = True
     ) -> nn.Module:
-        """Grows or shrinks the vocabulary; new rows are drawn from the initial distribution.
+        """Grows or shrinks the vocabulary.
 
         Args:
             new_num_tokens: The new number of tokens; None leaves it.
             pad_to_multiple_of: Round it up to a multiple of this.
+            mean_resizing: Draw new rows around the mean of the old ones; otherwise from the initial distribution.
 
         Returns:
             The token embedding.
@@ -516,28 +522,43 @@ class CLIPPreTrainedModel(PretrainedMixin, AdapterMixin, nn.Module):
             new.weight.normal_(0.0, 0.02 * config.initializer_factor)
             kept = min(size, old.num_embeddings)
             new.weight[:kept] = old.weight[:kept]
+            if mean_resizing and size > kept:
+                seed = int(torch.randint(2**31 - 1, ()))
+                new.weight[kept:] = from_numpy(rows_around_mean(to_numpy(old.weight.float()), size - kept, seed))
             new.weight.requires_grad_(old.weight.requires_grad)
             self.text_model.embeddings.token_embedding = new
             config.vocab_size = size
         return self.text_model.embeddings.token_embedding
 
-    def gradient_checkpointing_enable(self, gradient_checkpointing_kwargs: dict[str, Any] | None = None) -> None:
-        """Recomputes each block in the backward pass of training instead of keeping its intermediate results."""
-        self._set_checkpointing({"use_reentrant": False, **(gradient_checkpointing_kwargs or {})})
+    def gradient_checkpointing_enable(
+        self, gradient_checkpointing_kwargs: dict[str, Any] | None = None, every_n_layers: int = 1
+    ) -> None:
+        """Recomputes blocks in the backward pass of training instead of keeping their intermediate results.
+
+        Args:
+            gradient_checkpointing_kwargs: Keywords of ``torch.utils.checkpoint.checkpoint``; ``use_reentrant`` is False
+                unless they say otherwise.
+            every_n_layers: Recompute the first block of every so many.
+
+        Raises:
+            ValueError: ``every_n_layers`` is not a positive number.
+        """
+        options = {"use_reentrant": False, **(gradient_checkpointing_kwargs or {})}
+        self._set_checkpointing(whole_number("every_n_layers", every_n_layers), options)
 
     def gradient_checkpointing_disable(self) -> None:
         """Undoes `gradient_checkpointing_enable`."""
-        self._set_checkpointing(None)
+        self._set_checkpointing(0, {})
 
-    def _set_checkpointing(self, keywords: dict[str, Any] | None) -> None:
+    def _set_checkpointing(self, every_n_layers: int, options: dict[str, Any]) -> None:
         for module in self.modules():
             if isinstance(module, CLIPEncoder):
-                module.checkpointing = keywords
+                module.checkpointing, module.checkpointing_options = every_n_layers, options
 
     @property
     def is_gradient_checkpointing(self) -> bool:
         """Whether gradient checkpointing is on."""
-        return any(isinstance(m, CLIPEncoder) and m.checkpointing is not None for m in self.modules())
+        return any(isinstance(m, CLIPEncoder) and m.checkpointing for m in self.modules())
 
     def set_attn_implementation(self, attn_implementation: str | dict[str, str]) -> None:
         """Chooses "eager" or "sdpa" attention, for the whole or by tower."""

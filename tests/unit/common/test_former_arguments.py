@@ -7,6 +7,7 @@ import pytest
 from conftest import BACKENDS
 
 import clipmb
+from clipmb.common.former import ABSENT
 from clipmb.common.hub import Source
 
 MODELS = {"pt": "CLIPTextModel", "tf": "TFCLIPTextModel", "flax": "FlaxCLIPTextModel"}
@@ -38,6 +39,18 @@ def test_former_arguments(name, tmp_path):
     with pytest.raises(TypeError, match="push_to_hubb"):
         thing.save_pretrained(tmp_path / "c", push_to_hubb=False)
     assert not (tmp_path / "c").exists()
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("value", [None, False])
+def test_what_is_not_done_here_may_be_left_at_its_neutral_value(backend, value, tmp_path):
+    cases.write_checkpoint(tmp_path, cases.CONFIGS["plain"], "CLIPTextModel")
+    model = getattr(clipmb, MODELS[backend])
+    names = (*ABSENT, "device_map", "max_memory", "offload_folder", "offload_buffers")
+    model.from_pretrained(tmp_path, **dict.fromkeys(names, value))
+    for name, instead in ABSENT.items():
+        with pytest.raises(TypeError, match=f"{name} only as None or False.*{instead[:20]}"):
+            model.from_pretrained(tmp_path, **{name: "auto"})
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -43,7 +43,7 @@ def test_other_names_are_unknown(name):
 
 
 def test_a_config_of_another_class():
-    with pytest.raises(TypeError, match=r"CLIPTextModel needs a config of its own class\..*CLIPVisionConfig"):
+    with pytest.raises(TypeError, match=r"CLIPTextModel needs a config of its own kind\..*CLIPVisionConfig"):
         specs(CONFIG.vision_config, "CLIPTextModel")
 
 

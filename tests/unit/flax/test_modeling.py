@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from pathlib import Path
 
 import jax
@@ -236,8 +237,11 @@ def test_torch_tensors_in_a_state_dict():
 
     arrays = random_arrays(CONFIG.text_config, "CLIPTextModel")
     tensors = {name: torch.nn.Parameter(torch.from_numpy(array).bfloat16()) for name, array in arrays.items()}
-    model = flax.FlaxCLIPTextModel.from_pretrained(None, config=CONFIG.text_config, state_dict=tensors)
-    scale = model.params["text_model"]["final_layer_norm"]["scale"]
+    load = functools.partial(
+        flax.FlaxCLIPTextModel.from_pretrained, None, config=CONFIG.text_config, state_dict=tensors
+    )
+    assert load().params["text_model"]["final_layer_norm"]["scale"].dtype == jnp.float32
+    scale = load(param_dtype="auto").params["text_model"]["final_layer_norm"]["scale"]
     assert scale.dtype == jnp.bfloat16
     assert np.array_equal(scale, arrays["text_model.final_layer_norm.weight"].astype(jnp.bfloat16))
 

@@ -400,7 +400,8 @@ def test_token_embeddings_are_resized(tmp_path):
     assert model.resize_token_embeddings(105, pad_to_multiple_of=8).num_embeddings == 112
     assert model.config.vocab_size == 112
     assert torch.equal(model.get_input_embeddings().weight[:99], old)
-    assert model.get_input_embeddings().weight[99:].std().item() == pytest.approx(0.02, rel=0.2)
+    mean = old.mean(dim=0)
+    assert torch.allclose(model.get_input_embeddings().weight[99:], mean.expand(13, -1), atol=1e-3)
     model(torch.tensor([[97, 111, 98]]))
     model.save_pretrained(tmp_path / "grown")
     assert pt.CLIPTextModel.from_pretrained(tmp_path / "grown").config.vocab_size == 112
@@ -409,6 +410,37 @@ def test_token_embeddings_are_resized(tmp_path):
         model.resize_token_embeddings(0)
     with pytest.raises(ValueError, match="text tower"):
         load(tmp_path, "CLIPVisionModel").resize_token_embeddings(5)
+
+
+def test_new_rows_are_drawn_as_the_first_ones_were_when_asked_for(tmp_path):
+    model = load(tmp_path, "CLIPTextModel")
+    model.resize_token_embeddings(199, mean_resizing=False)
+    assert model.get_input_embeddings().weight[99:].std().item() == pytest.approx(0.02, rel=0.2)
+
+
+def test_a_config_turns_gradient_checkpointing_on(tmp_path, monkeypatch):
+    config = type(CONFIG).from_dict({**CONFIG.to_dict(), "gradient_checkpointing": True})
+    assert pt.CLIPModel(config).is_gradient_checkpointing is True
+    assert pt.CLIPModel(CONFIG).is_gradient_checkpointing is False
+    load(tmp_path).save_pretrained(tmp_path / "saved")
+    model = pt.CLIPModel.from_pretrained(tmp_path / "saved", config=config)
+    assert model.is_gradient_checkpointing is True
+    calls = []
+    plain = torch.utils.checkpoint.checkpoint
+    monkeypatch.setattr(
+        "clipmb.pt.modeling.checkpoint",
+        lambda layer, *rest, **options: calls.append(layer) or plain(layer, *rest, **options),
+    )
+    model.train()(**tensors())
+    blocks = [*model.text_model.encoder.layers, *model.vision_model.encoder.layers]
+    assert sorted(map(id, calls)) == sorted(map(id, blocks))
+    calls.clear()
+    model.gradient_checkpointing_enable(every_n_layers=2)
+    model(**tensors())
+    first = [*model.text_model.encoder.layers[::2], *model.vision_model.encoder.layers[::2]]
+    assert sorted(map(id, calls)) == sorted(map(id, first))
+    with pytest.raises(ValueError, match="every_n_layers"):
+        model.gradient_checkpointing_enable(every_n_layers=0)
 
 
 def test_embeddings_and_counts(tmp_path):
