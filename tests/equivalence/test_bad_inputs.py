@@ -119,6 +119,33 @@ def test_engines_check_ids(folders, backend, compile, monkeypatch):
         engine.text_features(np.array([[1.0, 2.0]]))
 
 
+IDS = np.ones((2, 5), np.int64)
+SHAPES = [
+    *((np.ones(shape, np.int64), None, "input_ids must have the shape") for shape in [(), (5,), (1, 2, 5)]),
+    (IDS[:, :0], None, "at least one token"),
+    (np.ones((1, 14), np.int64), None, "Sequence length must be at most"),
+    *((IDS, np.ones(shape), "attention_mask must have the shape") for shape in [(), (5,), (1, 5), (2, 4), (2, 5, 1)]),
+    *((PIXELS[index], None, words) for index, words in [
+        ((0,), "pixel_values must have the shape"), ((0, 0, 0, 0), "pixel_values must have the shape"),
+        ((slice(None), slice(2)), "pixel_values must have the shape"), ((..., slice(5)), "doesn't match model"),
+    ]),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("compile", [False, True])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_engines_check_shapes(folders, backend, compile, monkeypatch):
+    if backend == "pt":
+        import torch
+
+        monkeypatch.setattr(torch, "compile", lambda function, **options: function)  # the check comes before it
+    engine = backends.engine(backend).load(folders["CLIPModel"], compile=compile)
+    for array, mask, words in SHAPES:
+        array = np.asarray(array)
+        with pytest.raises(ValueError, match=words):
+            engine.image_features(array) if array.dtype == PIXELS.dtype else engine.text_features(array, mask)
+
+
 def test_shapes_that_are_not_known_before_the_call():
     class Symbolic:
         dtype = np.dtype("int64")

@@ -30,13 +30,15 @@ def check_text(ids: Array | None, mask: Any, positions: Any, config: CLIPTextCon
         The ids.
 
     Raises:
-        ValueError: A shape does not fit, or the text is longer than the model's context.
+        ValueError: A shape does not fit, or the text is empty or longer than the model's context.
     """
     if ids is None:
         raise bad_input("The text tower needs input_ids", None, "Pass input_ids of shape (batch, seq)")
     if len(ids.shape) != 2:
         raise bad_input("input_ids must have the shape (batch, seq)", _shape(ids), "Add or remove an axis", shown=True)
     seq = ids.shape[1]
+    if seq == 0:
+        raise bad_input("A text must have at least one token", _shape(ids), "Pass the tokenizer's ids", shown=True)
     if seq is not None and seq > config.max_position_embeddings:
         raise bad_input(
             f"Sequence length must be at most max_position_embeddings = {config.max_position_embeddings}",

@@ -109,6 +109,7 @@ class Engine:
         Raises:
             ValueError: The shape does not fit the model.
         """
+        checks.check_pixels(pixel_values, self.config.vision_config, interpolate=False)
         return self._in_parts(self._image, pixel_values=pixel_values)
 
     def text_features(self, input_ids: np.ndarray, attention_mask: np.ndarray | None = None) -> np.ndarray:
@@ -124,16 +125,16 @@ class Engine:
         Raises:
             ValueError: An id is outside the vocabulary, or a shape does not fit the model.
         """
+        checks.check_text(input_ids, attention_mask, None, self.config.text_config)
         checks.check_ids(input_ids, self.config.text_config.vocab_size, "input_ids")
         limit = self.config.text_config.max_position_embeddings
-        length = input_ids.shape[-1]
-        if input_ids.ndim == 2 and 0 < length <= limit:
-            missing = min(next((size for size in LENGTHS if size >= length), limit), limit) - length
-            # Attention is causal: what follows a token has no influence on it. The padding is no end token.
-            other = int(self.config.text_config.eos_token_id == 0)
-            input_ids = np.pad(input_ids, ((0, 0), (0, missing)), constant_values=other)
-            if attention_mask is not None:
-                attention_mask = np.pad(attention_mask, ((0, 0), (0, missing)))
+        length = input_ids.shape[1]
+        missing = min(next((size for size in LENGTHS if size >= length), limit), limit) - length
+        # Attention is causal: what follows a token has no influence on it. The padding is no end token.
+        other = int(self.config.text_config.eos_token_id == 0)
+        input_ids = np.pad(input_ids, ((0, 0), (0, missing)), constant_values=other)
+        if attention_mask is not None:
+            attention_mask = np.pad(attention_mask, ((0, 0), (0, missing)))
         return self._in_parts(self._text, input_ids=input_ids, attention_mask=attention_mask)
 
     def stages(
@@ -166,7 +167,7 @@ class Engine:
 
     def _in_parts(self, tower: Callable[..., Any], **inputs: np.ndarray | None) -> np.ndarray:
         """Computes rows in batches of few different sizes."""
-        rows = max(len(array) for array in inputs.values() if array is not None)
+        rows = next(len(array) for array in inputs.values() if array is not None)
         parts = []
         for start in range(0, max(rows, 1), BATCH):
             size = min(BATCH, rows - start)

@@ -93,6 +93,7 @@ class Engine:
         Raises:
             ValueError: The shape does not fit the model.
         """
+        checks.check_pixels(pixel_values, self.config.vision_config, interpolate=False)
         return self._numpy(self._image(pixel_values=self._tensor(pixel_values)))
 
     @torch.inference_mode()
@@ -109,6 +110,7 @@ class Engine:
         Raises:
             ValueError: An id is outside the vocabulary, or a shape does not fit the model.
         """
+        checks.check_text(input_ids, attention_mask, None, self.config.text_config)
         checks.check_ids(input_ids, self.config.text_config.vocab_size, "input_ids")
         mask = None if attention_mask is None else self._tensor(attention_mask)
         return self._numpy(self._text(input_ids=self._tensor(input_ids), attention_mask=mask))

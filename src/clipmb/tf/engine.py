@@ -102,6 +102,7 @@ class Engine:
         Raises:
             ValueError: The shape does not fit the model.
         """
+        checks.check_pixels(pixel_values, self.config.vision_config, interpolate=False)
         with _placed(self._device):
             return self._numpy(self._image(self._pixels(pixel_values)))
 
@@ -118,6 +119,7 @@ class Engine:
         Raises:
             ValueError: An id is outside the vocabulary, or a shape does not fit the model.
         """
+        checks.check_text(input_ids, attention_mask, None, self.config.text_config)
         checks.check_ids(input_ids, self.config.text_config.vocab_size, "input_ids")
         with _placed(self._device):
             return self._numpy(self._text(*self._ids(input_ids, attention_mask)))
