@@ -65,7 +65,8 @@ def drop_unneeded(options: dict[str, Any]) -> None:
     for name in _UNNEEDED:
         options.pop(name, None)
     for name in (*ABSENT, *_PLACING):
-        if options.get(name, name) in (None, False):
+        value = options.get(name, name)
+        if value is None or value is False:  # not 0, which is a device
             del options[name]
     for name in ABSENT.keys() & options.keys():
         rule = f"from_pretrained takes {name} only as None or False"

@@ -7,7 +7,7 @@ import pytest
 from conftest import BACKENDS
 
 import clipmb
-from clipmb.common.former import ABSENT
+from clipmb.common.former import ABSENT, drop_unneeded
 from clipmb.common.hub import Source
 
 MODELS = {"pt": "CLIPTextModel", "tf": "TFCLIPTextModel", "flax": "FlaxCLIPTextModel"}
@@ -51,6 +51,12 @@ def test_what_is_not_done_here_may_be_left_at_its_neutral_value(backend, value, 
     for name, instead in ABSENT.items():
         with pytest.raises(TypeError, match=f"{name} only as None or False.*{instead[:20]}"):
             model.from_pretrained(tmp_path, **{name: "auto"})
+
+
+def test_the_first_gpu_is_no_neutral_value():
+    options = {"device_map": 0, "tp_plan": None}
+    drop_unneeded(options)
+    assert options == {"device_map": 0}
 
 
 @pytest.mark.parametrize("name", NAMES)
