@@ -243,7 +243,7 @@ class CLIPPipeline:
 
     def _logits(self, images: np.ndarray, texts: np.ndarray) -> np.ndarray:
         scale = self.engine.logit_scale
-        if not np.isfinite(np.float32(scale)):
+        if not scale < np.finfo(np.float32).max:
             raise CheckpointError(
                 "The factor on similarities, the exponential of logit_scale, must be finite. Received: "
                 f"{scale}. Repair or replace the checkpoint."
@@ -329,10 +329,8 @@ def batches(items: list, size: int, what: str, progress: bool) -> Iterator[tuple
 
 def _images(images: Any) -> list:
     """Returns the images given, one entry each."""
-    if isinstance(images, Iterator | list | tuple) or getattr(images, "ndim", None) == 4:
-        images = list(images)
-    else:
-        images = [images]
+    several = isinstance(images, Iterator | Sequence) and not isinstance(images, str | bytes | bytearray)
+    images = list(images) if several or getattr(images, "ndim", None) == 4 else [images]
     for index, image in enumerate(images):
         if isinstance(image, list | tuple | Mapping | Set) or getattr(image, "ndim", 0) > 3:
             raise _not_one("image", index, image, "Pass a path, a PIL image or an array of two or three axes")
