@@ -1,8 +1,25 @@
-"""New rows of a table of embeddings."""
+"""The size of a resized table of embeddings, and its new rows."""
 
 from __future__ import annotations
 
 import numpy as np
+
+from clipmb.common.errors import whole_number
+
+
+def resized(current: int, new_num_tokens: int | None, pad_to_multiple_of: int | None) -> int:
+    """Returns the number of tokens that ``resize_token_embeddings`` is asked for.
+
+    Args:
+        current: The number of tokens there are.
+        new_num_tokens: The new number; None leaves it.
+        pad_to_multiple_of: Round it up to a multiple of this.
+
+    Raises:
+        ValueError: One of them is not a positive whole number.
+    """
+    size = whole_number("new_num_tokens", current if new_num_tokens is None else new_num_tokens)
+    return size + -size % (1 if pad_to_multiple_of is None else whole_number("pad_to_multiple_of", pad_to_multiple_of))
 
 
 def rows_around_mean(table: np.ndarray, count: int, seed: int) -> np.ndarray:

@@ -40,7 +40,7 @@ from clipmb.common.outputs import (
 )
 from clipmb.common.parameters import KINDS, Spec, specs
 from clipmb.common.pretrained import PretrainedMixin, normal_dtype
-from clipmb.common.vocabulary import rows_around_mean
+from clipmb.common.vocabulary import resized, rows_around_mean
 from clipmb.flax.modules import (
     FlaxCLIPForImageClassificationModule,
     FlaxCLIPModule,
@@ -313,9 +313,7 @@ class FlaxCLIPPreTrainedModel(PretrainedMixin):
                 "Use a model with a text tower",
             )
         old = leaves[path]
-        size = whole_number("new_num_tokens", len(old) if new_num_tokens is None else new_num_tokens)
-        multiple = whole_number("pad_to_multiple_of", pad_to_multiple_of or 1)
-        size += -size % multiple
+        size = resized(len(old), new_num_tokens, pad_to_multiple_of)
         config = getattr(self.config, "text_config", self.config)
         if size != len(old):
             config.vocab_size = size

@@ -34,7 +34,7 @@ from clipmb.common.outputs import (
 )
 from clipmb.common.parameters import Spec, specs
 from clipmb.common.pretrained import PretrainedMixin, called_like
-from clipmb.common.vocabulary import rows_around_mean
+from clipmb.common.vocabulary import resized, rows_around_mean
 from clipmb.pt.adapters import AdapterMixin
 from clipmb.pt.layers import ACTIVATIONS, Uninitialised, interpolate_positions, look_up, statistics_dtype
 from clipmb.pt.losses import classification_loss, contrastive_loss, normalize
@@ -502,7 +502,8 @@ class CLIPPreTrainedModel(PretrainedMixin, AdapterMixin, nn.Module):
             The token embedding.
 
         Raises:
-            ValueError: The model has no text tower, or a number is not positive.
+            ValueError: The model has no text tower, a number is not positive, or the table has an adapter or is
+                offloaded.
         """
         if not hasattr(self, "text_model"):
             raise bad_input(
@@ -511,20 +512,24 @@ class CLIPPreTrainedModel(PretrainedMixin, AdapterMixin, nn.Module):
                 "Use a model with a text tower",
             )
         old = self.text_model.embeddings.token_embedding
-        size = old.num_embeddings if new_num_tokens is None else new_num_tokens
-        for value in (size, pad_to_multiple_of or 1):
-            if value < 1:
-                raise bad_input("The number of tokens must be positive", value, "Pass a positive number")
-        size += -size % (pad_to_multiple_of or 1)
-        if size != old.num_embeddings:
+        current, width = old.weight.shape
+        size = resized(current, new_num_tokens, pad_to_multiple_of)
+        if size != current:
+            if len(parts := list(old.state_dict())) > 1 or old.weight.is_meta:
+                raise bad_input(
+                    "A token embedding that has an adapter or is offloaded keeps its size",
+                    ", ".join(parts),
+                    "Resize before adding adapters and before offloading",
+                    shown=True,
+                )
             config = self.text_model.config
-            new = nn.Embedding(size, old.embedding_dim, device=old.weight.device, dtype=old.weight.dtype)
+            new = nn.Embedding(size, width, device=old.weight.device, dtype=old.weight.dtype)
             new.weight.normal_(0.0, 0.02 * config.initializer_factor)
-            kept = min(size, old.num_embeddings)
+            kept = min(size, current)
             new.weight[:kept] = old.weight[:kept]
             if mean_resizing and size > kept:
                 seed = int(torch.randint(2**31 - 1, ()))
-                new.weight[kept:] = from_numpy(rows_around_mean(to_numpy(old.weight.float()), size - kept, seed))
+                new.weight[kept:] = from_numpy(rows_around_mean(to_numpy(old.weight.double()), size - kept, seed))
             new.weight.requires_grad_(old.weight.requires_grad)
             self.text_model.embeddings.token_embedding = new
             config.vocab_size = size

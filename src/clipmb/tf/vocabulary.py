@@ -8,7 +8,7 @@ import keras
 import numpy as np
 
 from clipmb.common.errors import bad_input
-from clipmb.common.vocabulary import rows_around_mean
+from clipmb.common.vocabulary import resized, rows_around_mean
 from clipmb.tf.layers import build_at, replace_part
 
 
@@ -68,11 +68,7 @@ class VocabularyMixin(keras.Model):
                 "Use a model with a text tower",
             )
         old = self.text_model.embeddings.token_embedding
-        size = old.input_dim if new_num_tokens is None else new_num_tokens
-        for value in (size, pad_to_multiple_of or 1):
-            if value < 1:
-                raise bad_input("The number of tokens must be positive", value, "Pass a positive number")
-        size += -size % (pad_to_multiple_of or 1)
+        size = resized(old.input_dim, new_num_tokens, pad_to_multiple_of)
         if size != old.input_dim:
             if len(old.weights) > 1:
                 raise bad_input(

@@ -178,3 +178,12 @@ def test_an_adapted_model_saves_its_adapter_as_transformers_does(folder, tmp_pat
         torch.testing.assert_close(ours(ids).last_hidden_state, theirs(ids).last_hidden_state, rtol=1e-5, atol=1e-5)
     model.save_pretrained(tmp_path / "plain", save_peft_format=False)
     assert all(name.startswith("text_model.") for name in load_file(tmp_path / "plain" / "adapter_model.safetensors"))
+
+
+@pytest.mark.parametrize("options", [{"target": "token_embedding"}, {"modules_to_save": ["token_embedding"]}])
+def test_a_token_embedding_with_an_adapter_keeps_its_size(model, options):
+    inject_adapter_in_model(LoraConfig(r=2, target_modules=[options.pop("target", "q_proj")], **options), model)
+    kept = model.state_dict()
+    with pytest.raises(ValueError, match="has an adapter or is offloaded keeps its size"):
+        model.resize_token_embeddings(model.config.text_config.vocab_size + 8)
+    assert model.state_dict().keys() == kept.keys()

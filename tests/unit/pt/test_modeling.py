@@ -406,10 +406,19 @@ def test_token_embeddings_are_resized(tmp_path):
     model.save_pretrained(tmp_path / "grown")
     assert pt.CLIPTextModel.from_pretrained(tmp_path / "grown").config.vocab_size == 112
     assert model.resize_token_embeddings(50).num_embeddings == 50
-    with pytest.raises(ValueError, match="positive"):
-        model.resize_token_embeddings(0)
+    for size in (0, 2.5):
+        with pytest.raises(ValueError, match="whole number of at least 1"):
+            model.resize_token_embeddings(size)
     with pytest.raises(ValueError, match="text tower"):
         load(tmp_path, "CLIPVisionModel").resize_token_embeddings(5)
+
+
+def test_an_offloaded_table_keeps_its_size(tmp_path):
+    model = load(tmp_path, "CLIPTextModel")
+    model.text_model.embeddings.token_embedding.to("meta")
+    assert model.resize_token_embeddings().weight.is_meta
+    with pytest.raises(ValueError, match="offloaded keeps its size"):
+        model.resize_token_embeddings(112)
 
 
 def test_new_rows_are_drawn_as_the_first_ones_were_when_asked_for(tmp_path):

@@ -655,8 +655,9 @@ def test_the_vocabulary_grows_and_shrinks(tmp_path):
     model.resize_token_embeddings(50)
     with pytest.raises(ValueError, match=r"\[0, 50\)"):
         model(BOTH)
-    with pytest.raises(ValueError, match="must be positive"):
-        model.resize_token_embeddings(0)
+    for size in (0, 2.5):
+        with pytest.raises(ValueError, match="whole number of at least 1"):
+            model.resize_token_embeddings(size)
     vision = build("CLIPVisionModel")
     with pytest.raises(ValueError, match="text tower have token embeddings"):
         vision.resize_token_embeddings(9)
