@@ -12,6 +12,7 @@ import numpy as np
 from safetensors.numpy import load_file
 
 from clipmb import backends as known
+from clipmb.common.image import jpeg
 from clipmb.common.image.processor import CLIPImageProcessor
 from clipmb.common.image.resampling import rule_of
 from clipmb.common.text.tokenizer import CLIPTokenizerFast
@@ -26,7 +27,8 @@ def examine(backends: Sequence[str] | None = None) -> dict[str, Any]:
 
     Returns:
         ``ok``; ``tokens`` and ``pixels``: whether the shared parts give the recorded bits; ``resizing``: "kernel", or
-        "Pillow" where the compiled kernel is missing or has other bits; ``backends``: for each
+        "Pillow" where the compiled kernel is missing or has other bits; ``jpeg``: "simplejpeg" or "Pillow", by the same
+        rule; ``backends``: for each
         ``installed``, ``versions``, ``precision`` of float32 matrix products, ``device``, and ``correct``, ``stages``,
         ``difference`` and ``first`` (the first wrong stage), or ``error``.
     """
@@ -43,6 +45,7 @@ def examine(backends: Sequence[str] | None = None) -> dict[str, Any]:
         "tokens": tokens == list(recorded.values()),
         "pixels": np.array_equal(pixels, vectors["pixel_values"]),
         "resizing": "Pillow" if rule_of("auto", "installed") is None else "kernel",
+        "jpeg": "simplejpeg" if jpeg.serves() else "Pillow",
         "backends": {},
     }
     for name in known.BACKENDS if backends is None else backends:

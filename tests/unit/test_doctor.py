@@ -19,6 +19,7 @@ def test_doctor_finds_every_tested_backend_correct():
     assert found["tokens"]
     assert found["pixels"]
     assert found["resizing"] in ("kernel", "Pillow")
+    assert found["jpeg"] in ("simplejpeg", "Pillow")
     for backend in BACKENDS:
         entry = found["backends"][backend]
         assert entry["correct"]

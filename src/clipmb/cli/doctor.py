@@ -32,6 +32,7 @@ def run(
         rows = [
             ["shared", "", "tokens", "equal" if found["tokens"] else "DIFFERENT", ""],
             ["shared", f"resized by {found['resizing']}", "pixels", "equal" if found["pixels"] else "DIFFERENT", ""],
+            ["shared", f"JPEG by {found['jpeg']}", "", "", ""],
         ]
         for name, entry in found["backends"].items():
             rows.append([name, _versions(entry), *_verdict(entry), entry.get("precision", "")])

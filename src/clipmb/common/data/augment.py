@@ -8,13 +8,13 @@ from collections.abc import Callable
 import numpy as np
 from PIL import Image
 
-from clipmb.common.image.resampling import resize_image
+from clipmb.common.image.resampling import resize_image, size_of
 
 Augment = Callable[[Image.Image, np.random.Generator], Image.Image]
 
 
 def random_resized_crop(
-    image: Image.Image,
+    image: Image.Image | np.ndarray,
     generator: np.random.Generator,
     size: tuple[int, int],
     scale: tuple[float, float] = (0.9, 1.0),
@@ -28,7 +28,7 @@ def random_resized_crop(
     The filter also reads the pixels next to the part, as it does in Pillow.
 
     Args:
-        image: RGB.
+        image: RGB, or its pixels, [height, width, 3] uint8.
         generator: Source of the random numbers.
         size: (height, width) of the result, in pixels.
         scale: As in `random_part`.
@@ -41,7 +41,7 @@ def random_resized_crop(
 
     Source: "Going Deeper with Convolutions" (Szegedy et al., arXiv 1409.4842), section 6.
     """
-    box = random_part(image.size, generator, scale, ratio)
+    box = random_part(size_of(image), generator, scale, ratio)
     return resize_image(image, (size[1], size[0]), Image.Resampling.BICUBIC, resize_backend, pass_order, box)
 
 

@@ -23,6 +23,7 @@ from clipmb.common.data.augment import Augment, random_resized_crop
 from clipmb.common.data.ledger import Ledger, Watch
 from clipmb.common.data.pairs import Pairs
 from clipmb.common.errors import bad_input, logger, whole_number
+from clipmb.common.image.resampling import as_image
 from clipmb.common.processor import CLIPProcessor
 from clipmb.common.text.rows import cut_inside, pad_rows
 from clipmb.common.workers import default_workers
@@ -249,20 +250,20 @@ class Batches:
             if len(captions) > 1:
                 chosen = self._random(epoch, _CAPTION, index).random_raw() % len(captions)
             ids = _encode(self._tokenizer, captions[chosen])
-            image = self.pairs.image(index)
+            image = self.pairs.decoded(index)
         except (ValueError, OSError) as error:
             return str(error)
-        options = {}
+        options: dict[str, Any] = {"input_data_format": "channels_last"}
         if self.augment is not None:
             generator = np.random.Generator(self._random(epoch, _PICTURE, index))
             if callable(self.augment):
-                image = self._augmented(self.augment, image, generator, index)
+                image = self._augmented(self.augment, as_image(image), generator, index)
             else:
                 images = self.processor.image_processor
                 image = random_resized_crop(
                     image, generator, self.size, resize_backend=images.resize_backend, pass_order=images.pass_order
                 )
-                options = {"do_resize": False, "do_center_crop": False}
+                options |= {"do_resize": False, "do_center_crop": False}
         try:
             out[:] = self.processor.image_processor(image, return_tensors="np", **options)["pixel_values"][0]
         except ValueError as error:

@@ -22,6 +22,7 @@ from clipmb.common.data.shards import Shard
 from clipmb.common.data.tables import SUFFIXES, Columns, open_table
 from clipmb.common.errors import bad_input, logger
 from clipmb.common.image import pixels as px
+from clipmb.common.image.resampling import as_image
 
 _OPENED = {
     **dict.fromkeys(SUFFIXES, open_table), ".json": layouts.open_coco, ".token": layouts.open_token, ".tar": Shard,
@@ -201,11 +202,26 @@ class Pairs:
             ValueError: It is missing or broken.
             IndexError: There is no pair of this number.
         """
+        return as_image(self.decoded(index))
+
+    def decoded(self, index: int) -> Image.Image | np.ndarray:
+        """Reads and decodes an image into what takes least time.
+
+        Args:
+            index: The number of the pair, from 0.
+
+        Returns:
+            What `image` returns, or its pixels, [height, width, 3] uint8.
+
+        Raises:
+            ValueError: It is missing or broken.
+            IndexError: There is no pair of this number.
+        """
         source, place = self._at(index)
         picture = source.image(place)
         if isinstance(picture, Image.Image):
             return ImageOps.exif_transpose(picture).convert("RGB")
-        return px.open_image(source.id(place), picture)
+        return px.read_image(source.id(place), picture)
 
     @cached_property
     def fingerprint(self) -> str:

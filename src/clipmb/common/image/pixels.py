@@ -21,7 +21,8 @@ from PIL import Image, ImageOps
 
 from clipmb.common.errors import bad_input, log_once, one_of
 from clipmb.common.features import to_numpy
-from clipmb.common.image.resampling import Window, resize_pillow, rule_of, serves
+from clipmb.common.image.jpeg import decode_jpeg
+from clipmb.common.image.resampling import Window, resize_pillow, rule_of, serves, size_of
 
 FIRST, LAST = "channels_first", "channels_last"
 _STRAIGHT = {"La": "LA"}  # modes that Pillow cannot convert to RGB directly
@@ -44,7 +45,7 @@ def is_array(item: Any) -> bool:
     return hasattr(item, "shape") and hasattr(item, "dtype")
 
 
-def open_image(name: str, source: str | os.PathLike[str] | bytes) -> Image.Image:
+def read_image(name: str, source: str | os.PathLike[str] | bytes) -> Image.Image | np.ndarray:
     """Reads an image and turns it upright by its EXIF orientation.
 
     Args:
@@ -52,7 +53,7 @@ def open_image(name: str, source: str | os.PathLike[str] | bytes) -> Image.Image
         source: The path of a file, the bytes of one, or a base64 string.
 
     Returns:
-        The image, in RGB.
+        The image in RGB: [height, width, 3] uint8 where it was decoded without Pillow, else a Pillow image.
 
     Raises:
         ValueError: It is remote, missing, broken, or a decompression bomb.
@@ -74,6 +75,8 @@ def open_image(name: str, source: str | os.PathLike[str] | bytes) -> Image.Image
         raise bad_input(f"{name} must be a file", str(source), "Pass a file, not a folder, pipe or device", shown=True)
     with _readable(name, source), Image.open(file) as image:
         _check_pixels(image.size)
+        if (pixels := decode_jpeg(image)) is not None:
+            return pixels
         ImageOps.exif_transpose(image, in_place=True)
         return image.convert("RGB")
 
@@ -205,7 +208,7 @@ class Resizing:
             ValueError: The result has too many pixels.
         """
         height, width = target
-        size = picture.size if isinstance(picture, Image.Image) else picture.shape[1::-1]
+        size = size_of(picture)
         with _readable(name, picture):
             _check_pixels((width, height), tolerance=2)  # a sliver of one pixel by thousands grows by its square
             kernel = rule_of(self.backend, self.order) if serves((*size, width, height), self.resample) else None

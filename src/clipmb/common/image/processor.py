@@ -25,7 +25,7 @@ from clipmb.common.features import BatchFeature, check_tensor_type
 from clipmb.common.former import check_saving
 from clipmb.common.hub import Source
 from clipmb.common.image import pixels as px
-from clipmb.common.image.resampling import Window, check_backend, check_order
+from clipmb.common.image.resampling import Window, as_image, check_backend, check_order
 from clipmb.common.json_files import JsonSettings, json_text, read_json
 from clipmb.common.saving import Transaction, read_whole
 from clipmb.common.workers import default_workers
@@ -351,7 +351,9 @@ class CLIPImageProcessor(JsonSettings):
         images = image_url_or_urls
         if isinstance(images, list | tuple):
             return [self.fetch_images(image) for image in images]
-        return px.open_image("The image", images) if isinstance(images, str | os.PathLike | bytes) else images
+        if isinstance(images, str | os.PathLike | bytes):
+            return as_image(px.read_image("The image", images))
+        return images
 
     def to_dict(self) -> dict[str, Any]:
         """Returns the settings, as they are written to preprocessor_config.json."""
@@ -489,7 +491,7 @@ class _Work:
         """
         name = f"Image {index}"
         if isinstance(item, str | os.PathLike | bytes):
-            item = px.open_image(name, item)
+            layout, item = px.LAST, px.read_image(name, item)
         if isinstance(item, Image.Image):
             layout, item = px.LAST, px.decode(name, item, self.rgb)
         if isinstance(item, Image.Image) and item.mode == "RGB" and self.size is not None:

@@ -125,7 +125,7 @@ def resize_pillow(
 
 
 def resize_image(
-    image: Image.Image,
+    image: Image.Image | np.ndarray,
     target: tuple[int, int],
     resample: int,
     backend: str,
@@ -135,18 +135,29 @@ def resize_image(
     """Resizes an image, or a part of it, by the kernel where it serves.
 
     Args:
-        image: An image of any mode.
+        image: An image of any mode, or the pixels of one in RGB, [height, width, 3] uint8.
         target: (width, height) of the result.
         resample: Pillow's filter.
         backend: One of ``BACKENDS``.
         order: One of ``ORDERS``.
         box: The part of the image to resize, (left, top, right, bottom) in pixels; all of it when None.
     """
-    rule = rule_of(backend, order) if image.mode in _CHANNELS and serves((*image.size, *target), resample) else None
+    known = isinstance(image, np.ndarray) or image.mode in _CHANNELS
+    rule = rule_of(backend, order) if known and serves((*size_of(image), *target), resample) else None
     if rule is None:
-        return resize_pillow(image, target, resample, order, box)
+        return resize_pillow(as_image(image), target, resample, order, box)
     pixels = Window(image, target, resample, rule, box=box).pixels().transpose(1, 2, 0)
-    return Image.fromarray(pixels[..., 0] if image.mode == "L" else pixels)
+    return Image.fromarray(pixels[..., 0] if pixels.shape[2] == 1 else pixels)
+
+
+def as_image(picture: Image.Image | np.ndarray) -> Image.Image:
+    """Returns an image, or pixels, [height, width, 3] uint8, as a Pillow image."""
+    return picture if isinstance(picture, Image.Image) else Image.fromarray(picture)
+
+
+def size_of(picture: Image.Image | np.ndarray) -> tuple[int, int]:
+    """Returns the (width, height) of an image, or of pixels, [height, width, channels]."""
+    return picture.size if isinstance(picture, Image.Image) else (picture.shape[1], picture.shape[0])
 
 
 class Window:
@@ -174,10 +185,8 @@ class Window:
         window: tuple[int, int, int, int] | None = None,
         box: tuple[float, float, float, float] | None = None,
     ) -> None:
-        if isinstance(picture, Image.Image):
-            self._size, channels = picture.size, _CHANNELS[picture.mode]
-        else:
-            self._size, channels = (picture.shape[1], picture.shape[0]), picture.shape[2]
+        self._size = size_of(picture)
+        channels = _CHANNELS[picture.mode] if isinstance(picture, Image.Image) else picture.shape[2]
         self._picture, self._target, self._resample = picture, target, int(resample)
         self._window = window or (0, 0, *target)
         self._box = box or (0.0, 0.0, float(self._size[0]), float(self._size[1]))

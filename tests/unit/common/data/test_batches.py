@@ -116,8 +116,8 @@ def test_an_epoch_can_start_in_its_middle(ten, workers):
 
 def test_what_was_passed_over_is_not_decoded(ten, monkeypatch):
     asked = []
-    image = Pairs.image
-    monkeypatch.setattr(Pairs, "image", lambda self, index: asked.append(index) or image(self, index))
+    decoded = Pairs.decoded
+    monkeypatch.setattr(Pairs, "decoded", lambda self, index: asked.append(index) or decoded(self, index))
     loader = batches(ten)
     list(loader.epoch(0, start=2))
     assert asked == loader.order(0)[8:].tolist()
@@ -209,7 +209,7 @@ def test_errors_in_a_worker_come_out_and_stop_the_threads(ten, monkeypatch):
     def fail(self, index):
         raise MemoryError("worker")
 
-    monkeypatch.setattr(Pairs, "image", fail)
+    monkeypatch.setattr(Pairs, "decoded", fail)
     with pytest.raises(MemoryError, match="worker"):
         list(batches(ten, workers=3).epoch(0))
     assert not running()
@@ -218,8 +218,8 @@ def test_errors_in_a_worker_come_out_and_stop_the_threads(ten, monkeypatch):
 def test_only_some_batches_are_decoded_ahead(tmp_path, monkeypatch):
     pairs = Pairs.open(folder_of(tmp_path, 40))
     asked = []
-    image = Pairs.image
-    monkeypatch.setattr(Pairs, "image", lambda self, index: asked.append(index) or image(self, index))
+    decoded = Pairs.decoded
+    monkeypatch.setattr(Pairs, "decoded", lambda self, index: asked.append(index) or decoded(self, index))
     iterator = batches(pairs, workers=2, batch_size=5).epoch(0)
     assert not asked
     for taken in range(1, 4):
