@@ -5,7 +5,7 @@ V5     ?= .venv-transformers5
 CLIENTS ?= .venv-clients
 BIN    := $(VENV)/bin
 
-export CLIPMB_TEST_BACKENDS       ?= pt,tf,flax
+export CLIPMB_TEST_BACKENDS       ?= pt,tf,flax,onnx
 export CLIPMB_REQUIRE_REFERENCE   ?= 1
 export CLIPMB_REQUIRE_KERNEL      ?= 1
 export CLIPMB_TRANSFORMERS5_PYTHON ?= $(CURDIR)/$(V5)/bin/python

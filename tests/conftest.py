@@ -10,22 +10,24 @@ from pathlib import Path
 import pytest
 
 TESTS = Path(__file__).parent
-ALL_BACKENDS = ("pt", "tf", "flax")
-BACKENDS = tuple(name.strip() for name in os.environ.get("CLIPMB_TEST_BACKENDS", ",".join(ALL_BACKENDS)).split(","))
+ALL_BACKENDS = ("pt", "tf", "flax")  # which have models
+ALL_ENGINES = (*ALL_BACKENDS, "onnx")
+ENGINES = tuple(name.strip() for name in os.environ.get("CLIPMB_TEST_BACKENDS", ",".join(ALL_ENGINES)).split(","))
+BACKENDS = tuple(name for name in ENGINES if name in ALL_BACKENDS)
 
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # inherited from a shell that runs the suite in the background
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
-if unknown := set(BACKENDS) - set(ALL_BACKENDS):
-    raise pytest.UsageError(f"CLIPMB_TEST_BACKENDS names {sorted(unknown)}; there are {ALL_BACKENDS}")
+if unknown := set(ENGINES) - set(ALL_ENGINES):
+    raise pytest.UsageError(f"CLIPMB_TEST_BACKENDS names {sorted(unknown)}; there are {ALL_ENGINES}")
 
 # Files of a backend that is not named are left out; this is a choice of the caller, so it is no skip.
 collect_ignore_glob = [
-    f"**/{where}" for name in ALL_BACKENDS if name not in BACKENDS for where in (f"{name}/*", f"test_{name}.py")
+    f"**/{where}" for name in ALL_ENGINES if name not in ENGINES for where in (f"{name}/*", f"test_{name}.py")
 ]
 
-for _name in ALL_BACKENDS:  # torch before tensorflow: the other order can crash
-    if _name in BACKENDS:
+for _name in ALL_ENGINES:  # torch before tensorflow: the other order can crash
+    if _name in ENGINES:
         importlib.import_module(f"clipmb.{_name}")
 
 
@@ -34,7 +36,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     left_out = [
         item
         for item in items
-        if any(mark.args[0] not in BACKENDS for mark in item.iter_markers(name="backend"))
+        if any(mark.args[0] not in ENGINES for mark in item.iter_markers(name="backend"))
         or (len(BACKENDS) < 2 and (item.get_closest_marker("several") or _is_empty(item)))
     ]
     if left_out:

@@ -26,6 +26,9 @@ if TYPE_CHECKING:
         flax as flax,
     )
     from clipmb import (
+        onnx as onnx,
+    )
+    from clipmb import (
         pipeline as pipeline,
     )
     from clipmb import (
@@ -224,8 +227,8 @@ _PUBLIC = {
 }  # fmt: skip
 _MODULE_OF = {name: module for module, names in _PUBLIC.items() for name in names}
 _SUBMODULES = (
-    "backends", "common", "doctor", "evaluation", "flax", "pipeline", "pt", "testing", "tf", "training",
-    "verification",
+    "backends", "common", "doctor", "evaluation", "flax", "onnx", "pipeline", "pt", "testing", "tf",
+    "training", "verification",
 )  # fmt: skip
 
 if not TYPE_CHECKING:  # a type checker would take any name for one that exists

@@ -57,8 +57,8 @@ class Engine(Protocol):
 
         Args:
             name_or_path: Folder, Hub id or opened source; None to take ``config`` and ``state_dict`` from the options.
-            dtype: What to compute in: "float32" (the default), "float16", "bfloat16" or "float64", or the framework's
-                own dtype of one of these names.
+            dtype: What to compute in: one of `Backend.dtypes`, "float32" when None, or the framework's own dtype of one
+                of these names.
             device: Device, as the framework names it; its default when None.
             compile: Use the framework's compiler: slower first calls, faster later ones. The backend's own choice when
                 None.
@@ -232,11 +232,13 @@ class Backend:
         package: Import path of the folder that has ``engine`` and, if it trains, ``training``.
         needs: Import names of the packages that must be installed.
         trains: Whether there is a ``training``.
+        dtypes: What it computes in.
     """
 
     package: str
     needs: tuple[str, ...]
     trains: bool = True
+    dtypes: tuple[str, ...] = ("float32", "float16", "bfloat16", "float64")
 
 
 # In the order in which one is chosen when none is named.
@@ -244,12 +246,23 @@ BACKENDS = {
     "pt": Backend("clipmb.pt", ("torch",)),
     "tf": Backend("clipmb.tf", ("tensorflow", "keras")),
     "flax": Backend("clipmb.flax", ("jax", "flax")),
+    "onnx": Backend(
+        "clipmb.onnx", ("onnx", "onnxruntime"), trains=False, dtypes=("float32", "float16", "float64", "int8")
+    ),
 }
 
 
-def installed() -> list[str]:
-    """Returns the backends whose packages are installed, without importing them."""
-    return [name for name, row in BACKENDS.items() if all(importlib.util.find_spec(need) for need in row.needs)]
+def installed(dtype: str | None = None) -> list[str]:
+    """Returns the backends whose packages are installed, without importing them.
+
+    Args:
+        dtype: Leave out those that do not compute in it.
+    """
+    return [
+        name
+        for name, row in BACKENDS.items()
+        if (dtype is None or dtype in row.dtypes) and all(importlib.util.find_spec(need) for need in row.needs)
+    ]
 
 
 def default() -> str:

@@ -52,10 +52,11 @@ class CLIPPipeline:
             name_or_path: Folder or Hub id.
             backend: Key of `clipmb.backends.BACKENDS`; the first installed one when None. ``pipeline.backend`` is the
                 one that was used.
-            dtype: "float32" (the default), "float16", "bfloat16" or "float64".
+            dtype: "float32" (the default), "float16", "bfloat16" or "float64"; with ``backend="onnx"`` also "int8", but
+                not "bfloat16".
             device: Where to compute, in the framework's own words; its default when None.
-            compile: Use the framework's compiler: slower first calls, faster later ones. Flax and TensorFlow do when
-                None, PyTorch does not.
+            compile: Use the framework's compiler: slower first calls, faster later ones. All but
+                PyTorch do when None.
             **options: ``subfolder``, ``revision``, ``cache_dir``, ``token``, ``local_files_only``, ``force_download``.
 
         Raises:

@@ -116,7 +116,8 @@ def compare(
 
     Args:
         checkpoint: Folder or Hub id of a full CLIP model.
-        backends: Backends to compare; every installed one when None. The first is the standard for the others.
+        backends: Backends to compare; every installed one that computes in ``dtype`` when None. The first is the
+            standard for the others.
         dtype: "float32", "float64", "bfloat16" or "float16".
         against: Another checkpoint, which becomes the standard; its own tokenizer and image processor are compared too.
         texts: Texts to encode.
@@ -128,12 +129,12 @@ def compare(
         MissingBackendError: A named backend is not installed, or none is.
         ValueError: There is nothing to compare, or an argument is wrong.
     """
-    if backends is None:
-        backends = known.installed() or [known.default()]
-    chosen = [backends] if isinstance(backends, str) else list(backends)
     kind = normal_dtype(dtype, "compare")
     if kind not in BOUNDS:
         raise one_of("dtype", dtype, tuple(BOUNDS))
+    if backends is None:
+        backends = known.installed(kind) or [known.default()]
+    chosen = [backends] if isinstance(backends, str) else list(backends)
     if len(chosen) < (2 if against is None else 1):
         raise bad_input(
             "Two backends, or another checkpoint, are needed for a comparison",

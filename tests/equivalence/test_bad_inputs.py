@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 from cases import CONFIGS, write_checkpoint
-from conftest import BACKENDS
+from conftest import BACKENDS, ENGINES
 from runners import loaded, numpy, tensors
 
 from clipmb import backends
@@ -104,14 +104,15 @@ def test_labels(folders, backend):
 
 
 @pytest.mark.parametrize("compile", [False, True])
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", ENGINES)
 def test_engines_check_ids(folders, backend, compile, monkeypatch):
     if backend == "pt":
         import torch
 
         monkeypatch.setattr(torch, "compile", lambda function, **options: function)  # the check comes before it
     engine = backends.engine(backend).load(folders["CLIPModel"], compile=compile)
-    monkeypatch.setattr(engine, "_text", lambda **inputs: pytest.fail("the model saw them"))
+    asked = (engine.model, "run") if backend == "onnx" else (engine, "_text")
+    monkeypatch.setattr(*asked, lambda *given, **inputs: pytest.fail("the model saw them"))
     for ids in ([[1, 99]], [[-1, 2]]):
         with pytest.raises(ValueError, match=r"input_ids must lie in \[0, 99\)"):
             engine.text_features(np.array(ids))
@@ -133,7 +134,7 @@ SHAPES = [
 
 
 @pytest.mark.parametrize("compile", [False, True])
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", ENGINES)
 def test_engines_check_shapes(folders, backend, compile, monkeypatch):
     if backend == "pt":
         import torch

@@ -9,15 +9,26 @@ from pathlib import Path
 
 import pytest
 from cases import CONFIGS, VISION, write_checkpoint
-from conftest import BACKENDS
+from conftest import BACKENDS, ENGINES
 from processes import python
 
 import clipmb
 from clipmb import CLIPConfig
 
 SOURCE = Path(clipmb.__file__).parent
-FRAMEWORKS = {"torch", "tensorflow", "keras", "jax", "jaxlib", "flax", "transformers", "tf_keras"}
-OWN = {"pt": {"torch"}, "tf": {"tensorflow", "keras"}, "flax": {"jax", "flax"}}
+FRAMEWORKS = {
+    "torch",
+    "tensorflow",
+    "keras",
+    "jax",
+    "jaxlib",
+    "flax",
+    "transformers",
+    "tf_keras",
+    "onnx",
+    "onnxruntime",
+}
+OWN = {"pt": {"torch"}, "tf": {"tensorflow", "keras"}, "flax": {"jax", "flax"}, "onnx": {"onnx", "onnxruntime"}}
 
 CONTRIBUTING = (Path(__file__).parents[2] / "CONTRIBUTING.md").read_text(encoding="utf-8")
 # Part of the package to what it may import, and file or folder of `common` to its floor, as CONTRIBUTING prints them.
@@ -112,7 +123,7 @@ sys.meta_path[:] = map(Block, sys.meta_path)
 """
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", ENGINES)
 def test_each_backend_works_with_the_others_blocked(tmp_path, backend):
     small = {"hidden_size": 32, "intermediate_size": 56, "num_hidden_layers": 1, "num_attention_heads": 4}
     write_checkpoint(tmp_path, CLIPConfig(small, VISION, projection_dim=24))
@@ -128,14 +139,14 @@ assert clip.classify(np.zeros((30, 40, 3), np.uint8), ["a", "b"]).shape == (1, 2
 
 
 @pytest.mark.parametrize(
-    ("backend", "package"), [("pt", "torch"), ("tf", "tensorflow"), ("tf", "keras"), ("flax", "jax"), ("flax", "flax")]
+    ("backend", "package"), [(backend, package) for backend, packages in OWN.items() for package in sorted(packages)]
 )
 def test_a_missing_framework_is_named_with_the_pip_command(backend, package):
     script = f"""
 import clipmb
 from clipmb import MissingBackendError
-name = {{"pt": "CLIPModel", "tf": "TFCLIPModel", "flax": "FlaxCLIPModel"}}[{backend!r}]
-for what in (lambda: getattr(clipmb, name), lambda: clipmb.backends.engine({backend!r})):
+name = {{"pt": "CLIPModel", "tf": "TFCLIPModel", "flax": "FlaxCLIPModel"}}.get({backend!r})
+for what in (lambda: getattr(clipmb, name), lambda: clipmb.backends.engine({backend!r}))[name is None :]:
     try:
         what()
     except MissingBackendError as error:

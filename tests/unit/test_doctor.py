@@ -6,7 +6,7 @@ import importlib
 import json
 
 import pytest
-from conftest import BACKENDS
+from conftest import ENGINES
 from processes import clipmb
 
 from clipmb import MissingBackendError, backends
@@ -14,13 +14,13 @@ from clipmb.doctor import examine
 
 
 def test_doctor_finds_every_tested_backend_correct():
-    found = examine(BACKENDS)
+    found = examine(ENGINES)
     assert found["ok"]
     assert found["tokens"]
     assert found["pixels"]
     assert found["resizing"] in ("kernel", "Pillow")
     assert found["jpeg"] in ("simplejpeg", "Pillow")
-    for backend in BACKENDS:
+    for backend in ENGINES:
         entry = found["backends"][backend]
         assert entry["correct"]
         assert entry["stages"] == 2 * 4 + 3 + 2 + 1
@@ -29,9 +29,9 @@ def test_doctor_finds_every_tested_backend_correct():
         assert entry["precision"]
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", ENGINES)
 def test_doctor_finds_a_wrong_backend(backend, monkeypatch):
-    place = "modules" if backend == "flax" else "modeling"
+    place = {"flax": "modules", "onnx": "graph"}.get(backend, "modeling")
     activations = importlib.import_module(f"clipmb.{backend}.{place}").ACTIVATIONS
     monkeypatch.setitem(activations, "gelu", activations["gelu_new"])
     found = examine([backend])
@@ -45,7 +45,7 @@ def test_doctor_reports_what_is_missing(monkeypatch):
     found = examine()
     assert found["ok"]
     assert {name: entry["installed"] for name, entry in found["backends"].items()} == dict.fromkeys(
-        ("pt", "tf", "flax"), False
+        ("pt", "tf", "flax", "onnx"), False
     )
 
     def missing(name):
@@ -62,5 +62,5 @@ def test_doctor_on_the_command_line():
     assert done.returncode == 0, done.stdout + done.stderr
     found = json.loads(done.stdout)
     assert found["ok"]
-    assert {name for name, entry in found["backends"].items() if entry["installed"]} >= set(BACKENDS)
-    assert clipmb("doctor", "--backend", "onnx").returncode == 2
+    assert {name for name, entry in found["backends"].items() if entry["installed"]} >= set(ENGINES)
+    assert clipmb("doctor", "--backend", "mxnet").returncode == 2

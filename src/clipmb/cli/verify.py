@@ -41,7 +41,7 @@ def _compare(checkpoint: str, backend: list[str] | None, against: str | None, dt
     from clipmb import backends
     from clipmb.verification import compare
 
-    names = backend or backends.installed()
+    names = backend or backends.installed(dtype)
     for name in names:
         common.load_framework(name)
     report = compare(checkpoint, names, dtype=dtype, against=against)

@@ -10,7 +10,7 @@ from functools import partial
 
 import numpy as np
 import pytest
-from conftest import BACKENDS
+from conftest import ENGINES
 from safetensors.numpy import load_file
 
 from clipmb import CLIPConfig, CLIPPipeline, CLIPTokenizerFast
@@ -25,7 +25,7 @@ def embeddings():
     """Unit embeddings of the pictures and of all labels, by backend."""
     pictures, _ = held_out_pictures()
     found = {}
-    for backend in BACKENDS:
+    for backend in ENGINES:
         clip = CLIPPipeline.from_pretrained(small_model(), backend=backend)
         encode = partial(clip.encode_text, batch_size=640)  # few shapes: JAX compiles each
         images = clip.encode_image(pictures, batch_size=90)
@@ -43,14 +43,14 @@ def ranks(images, classes):
     return (similar >= right[:, None]).sum(axis=1) - 1
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", ENGINES)
 def test_an_artist_never_seen_in_training(embeddings, backend):
     found = ranks(*embeddings[backend])
     assert 100 * np.mean(found < 1) >= TOP_1
     assert 100 * np.mean(found < 5) >= TOP_5
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", ENGINES)
 def test_the_score_is_of_these_pictures_and_labels(embeddings, backend):
     """Pictures against labels that are not theirs score as chance does: the bars above cannot be met by accident."""
     images, classes = embeddings[backend]

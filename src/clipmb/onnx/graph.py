@@ -1,0 +1,468 @@
+"""CLIP as an ONNX graph, straight from canonical weights.
+
+It reads beside the modeling files of the frameworks: the same parts in the same order. What is a module there is a
+function here, which adds nodes to a graph; names that it takes and returns are those of values in the graph.
+
+Shapes: batch, seq (tokens, or patches + 1), width, heads, head_dim, patches, proj. Source of the behaviour: as in
+`clipmb.pt.modeling`. Source of the operators: ONNX's operator set 20, github.com/onnx/onnx, docs/Operators.md.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Collection, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import onnx
+from onnx import TensorProto, helper, numpy_helper
+
+from clipmb.common.config import CLIPConfig, CLIPTextConfig, CLIPVisionConfig
+from clipmb.common.errors import one_of
+
+OPSET, IR_VERSION = 20, 9
+TOWERS = ("image", "text", "both")
+_MOST_INT8 = 127
+
+
+class Graph:
+    """Nodes and constants of a graph that is being built.
+
+    Args:
+        weights: Canonical name to array, in canonical layout.
+        dtype: What is computed in: "float32", "float16" or "float64".
+        quantised: Multiply by the weights of the blocks in 8-bit integers, each column with a scale of its own; what
+            they are multiplied with is quantised when it is known.
+        keep: Canonical names of weights that are not quantised.
+
+    Attributes:
+        tensors: The constants, name to array.
+    """
+
+    def __init__(
+        self,
+        weights: Mapping[str, np.ndarray],
+        dtype: str = "float32",
+        quantised: bool = False,
+        keep: Collection[str] = (),
+    ) -> None:
+        self.weights, self.quantised, self.keep = weights, quantised, frozenset(keep)
+        self.dtype = np.dtype(dtype)
+        self.tensors: dict[str, np.ndarray] = {}
+        self._nodes: list[onnx.NodeProto] = []
+        self._inputs: list[onnx.ValueInfoProto] = []
+        self._outputs: list[onnx.ValueInfoProto] = []
+        self._quantised: dict[str, tuple[str, str, str]] = {}
+
+    def op(self, kind: str, *inputs: str, outputs: int = 1, **attributes: Any) -> Any:
+        """Adds a node; returns the name of its output, or a list where it has several."""
+        names = [f"{kind}_{len(self._nodes)}_{i}" for i in range(outputs)]
+        self._nodes.append(helper.make_node(kind, list(inputs), names, **attributes))
+        return names[0] if outputs == 1 else names
+
+    def constant(self, value: Any, dtype: Any = None, name: str | None = None) -> str:
+        """Adds a constant, of the graph's own dtype when none is given."""
+        array = np.asarray(value, self.dtype if dtype is None else dtype, order="C")
+        name = name or f"constant_{len(self.tensors)}"
+        self.tensors[name] = array
+        return name
+
+    def integers(self, *values: int) -> str:
+        """Adds a list of int64."""
+        return self.constant(values, np.int64, "integers_" + "_".join(map(str, values)))
+
+    def parameter(self, name: str, change: Callable[[np.ndarray], np.ndarray] | None = None) -> str:
+        """Adds a parameter under its canonical name, perhaps in another layout."""
+        if name in self.tensors:
+            return name
+        array = self.weights[name]
+        return self.constant(array if change is None else change(array), name=name)
+
+    def size(self, value: str, axis: int) -> str:
+        """Returns one size of a value, (1,) int64."""
+        return self.op("Shape", value, start=axis, end=axis + 1)
+
+    def cast(self, value: str, dtype: Any) -> str:
+        """Converts a value to a dtype."""
+        return self.op("Cast", value, to=helper.np_dtype_to_tensor_dtype(np.dtype(dtype)))
+
+    def input(self, name: str, dtype: Any, shape: Sequence[int | str]) -> str:
+        """Declares an input; a size that is a word may be any."""
+        kind = helper.np_dtype_to_tensor_dtype(np.dtype(dtype))
+        self._inputs.append(helper.make_tensor_value_info(name, kind, shape))
+        return name
+
+    def output(self, name: str, value: str, shape: Sequence[int | str]) -> None:
+        """Declares an output, in float32, or in float64 where the graph computes in that."""
+        wide = np.promote_types(self.dtype, np.float32)
+        self._nodes.append(
+            helper.make_node("Cast", [value], [name], to=helper.np_dtype_to_tensor_dtype(wide))
+            if wide != self.dtype
+            else helper.make_node("Identity", [value], [name])
+        )
+        self._outputs.append(helper.make_tensor_value_info(name, helper.np_dtype_to_tensor_dtype(wide), shape))
+
+    def model(self, *, embedded: bool) -> onnx.ModelProto:
+        """Returns the graph as a model.
+
+        Args:
+            embedded: With the constants inside, which a model of at most 2 GB can hold; otherwise the large ones are
+                only named, for the runtime to be given `tensors`.
+        """
+        constants = []
+        for name, array in self.tensors.items():
+            if embedded or not self.is_large(array):
+                constants.append(numpy_helper.from_array(array, name))
+                continue
+            kind = helper.np_dtype_to_tensor_dtype(array.dtype)
+            named = TensorProto(name=name, data_type=kind, dims=array.shape, data_location=TensorProto.EXTERNAL)
+            named.external_data.add(key="location", value="memory")
+            constants.append(named)
+        graph = helper.make_graph(self._nodes, "clip", self._inputs, self._outputs, constants)
+        return helper.make_model(
+            graph, opset_imports=[helper.make_opsetid("", OPSET)], ir_version=IR_VERSION, producer_name="clipmb"
+        )
+
+    @staticmethod
+    def is_large(array: np.ndarray) -> bool:
+        """Whether a constant is data rather than part of the computation, such as a shape."""
+        return array.nbytes >= 1024
+
+
+# ---- layers ----------------------------------------------------------------------------------------------------------
+
+
+def linear(graph: Graph, x: str, stem: str, bias: bool = True) -> str:
+    """(…, in) to (…, out)."""
+    name = f"{stem}.weight"
+    if graph.quantised and bias and name not in graph.keep:
+        x = _quantised_product(graph, x, name)
+    else:
+        x = graph.op("MatMul", x, graph.parameter(name, np.transpose))
+    return graph.op("Add", x, graph.parameter(f"{stem}.bias")) if bias else x
+
+
+def _quantised_product(graph: Graph, x: str, name: str) -> str:
+    """Multiplies by a weight in 8 bits: x with 256 levels between its extremes, each output of the weight with 255."""
+    if x not in graph._quantised:
+        levels, scale, zero = graph.op("DynamicQuantizeLinear", x, outputs=3)
+        graph._quantised[x] = levels, scale, zero
+    levels, scale, zero = graph._quantised[x]
+    columns = graph.weights[name].T.astype(np.float32)  # (in, out)
+    scales = np.abs(columns).max(0, initial=0) / _MOST_INT8
+    scales = np.where(scales > 0, scales, 1).astype(np.float32)
+    whole = graph.constant(np.rint(columns / scales), np.int8, f"{name}.int8")
+    product = graph.op("MatMulInteger", levels, whole, zero)
+    factor = graph.op("Mul", scale, graph.constant(scales, name=f"{name}.scale"))
+    return graph.op("Mul", graph.cast(product, np.float32), factor)
+
+
+def layer_norm(graph: Graph, x: str, stem: str, config: CLIPTextConfig | CLIPVisionConfig) -> str:
+    """(…, width) to the same; statistics in float32, or in float64."""
+    scale, shift = graph.parameter(f"{stem}.weight"), graph.parameter(f"{stem}.bias")
+    if graph.dtype != np.float64:
+        return graph.op("LayerNormalization", x, scale, shift, axis=-1, epsilon=config.layer_norm_eps)
+    last = graph.integers(-1)  # the operator's epsilon is a float32
+    centred = graph.op("Sub", x, graph.op("ReduceMean", x, last))
+    variance = graph.op("ReduceMean", graph.op("Mul", centred, centred), last)
+    deviation = graph.op("Sqrt", graph.op("Add", variance, graph.constant(config.layer_norm_eps)))
+    return graph.op("Add", graph.op("Mul", graph.op("Div", centred, deviation), scale), shift)
+
+
+def quick_gelu(graph: Graph, x: str) -> str:
+    """Sigmoid approximation of GELU, ``x * sigmoid(1.702 * x)``; (…) to the same."""
+    return graph.op("Mul", x, graph.op("Sigmoid", graph.op("Mul", x, graph.constant(1.702))))
+
+
+def gelu(graph: Graph, x: str) -> str:
+    """GELU, ``x`` times the normal distribution function; (…) to the same."""
+    if graph.dtype == np.float64:  # of which onnxruntime has no Gelu
+        return _halved(graph, x, graph.op("Erf", graph.op("Mul", x, graph.constant(math.sqrt(0.5)))))
+    return graph.op("Gelu", x)
+
+
+def gelu_tanh(graph: Graph, x: str) -> str:
+    """Approximation of GELU by the hyperbolic tangent; (…) to the same."""
+    if graph.dtype == np.float64:
+        return _tanh_gate(graph, x, math.sqrt(2 / math.pi))
+    return graph.op("Gelu", x, approximate="tanh")
+
+
+def _halved(graph: Graph, x: str, gate: str) -> str:
+    """``0.5 * x * (1 + gate)``."""
+    return graph.op("Mul", graph.op("Mul", x, graph.constant(0.5)), graph.op("Add", gate, graph.constant(1)))
+
+
+def _tanh_gate(graph: Graph, x: str, factor: float) -> str:
+    cubic = graph.op("Mul", graph.op("Mul", graph.constant(0.044715), x), x)
+    inner = graph.op("Mul", graph.op("Mul", x, graph.constant(factor)), graph.op("Add", cubic, graph.constant(1)))
+    return _halved(graph, x, graph.op("Tanh", inner))
+
+
+def _laplace(graph: Graph, x: str) -> str:
+    scaled = graph.op("Div", graph.op("Sub", x, graph.constant(0.707107)), graph.constant(0.282095 * math.sqrt(2)))
+    return graph.op("Mul", graph.op("Add", graph.op("Erf", scaled), graph.constant(1)), graph.constant(0.5))
+
+
+def _between(graph: Graph, x: str, low: float, high: float) -> str:
+    return graph.op("Clip", x, graph.constant(low), graph.constant(high))
+
+
+def _silu(graph: Graph, x: str) -> str:
+    return graph.op("Mul", x, graph.op("Sigmoid", x))
+
+
+def _relu_squared(graph: Graph, x: str) -> str:
+    positive = graph.op("Relu", x)
+    return graph.op("Mul", positive, positive)
+
+
+ACTIVATIONS: dict[str, Callable[[Graph, str], str]] = {
+    "gelu": gelu,
+    "gelu_10": lambda graph, x: _between(graph, gelu(graph, x), -10, 10),
+    "gelu_accurate": gelu_tanh,
+    "gelu_fast": lambda graph, x: _tanh_gate(graph, x, 0.7978845608),
+    "gelu_new": gelu_tanh,
+    "gelu_python": gelu,
+    "gelu_python_tanh": gelu_tanh,
+    "gelu_pytorch_tanh": gelu_tanh,
+    "laplace": _laplace,
+    "leaky_relu": lambda graph, x: graph.op("Max", x, graph.op("Mul", x, graph.constant(0.01))),
+    "linear": lambda graph, x: x,
+    "mish": lambda graph, x: graph.op("Mish", x),
+    "quick_gelu": quick_gelu,
+    "relu": lambda graph, x: graph.op("Relu", x),
+    "relu2": _relu_squared,
+    "relu6": lambda graph, x: _between(graph, x, 0, 6),
+    "sigmoid": lambda graph, x: graph.op("Sigmoid", x),
+    "silu": _silu,
+    "swish": _silu,
+    "tanh": lambda graph, x: graph.op("Tanh", x),
+}
+
+
+# ---- blocks ----------------------------------------------------------------------------------------------------------
+
+
+def attention(
+    graph: Graph, hidden_states: str, stem: str, config: CLIPTextConfig | CLIPVisionConfig, bias: str | None
+) -> str:
+    """Multi-head self-attention: (batch, seq, width) to the same."""
+    split = graph.integers(0, 0, config.num_attention_heads, config.head_dim)
+
+    def heads(name: str, axes: Sequence[int]) -> str:
+        return graph.op(
+            "Transpose", graph.op("Reshape", linear(graph, hidden_states, f"{stem}.{name}"), split), perm=axes
+        )
+
+    query = heads("q_proj", [0, 2, 1, 3])  # (batch, heads, seq, head_dim)
+    key = heads("k_proj", [0, 2, 3, 1])  # (batch, heads, head_dim, seq)
+    value = heads("v_proj", [0, 2, 1, 3])
+    query = graph.op("Mul", query, graph.constant(config.head_dim**-0.5))
+    scores = graph.op("MatMul", query, key)  # (batch, heads, seq, seq)
+    if bias is not None:
+        scores = graph.op("Add", scores, bias)
+    narrow = graph.dtype == np.float16  # statistics in float32
+    weights = graph.op("Softmax", graph.cast(scores, np.float32) if narrow else scores, axis=-1)
+    context = graph.op("MatMul", graph.cast(weights, np.float16) if narrow else weights, value)
+    context = graph.op("Transpose", context, perm=[0, 2, 1, 3])  # (batch, seq, heads, head_dim)
+    context = graph.op("Reshape", context, graph.integers(0, 0, config.hidden_size))
+    return linear(graph, context, f"{stem}.out_proj")
+
+
+def mlp(graph: Graph, hidden_states: str, stem: str, config: Any) -> str:
+    """The two-layer perceptron of a block: (batch, seq, width) to the same."""
+    activation = ACTIVATIONS[config.hidden_act]
+    return linear(graph, activation(graph, linear(graph, hidden_states, f"{stem}.fc1")), f"{stem}.fc2")
+
+
+def encoder_layer(
+    graph: Graph, hidden_states: str, stem: str, config: CLIPTextConfig | CLIPVisionConfig, bias: str | None
+) -> str:
+    """One block: attention and perceptron, each behind a layer norm and beside a residual."""
+    normed = layer_norm(graph, hidden_states, f"{stem}.layer_norm1", config)
+    hidden_states = graph.op("Add", hidden_states, attention(graph, normed, f"{stem}.self_attn", config, bias))
+    normed = layer_norm(graph, hidden_states, f"{stem}.layer_norm2", config)
+    return graph.op("Add", hidden_states, mlp(graph, normed, f"{stem}.mlp", config))
+
+
+def encoder(
+    graph: Graph, hidden_states: str, stem: str, config: CLIPTextConfig | CLIPVisionConfig, bias: str | None = None
+) -> list[str]:
+    """Runs the blocks of a tower over (batch, seq, width); returns what enters the first and what each makes of it."""
+    states = [hidden_states]
+    for i in range(config.num_hidden_layers):
+        states.append(encoder_layer(graph, states[-1], f"{stem}.layers.{i}", config, bias))
+    return states
+
+
+def attention_bias(graph: Graph, attention_mask: str) -> str:
+    """Returns what is added to the scores, as `clipmb.pt.modeling.attention_bias`: (batch, 1, seq, seq)."""
+    lowest, zero = graph.constant(np.finfo(graph.dtype).min), graph.constant(0)
+    seq = graph.op("Squeeze", graph.size(attention_mask, 1))
+    steps = graph.op("Range", graph.constant(0, np.int64), seq, graph.constant(1, np.int64))
+    rows = graph.op("Unsqueeze", steps, graph.integers(1))
+    later = graph.op("Less", rows, steps)
+    causal = graph.op("Where", later, lowest, zero)  # (seq, seq)
+    looked_at = graph.op("Equal", attention_mask, graph.constant(1, np.int64))
+    padding = graph.op("Where", looked_at, zero, lowest)  # (batch, seq)
+    return graph.op("Add", causal, graph.op("Unsqueeze", padding, graph.integers(1, 2)))
+
+
+# ---- towers ----------------------------------------------------------------------------------------------------------
+
+
+def text_embeddings(graph: Graph, input_ids: str, stem: str) -> str:
+    """Token plus position embeddings: (batch, seq) to (batch, seq, width)."""
+    tokens = graph.op("Gather", graph.parameter(f"{stem}.token_embedding.weight"), input_ids)
+    table = graph.parameter(f"{stem}.position_embedding.weight")
+    positions = graph.op("Slice", table, graph.integers(0), graph.size(input_ids, 1), graph.integers(0))
+    return graph.op("Add", tokens, positions)
+
+
+def vision_embeddings(graph: Graph, pixel_values: str, stem: str, config: CLIPVisionConfig) -> str:
+    """Class token and patch embeddings plus position embeddings.
+
+    (batch, channels, height, width) to (batch, patches + 1, width). Patches are multiplied as one matrix; an image of
+    no whole number of patches loses the rest.
+    """
+    side, size, width = config.image_size // config.patch_size, config.patch_size, config.hidden_size
+    if side * size != config.image_size:
+        ends = graph.integers(side * size, side * size)
+        pixel_values = graph.op("Slice", pixel_values, graph.integers(0, 0), ends, graph.integers(2, 3))
+    patches = graph.op("Reshape", pixel_values, graph.integers(0, 0, side, size, side, size))
+    patches = graph.op("Transpose", patches, perm=[0, 2, 4, 1, 3, 5])  # (batch, rows, columns, channels, size, size)
+    patches = graph.op("Reshape", patches, graph.integers(0, side * side, config.num_channels * size * size))
+    kernel = graph.parameter(f"{stem}.patch_embedding.weight", lambda array: array.reshape(width, -1).T)
+    patches = graph.op("MatMul", patches, kernel)  # (batch, patches, width)
+    shape = graph.op("Concat", graph.size(pixel_values, 0), graph.integers(1, width), axis=0)
+    class_token = graph.op("Expand", graph.parameter(f"{stem}.class_embedding"), shape)  # (batch, 1, width)
+    embeddings = graph.op("Concat", class_token, patches, axis=1)
+    return graph.op("Add", embeddings, graph.parameter(f"{stem}.position_embedding.weight"))
+
+
+def text_transformer(
+    graph: Graph, input_ids: str, attention_mask: str, config: CLIPTextConfig
+) -> tuple[list[str], str, str]:
+    """The text tower over (batch, seq): the hidden states, the last of them normalised, and the pooled one."""
+    stem = "text_model"
+    hidden_states = text_embeddings(graph, input_ids, f"{stem}.embeddings")
+    states = encoder(graph, hidden_states, f"{stem}.encoder", config, attention_bias(graph, attention_mask))
+    last_hidden_state = layer_norm(graph, states[-1], f"{stem}.final_layer_norm", config)
+    return states, last_hidden_state, pool(graph, last_hidden_state, input_ids, config.eos_token_id)
+
+
+def pool(graph: Graph, last_hidden_state: str, input_ids: str, eos_token_id: int) -> str:
+    """Takes the state at the end token of each row: (batch, seq, width) to (batch, width).
+
+    Which token that is stands in `clipmb.pt.modeling.pool`.
+    """
+    chosen = input_ids if eos_token_id == 2 else graph.op("Equal", input_ids, graph.constant(eos_token_id, np.int64))
+    positions = graph.op("ArgMax", graph.cast(chosen, np.int32), axis=1, keepdims=1)  # (batch, 1)
+    return graph.op("GatherND", last_hidden_state, positions, batch_dims=1)
+
+
+def vision_transformer(graph: Graph, pixel_values: str, config: CLIPVisionConfig) -> tuple[list[str], str, str]:
+    """The vision tower over (batch, channels, height, width): the hidden states, the last of them, the pooled one."""
+    stem = "vision_model"
+    hidden_states = vision_embeddings(graph, pixel_values, f"{stem}.embeddings", config)
+    hidden_states = layer_norm(graph, hidden_states, f"{stem}.pre_layrnorm", config)
+    states = encoder(graph, hidden_states, f"{stem}.encoder", config)
+    first = graph.op("Gather", states[-1], graph.constant(0, np.int64), axis=1)
+    return states, states[-1], layer_norm(graph, first, f"{stem}.post_layernorm", config)
+
+
+# ---- heads -----------------------------------------------------------------------------------------------------------
+
+
+def normalize(graph: Graph, x: str) -> str:
+    """Divides rows by their length: (batch, proj) to the same."""
+    return graph.op("Div", x, graph.op("ReduceL2", x, graph.integers(-1), keepdims=1))
+
+
+def clip(
+    config: CLIPConfig,
+    weights: Mapping[str, np.ndarray],
+    tower: str = "both",
+    *,
+    dtype: str = "float32",
+    quantised: bool = False,
+    keep: Collection[str] = (),
+    normalized: bool = False,
+    hidden_states: bool = False,
+) -> Graph:
+    """Builds the graph of a model, or of one tower with its projection.
+
+    Args:
+        config: The model's config.
+        weights: Canonical name to array, in canonical layout; "both" needs those of a `CLIPModel`.
+        tower: "image" takes ``pixel_values`` (batch, channels, image_size, image_size) and returns ``image_embeds``
+            (batch, proj); "text" takes ``input_ids`` and ``attention_mask``, (batch, seq) int64, and returns
+            ``text_embeds``; "both" takes all of them, and also returns ``logits_per_image`` (images, texts) and
+            ``logits_per_text`` (texts, images).
+        dtype: As in `Graph`. Inputs and outputs are float32, or float64 where it is that.
+        quantised: As in `Graph`.
+        keep: As in `Graph`.
+        normalized: Return embeddings of length 1, which those of "both" always are, as in transformers.
+        hidden_states: Also return, for each tower, what `clipmb.common.outputs.stages` lists, under those names;
+            ``….projected`` is the embedding before its length is made 1.
+
+    Raises:
+        ValueError: There is no such tower.
+        KeyError: A weight is missing.
+    """
+    if tower not in TOWERS:
+        raise one_of("tower", tower, TOWERS)
+    graph = Graph(weights, dtype, quantised, keep)
+    wide = np.promote_types(graph.dtype, np.float32)
+    both = tower == "both"
+    proj, embeds = config.projection_dim, {}
+    if tower != "image":
+        batch = "text_batch" if both else "batch"
+        input_ids = graph.input("input_ids", np.int64, [batch, "seq"])
+        attention_mask = graph.input("attention_mask", np.int64, [batch, "seq"])
+        parts = text_transformer(graph, input_ids, attention_mask, config.text_config)
+        embeds["text"] = _projected(graph, "text", "text_projection", parts, config, batch, hidden_states)
+    if tower != "text":
+        batch = "image_batch" if both else "batch"
+        channels, side = config.vision_config.num_channels, config.vision_config.image_size
+        pixel_values = graph.input("pixel_values", wide, [batch, channels, side, side])
+        if wide != graph.dtype:
+            pixel_values = graph.cast(pixel_values, graph.dtype)
+        parts = vision_transformer(graph, pixel_values, config.vision_config)
+        embeds["image"] = _projected(graph, "vision", "visual_projection", parts, config, batch, hidden_states)
+    if both or normalized:
+        embeds = {name: normalize(graph, value) for name, value in embeds.items()}
+    if both:
+        scale = graph.op("Exp", graph.parameter("logit_scale"))
+        texts = graph.op("Mul", embeds["text"], scale)
+        logits = graph.op("MatMul", texts, graph.op("Transpose", embeds["image"], perm=[1, 0]))
+        graph.output("logits_per_image", graph.op("Transpose", logits, perm=[1, 0]), ["image_batch", "text_batch"])
+        graph.output("logits_per_text", logits, ["text_batch", "image_batch"])
+    for name, value in embeds.items():
+        graph.output(f"{name}_embeds", value, [f"{name}_batch" if both else "batch", proj])
+    return graph
+
+
+def _projected(
+    graph: Graph,
+    tower: str,
+    stem: str,
+    parts: tuple[list[str], str, str],
+    config: CLIPConfig,
+    batch: str,
+    hidden_states: bool,
+) -> str:
+    """Projects the pooled state of a tower, (batch, proj), and declares what is made on the way."""
+    states, last_hidden_state, pooled = parts
+    projected = linear(graph, pooled, stem, bias=False)
+    if hidden_states:
+        part = config.text_config if tower == "text" else config.vision_config
+        seq = "seq" if tower == "text" else config.vision_config.num_patches + 1
+        for i, state in enumerate(states):
+            name = f"{tower}.block.{i - 1}" if i else f"{tower}.embeddings"
+            graph.output(name, state, [batch, seq, part.hidden_size])
+        graph.output(f"{tower}.last_hidden_state", last_hidden_state, [batch, seq, part.hidden_size])
+        graph.output(f"{tower}.pooled", pooled, [batch, part.hidden_size])
+        graph.output(f"{tower}.projected", projected, [batch, config.projection_dim])
+    return projected
