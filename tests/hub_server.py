@@ -1,7 +1,8 @@
-"""A hub of one machine: the few endpoints of huggingface.co that huggingface_hub downloads through, on the loopback."""
+"""A hub of one machine: the few endpoints of huggingface.co that huggingface_hub uses, on the loopback."""
 
 from __future__ import annotations
 
+import base64
 import hashlib
 import json
 import re
@@ -23,6 +24,8 @@ class Hub(ThreadingHTTPServer):
         names: Headers that name files, such as the ETag, instead of honest ones.
         cut: How many downloads break after half of the bytes.
         requests: (method, path, Range) of each request.
+        created: What each request to make a repository asked for.
+        commits: (repository, revision, header) of each commit.
     """
 
     daemon_threads = True
@@ -36,6 +39,8 @@ class Hub(ThreadingHTTPServer):
         self.status: int | None = None
         self.names: dict[str, str] = {}
         self.requests: list[tuple[str, str, str | None]] = []
+        self.created: list[dict] = []
+        self.commits: list[tuple[str, str, dict]] = []
         threading.Thread(target=self.serve_forever, daemon=True).start()
 
     @property
@@ -56,6 +61,40 @@ class _Handler(BaseHTTPRequestHandler):
 
     def do_GET(self) -> None:
         self._answer(body=True)
+
+    def do_POST(self) -> None:
+        """Makes repositories and branches, and takes commits of files inside the request."""
+        url = urlsplit(self.path)
+        path = unquote(url.path)
+        self.server.requests.append(("POST", path, url.query))
+        body = self.rfile.read(int(self.headers["Content-Length"]))
+        if self.headers.get("Authorization") != "Bearer right":
+            return self._fail(401, None, True, "Invalid credentials in Authorization header")
+        if path == "/api/validate-yaml":
+            return self._send(b'{"errors": [], "warnings": []}', True)
+        if path == "/api/repos/create":
+            wanted = json.loads(body)
+            self.server.created.append(wanted)
+            repository = f"{wanted.get('organization') or 'me'}/{wanted['name']}"
+            self.server.repositories.setdefault(repository, {})
+            return self._send(json.dumps({"url": f"{self.server.endpoint}/{repository}"}).encode(), True)
+        match = re.fullmatch(r"/api/models/([^/]+/[^/]+)/(preupload|commit|branch)/(.+)", path)
+        if match is None or match[1] not in self.server.repositories:
+            return self._fail(404, "RepoNotFound", True)
+        if match[2] == "branch":
+            return self._send(b"{}", True)
+        if match[2] == "preupload":
+            files = [{"path": file["path"], "uploadMode": "regular"} for file in json.loads(body)["files"]]
+            return self._send(json.dumps({"files": [{**file, "shouldIgnore": False} for file in files]}).encode(), True)
+        header, *entries = [json.loads(line) for line in body.splitlines()]
+        self.server.commits.append((match[1], match[3], header["value"]))
+        for entry in entries:
+            file = entry["value"]
+            self.server.repositories[match[1]][file["path"]] = base64.b64decode(file["content"])
+        answer = {"commitUrl": f"{self.server.endpoint}/{match[1]}/commit/{COMMIT}", "commitOid": COMMIT}
+        if "create_pr=1" in url.query:
+            answer["pullRequestUrl"] = f"{self.server.endpoint}/{match[1]}/discussions/1"
+        return self._send(json.dumps(answer).encode(), True)
 
     def log_message(self, *_: object) -> None:
         """Says nothing."""

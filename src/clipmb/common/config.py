@@ -16,6 +16,7 @@ from clipmb.common.former import check_saving
 from clipmb.common.hub import Source
 from clipmb.common.json_files import JsonSettings, read_json
 from clipmb.common.saving import Transaction
+from clipmb.common.uploading import Uploadable, uploaded
 
 CONFIG_NAME = "config.json"
 
@@ -37,7 +38,7 @@ _MOST_LABELS = 500_000
 ConfigT = TypeVar("ConfigT", bound="BaseConfig")
 
 
-class BaseConfig(JsonSettings):
+class BaseConfig(JsonSettings, Uploadable):
     """What the three configs share: generic fields, dictionaries, files, comparison.
 
     Keyword arguments that the class does not know become attributes and are written back.
@@ -169,12 +170,13 @@ class BaseConfig(JsonSettings):
 
         Args:
             save_directory: A folder; made when it is missing.
-            push_to_hub: Refused when true; saving never uploads.
+            push_to_hub: Also upload the file, with the options of `push_to_hub`; ``repo_id`` may be left out.
             **options: The arguments of transformers 4's `save_pretrained`.
         """
-        if not check_saving({"push_to_hub": push_to_hub, **options}):
+        options["push_to_hub"] = push_to_hub
+        if not check_saving(options):
             return
-        with Transaction(save_directory) as save:
+        with uploaded(self, save_directory, options), Transaction(save_directory) as save:
             save.write(CONFIG_NAME, self.to_json_string())
 
     @classmethod

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, TypedDict
+from typing import Any, TypedDict, get_type_hints
 
 from clipmb.common.errors import bad_input
 
@@ -40,11 +40,25 @@ ABSENT = {
 # Those that PyTorch alone has a use for.
 _PLACING = ("device_map", "max_memory", "offload_folder", "offload_buffers")
 
-# Arguments of save_pretrained that count only for an upload, or for the chat of other tokenizers.
-_UPLOADING = ("repo_id", "commit_message", "use_auth_token", "create_pr", "save_jinja_files")
+# Arguments of save_pretrained that have no use here, and may be None or False.
+_NEUTRAL = ("save_jinja_files", "repo_url", "organization")
 
 
-class SavingOptions(TypedDict, total=False):
+class UploadOptions(TypedDict, total=False):
+    """The arguments of ``save_pretrained`` that count for an upload; `clipmb.common.uploading` says what they do."""
+
+    repo_id: str | None
+    commit_message: str | None
+    commit_description: str | None
+    private: bool | None
+    token: str | bool | None
+    use_auth_token: str | bool | None
+    create_pr: bool
+    revision: str | None
+    tags: list[str] | None
+
+
+class SavingOptions(UploadOptions, total=False):
     """The arguments of transformers 4's ``save_pretrained`` that `check_saving` knows."""
 
     push_to_hub: bool
@@ -52,7 +66,6 @@ class SavingOptions(TypedDict, total=False):
     is_main_process: bool
     save_function: Any
     save_config: bool
-    token: str | bool | None
     save_peft_format: bool
 
 
@@ -76,27 +89,26 @@ def drop_unneeded(options: dict[str, Any]) -> None:
 def check_saving(options: Mapping[str, Any]) -> bool:
     """Accepts the arguments of transformers 4's ``save_pretrained`` that ask for what is done anyway.
 
-    ``push_to_hub=False``, ``safe_serialization=True`` and ``save_config=True``; ``token``, ``save_peft_format`` (of
-    adapters only) and ``save_function`` (clipmb writes its files itself) without effect; those about an upload, or
-    about files that CLIP has none of, as None or False.
+    ``safe_serialization=True`` and ``save_config=True``; ``push_to_hub`` and what belongs to it, which count where
+    it is true; ``save_peft_format`` (of adapters only), ``save_function`` (clipmb writes its files itself) and
+    ``max_shard_size`` (of models only) without effect; those about files that CLIP has none of, as None or False.
 
     Returns:
         Whether this process writes: ``is_main_process``, True by default.
 
     Raises:
-        ValueError: ``push_to_hub=True``, since saving never uploads, or a file is not wanted.
+        ValueError: A file is not wanted.
         TypeError: An argument is unknown.
     """
     fixes = {
-        "push_to_hub": (False, 'Save, then huggingface_hub.upload_folder(repo_id="me/my-clip", folder_path=folder)'),
-        "safe_serialization": (True, "Convert the saved folder"),
-        "save_config": (True, "Remove config.json, if it has to be missing"),
+        "safe_serialization": "Convert the saved folder",
+        "save_config": "Remove config.json, if it has to be missing",
     }
     for name, value in options.items():
-        if name in fixes and bool(value) is not fixes[name][0]:
-            rule = "Saving writes local files only: config.json, and weights as safetensors"
-            raise bad_input(rule, f"{name}={value!r}", fixes[name][1], shown=True)
-        neutral = name in _UPLOADING and (value is None or value is False)
-        if name not in SavingOptions.__annotations__ and not neutral:
+        if name in fixes and not value:
+            rule = "Saving writes config.json, and weights as safetensors"
+            raise bad_input(rule, f"{name}={value!r}", fixes[name], shown=True)
+        neutral = name in _NEUTRAL and (value is None or value is False)
+        if name not in (*get_type_hints(SavingOptions), "max_shard_size") and not neutral:
             raise bad_input("save_pretrained has no such argument", name, "Leave it out", TypeError)
     return bool(options.get("is_main_process", True))

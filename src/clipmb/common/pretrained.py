@@ -17,6 +17,7 @@ from clipmb.common.former import SavingOptions, check_saving, drop_unneeded
 from clipmb.common.hub import Source
 from clipmb.common.parameters import HEADS, Spec, specs
 from clipmb.common.saving import Transaction, read_whole
+from clipmb.common.uploading import Uploadable, uploaded
 
 Method = TypeVar("Method", bound=Callable[..., Any])
 
@@ -46,7 +47,7 @@ def called_like(method: Method) -> Callable[[Callable[..., Any]], Method]:
     return lambda _: method
 
 
-class PretrainedMixin:
+class PretrainedMixin(Uploadable):
     """Loading and saving of one head in one framework.
 
     A framework's base class implements `from_arrays` and `to_arrays`; everything else about files is here.
@@ -248,15 +249,17 @@ class PretrainedMixin:
             save_directory: The folder; made when it is missing.
             max_shard_size: Files larger than this are split and given an index.
             variant: Write ``model.<variant>.safetensors``.
-            **options: The arguments of transformers 4's `save_pretrained`.
+            **options: The arguments of transformers 4's `save_pretrained`: ``push_to_hub=True`` also uploads the files,
+                to ``repo_id`` or a repository of the folder's name, with the options of `push_to_hub`.
 
         Raises:
             OSError: The disk has no room for the weights, or the files cannot be written.
-            ValueError: ``safe_serialization=False`` or ``push_to_hub=True`` was asked for, or the folder is a file.
+            ValueError: ``safe_serialization=False`` was asked for, or the folder is a file.
             TypeError: An option is unknown.
         """
         if check_saving(options):
-            self.save_arrays(self.to_arrays(), save_directory, max_shard_size=max_shard_size, variant=variant)
+            with uploaded(self, save_directory, options):
+                self.save_arrays(self.to_arrays(), save_directory, max_shard_size=max_shard_size, variant=variant)
 
     def save_arrays(
         self,

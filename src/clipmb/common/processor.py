@@ -22,6 +22,7 @@ from clipmb.common.json_files import json_text, read_json
 from clipmb.common.saving import Transaction, read_whole, write_atomically
 from clipmb.common.text.base import SPECIAL, Tokens
 from clipmb.common.text.tokenizer import CLIPTokenizer, CLIPTokenizerFast
+from clipmb.common.uploading import Uploadable, uploaded
 
 
 def _arguments(function: Any) -> frozenset[str]:
@@ -42,7 +43,7 @@ _TOKENIZER_FILES = ("tokenizer.json", "vocab.json", "merges.txt", "special_token
 PROCESSOR_FILES = (*_TOKENIZER_FILES, "tokenizer_config.json", FILE, PROCESSOR_FILE)
 
 
-class CLIPProcessor:
+class CLIPProcessor(Uploadable):
     """A `CLIPImageProcessor` and a `CLIPTokenizerFast` behind one call.
 
     Args:
@@ -197,16 +198,17 @@ class CLIPProcessor:
 
         Args:
             save_directory: A folder; made when missing.
-            push_to_hub: Refused when true; saving never uploads.
+            push_to_hub: Also upload the files, with the options of `push_to_hub`; ``repo_id`` may be left out.
             legacy_serialization: Without effect; in transformers 4 it chose between the two layouts.
             **options: The arguments of transformers 4's `save_pretrained`.
 
         Returns:
             The paths of the two settings files; none with ``is_main_process=False``.
         """
-        if not check_saving({"push_to_hub": push_to_hub, **options}):
+        options["push_to_hub"] = push_to_hub
+        if not check_saving(options):
             return []
-        with Transaction(save_directory) as save:
+        with uploaded(self, save_directory, options), Transaction(save_directory) as save:
             self._write(save)
         return [os.path.join(save_directory, name) for name in (FILE, PROCESSOR_FILE)]
 

@@ -40,6 +40,7 @@ from clipmb.common.outputs import (
 )
 from clipmb.common.parameters import KINDS, Spec, specs
 from clipmb.common.pretrained import PretrainedMixin, normal_dtype
+from clipmb.common.uploading import uploaded
 from clipmb.common.vocabulary import resized, rows_around_mean
 from clipmb.flax.modules import (
     FlaxCLIPForImageClassificationModule,
@@ -181,12 +182,13 @@ class FlaxCLIPPreTrainedModel(PretrainedMixin):
             **options: The arguments of transformers 4's `save_pretrained`.
 
         Raises:
-            ValueError: ``params`` do not fit the model, ``safe_serialization=False`` or ``push_to_hub=True`` was asked
-                for, or the folder is a file.
+            ValueError: ``params`` do not fit the model, ``safe_serialization=False`` was asked for, or the folder is a
+                file.
             TypeError: An option is unknown.
         """
         if check_saving(options):
-            self.save_arrays(self.to_arrays(params), save_directory, max_shard_size=max_shard_size, variant=variant)
+            with uploaded(self, save_directory, options):
+                self.save_arrays(self.to_arrays(params), save_directory, max_shard_size=max_shard_size, variant=variant)
 
     def _checked(self, params: Params) -> dict[tuple[str, ...], Any]:
         """Returns the leaves of a tree by path, once it fits the model."""

@@ -34,6 +34,7 @@ from clipmb.common.outputs import (
 )
 from clipmb.common.parameters import Spec, specs
 from clipmb.common.pretrained import PretrainedMixin, called_like
+from clipmb.common.uploading import uploaded
 from clipmb.common.vocabulary import resized, rows_around_mean
 from clipmb.pt.adapters import AdapterMixin
 from clipmb.pt.layers import ACTIVATIONS, Uninitialised, interpolate_positions, look_up, statistics_dtype
@@ -402,15 +403,16 @@ class CLIPPreTrainedModel(PretrainedMixin, AdapterMixin, nn.Module):
             **options: The arguments of transformers 4's `save_pretrained`.
 
         Raises:
-            ValueError: Weights are offloaded or are no plain tensors, ``safe_serialization=False`` or
-                ``push_to_hub=True`` was asked for, or the folder is a file.
+            ValueError: Weights are offloaded or are no plain tensors, ``safe_serialization=False`` was asked for, or
+                the folder is a file.
             TypeError: An option is unknown.
         """
         if not check_saving(options):
             return
         if self._hf_peft_config_loaded:
             peft_names = options.get("save_peft_format", True)
-            self.save_adapter(save_directory, state_dict=state_dict, save_peft_format=peft_names)
+            with uploaded(self, save_directory, options):
+                self.save_adapter(save_directory, state_dict=state_dict, save_peft_format=peft_names)
             return
         state = self.state_dict() if state_dict is None else state_dict
         plain = (Tensor, nn.Parameter)
@@ -423,7 +425,8 @@ class CLIPPreTrainedModel(PretrainedMixin, AdapterMixin, nn.Module):
                 shown=True,
             )
         arrays = Deferred({name: lazy_numpy(value) for name, value in state.items()})
-        self.save_arrays(arrays, save_directory, max_shard_size=max_shard_size, variant=variant)
+        with uploaded(self, save_directory, options):
+            self.save_arrays(arrays, save_directory, max_shard_size=max_shard_size, variant=variant)
 
     def set_parameter(self, name: str, tensor: Tensor) -> None:
         """Makes a tensor the parameter of a canonical name."""

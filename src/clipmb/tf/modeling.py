@@ -25,7 +25,7 @@ from tensorflow import Tensor
 from clipmb.common import checks
 from clipmb.common.config import BaseConfig, CLIPConfig, CLIPTextConfig, CLIPVisionConfig
 from clipmb.common.errors import bad_input, warn_once, whole_number
-from clipmb.common.former import SavingOptions
+from clipmb.common.former import SavingOptions, check_saving
 from clipmb.common.outputs import (
     BaseModelOutput,
     BaseModelOutputWithPooling,
@@ -39,6 +39,7 @@ from clipmb.common.outputs import (
 )
 from clipmb.common.parameters import Spec
 from clipmb.common.pretrained import called_like
+from clipmb.common.uploading import uploaded
 from clipmb.tf.export import ExportMixin
 from clipmb.tf.keras_model import KerasModel
 from clipmb.tf.layers import (
@@ -414,9 +415,11 @@ class TFCLIPPreTrainedModel(ExportMixin, VocabularyMixin, KerasModel):
         Raises:
             ValueError: The model holds weights that its files have no place for, such as LoRA's.
         """
-        super().save_pretrained(save_directory, max_shard_size=max_shard_size, variant=variant, **options)
-        if saved_model and options.get("is_main_process", True):
-            self.export_saved_model(os.path.join(save_directory, "saved_model", str(version)))
+        if check_saving(options):
+            with uploaded(self, save_directory, options):
+                self.save_arrays(self.to_arrays(), save_directory, max_shard_size=max_shard_size, variant=variant)
+                if saved_model:
+                    self.export_saved_model(os.path.join(save_directory, "saved_model", str(version)))
 
     def post_init(self) -> None:
         """Creates every weight, and turns gradient checkpointing on where the config asks for it."""

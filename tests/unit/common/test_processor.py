@@ -210,11 +210,6 @@ def test_saving_removes_the_files_of_another_tokenizer(processor, tmp_path):
     assert len(CLIPProcessor.from_pretrained(tmp_path).tokenizer) == 49408
 
 
-def test_saving_does_not_upload(processor, tmp_path):
-    with pytest.raises(ValueError, match="upload_folder"):
-        processor.save_pretrained(tmp_path, push_to_hub=True)
-
-
 def test_repr_shows_both_parts(processor):
     assert "CLIPImageProcessor" in repr(processor)
     assert "CLIPTokenizerFast" in repr(processor)

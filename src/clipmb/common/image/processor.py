@@ -28,6 +28,7 @@ from clipmb.common.image import pixels as px
 from clipmb.common.image.resampling import Window, as_image, check_backend, check_order
 from clipmb.common.json_files import JsonSettings, json_text, read_json
 from clipmb.common.saving import Transaction, read_whole
+from clipmb.common.uploading import Uploadable, uploaded
 from clipmb.common.workers import default_workers
 
 # Red, green and blue, for values in [0, 1]. Source: github.com/openai/CLIP, clip/clip.py.
@@ -47,7 +48,7 @@ _SIZE_KEYS = (
 )
 
 
-class CLIPImageProcessor(JsonSettings):
+class CLIPImageProcessor(JsonSettings, Uploadable):
     """Turns images into the ``pixel_values`` of a CLIP model.
 
     Args:
@@ -417,18 +418,19 @@ class CLIPImageProcessor(JsonSettings):
 
         Args:
             save_directory: The folder; created when it is missing.
-            push_to_hub: Must be False; clipmb does not upload.
+            push_to_hub: Also upload the file, with the options of `push_to_hub`; ``repo_id`` may be left out.
             **options: The arguments of transformers 4's `save_pretrained`.
 
         Returns:
             The path of the file, in a list; an empty one with ``is_main_process=False``.
 
         Raises:
-            ValueError: An option asks for an upload, or ``save_directory`` is a file.
+            ValueError: ``save_directory`` is a file.
         """
-        if not check_saving({"push_to_hub": push_to_hub, **options}):
+        options["push_to_hub"] = push_to_hub
+        if not check_saving(options):
             return []
-        with Transaction(save_directory) as save:
+        with uploaded(self, save_directory, options), Transaction(save_directory) as save:
             self._write(save)
         return [os.path.join(save_directory, FILE)]
 

@@ -16,9 +16,10 @@ from clipmb.common.text.base import SPECIAL
 from clipmb.common.text.decoding import DecodingTokens
 from clipmb.common.text.options import NO_LIMIT
 from clipmb.common.text.vocabulary import MOST_IDS, read_tokenizer_json, tokenizer_json
+from clipmb.common.uploading import Uploadable, uploaded
 
 
-class SavedTokens(DecodingTokens):
+class SavedTokens(DecodingTokens, Uploadable):
     """A tokenizer's files: reading and writing them."""
 
     @classmethod
@@ -148,13 +149,13 @@ class SavedTokens(DecodingTokens):
 
         Raises:
             TypeError: An argument is unknown.
-            ValueError: ``save_directory`` is a file, or ``push_to_hub=True``: saving never uploads.
+            ValueError: ``save_directory`` is a file.
         """
         kwargs.pop("legacy_format", None)
         if not check_saving(kwargs):
             return ()
         files = self._written(filename_prefix)
-        with Transaction(save_directory) as save:
+        with uploaded(self, save_directory, kwargs), Transaction(save_directory) as save:
             for name, content in files.items():
                 save.write(name, content)
             save.remove(f"{filename_prefix}-added_tokens.json" if filename_prefix else "added_tokens.json")

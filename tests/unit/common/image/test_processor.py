@@ -448,11 +448,6 @@ def test_overrides_and_unused_arguments(tmp_path):
     assert not hasattr(CLIPImageProcessor.from_pretrained(tmp_path, foo=1), "foo")
 
 
-def test_saving_does_not_upload(tmp_path):
-    with pytest.raises(ValueError, match="upload_folder"):
-        CLIPImageProcessor().save_pretrained(tmp_path, push_to_hub=True)
-
-
 def test_attributes_set_later_count():
     processor = CLIPImageProcessor()
     processor.size, processor.crop_size, processor.do_normalize = 20, 10, False

@@ -438,7 +438,6 @@ def test_nothing_to_read(tmp_path):
         (lambda t: t.convert_tokens_to_ids([1]), TypeError, "A token must be a string"),
         (lambda t: t.add_tokens([""]), ValueError, "at least one character"),
         (lambda t: t.add_tokens([7]), TypeError, "AddedToken"),
-        (lambda t: t.save_pretrained("x", push_to_hub=True), ValueError, "push_to_hub"),
     ],
 )
 def test_errors(kind, call, error, told):
