@@ -150,6 +150,10 @@ class BaseConfig(JsonSettings, Uploadable):
         """Where the config was read from."""
         return self._name_or_path
 
+    @name_or_path.setter
+    def name_or_path(self, value: str) -> None:
+        self._name_or_path = str(value)
+
     def to_dict(self) -> dict[str, Any]:
         """Returns every field, with ``model_type``, as JSON values; the generic ones only where they deviate."""
         fields = {key: copy.deepcopy(value) for key, value in self.__dict__.items() if not key.startswith("_")}

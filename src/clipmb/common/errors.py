@@ -68,6 +68,13 @@ class CheckpointError(ClipmbError, OSError):
         super().__init__("\n  - ".join([_cut(message, _MESSAGE), *lines]))
 
 
+class ShapeMismatchError(CheckpointError, RuntimeError):
+    """A checkpoint does not fit the model, and weights of another shape are among the reasons.
+
+    It is a ``RuntimeError`` too, which is what transformers 4 raises for these.
+    """
+
+
 class MissingBackendError(ClipmbError, ImportError):
     """A package is needed that cannot be imported; the message holds the pip command.
 

@@ -25,14 +25,13 @@ ABSENT = {
     "distributed_config": _SPLIT,
     "generation_config": "Leave it out: CLIP generates no text",
     "gguf_file": "Convert the file first",
-    "key_mapping": "Pass state_dict= with the names changed",
     "load_in_4bit": _QUANTISE,
     "load_in_8bit": _QUANTISE,
-    "load_weight_prefix": "Pass state_dict= with the names changed",
+    "load_weight_prefix": "Pass key_mapping=",
     "mirror": "Set the environment variable HF_ENDPOINT",
     "offload_state_dict": "Leave it out: weights are mapped from their file",
     "quantization_config": _QUANTISE,
-    "tf_to_pt_weight_rename": "Pass state_dict= with the names changed",
+    "tf_to_pt_weight_rename": "Pass key_mapping=",
     "tp_plan": _SPLIT,
     "tp_size": _SPLIT,
     "use_kernels": "Leave it out: the kernels of the framework are used",
@@ -73,13 +72,13 @@ def drop_unneeded(options: dict[str, Any]) -> None:
     """Takes the arguments of transformers 4's ``from_pretrained`` that have no effect here out of ``options``.
 
     Raises:
-        TypeError: One asks for what is not done here: it has another value than None and False.
+        TypeError: One asks for what is not done here: it is not None, False or empty.
     """
     for name in _UNNEEDED:
         options.pop(name, None)
     for name in (*ABSENT, *_PLACING):
         value = options.get(name, name)
-        if value is None or value is False:  # not 0, which is a device
+        if value is None or value is False or (name in ABSENT and value in ({}, [])):  # not 0, which is a device
             del options[name]
     for name in ABSENT.keys() & options.keys():
         rule = f"from_pretrained takes {name} only as None or False"

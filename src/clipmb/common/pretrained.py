@@ -9,6 +9,7 @@ from typing import Any, ClassVar, Literal, NamedTuple, Self, TypeVar, Unpack, ov
 import numpy as np
 
 from clipmb.common.checkpoint import LoadingInfo, OwnArrays, fit, formats, write_safetensors
+from clipmb.common.checkpoint.fitting import mapped
 from clipmb.common.checkpoint.tensors import Deferred, Loaded
 from clipmb.common.config import CONFIG_NAME, BaseConfig
 from clipmb.common.dtypes import DTYPES, dtype_name
@@ -56,7 +57,30 @@ class PretrainedMixin(Uploadable):
     config_class: ClassVar[type[BaseConfig]]
     head: ClassVar[str]
     load_options: ClassVar[tuple[str, ...]] = ()  # what `from_arrays` takes beyond the mixin's own options
+    framework: ClassVar[str]  # "pt", "tf" or "flax"
     config: Any
+
+    @classmethod
+    def can_generate(cls) -> bool:
+        """Returns False: CLIP generates no text."""
+        return False
+
+    def get_output_embeddings(self) -> None:
+        """Returns None: CLIP predicts no tokens."""
+
+    @property
+    def base_model(self) -> Self:
+        """The model itself: no head has a smaller model inside."""
+        return self
+
+    @property
+    def name_or_path(self) -> str:
+        """Where the model was read from."""
+        return self.config.name_or_path
+
+    @name_or_path.setter
+    def name_or_path(self, value: str) -> None:
+        self.config.name_or_path = value
 
     @classmethod
     def from_arrays(cls, *args: Any, **options: Any) -> Any:
@@ -88,6 +112,7 @@ class PretrainedMixin(Uploadable):
         output_loading_info: Literal[False] = False,
         variant: str | None = None,
         state_dict: Mapping[str, Any] | None = None,
+        key_mapping: Mapping[str, str] | None = None,
         **options: Any,
     ) -> Self: ...
 
@@ -114,6 +139,7 @@ class PretrainedMixin(Uploadable):
         output_loading_info: bool = False,
         variant: str | None = None,
         state_dict: Mapping[str, Any] | None = None,
+        key_mapping: Mapping[str, str] | None = None,
         **options: Any,
     ) -> Any:
         """Loads a model from a folder, a single file or the Hub, whichever framework wrote it and in which format.
@@ -135,6 +161,7 @@ class PretrainedMixin(Uploadable):
                 and error_msgs.
             variant: Read ``model.<variant>.safetensors``.
             state_dict: Canonical name to array or tensor, instead of the files.
+            key_mapping: Regular expression to replacement: in the name of each weight, the first that is found counts.
             **options: ``subfolder``, ``revision``, ``cache_dir``, ``token``, ``local_files_only`` and
                 ``force_download`` belong to the source; fields of the config override it; the others go to the
                 framework.
@@ -156,7 +183,7 @@ class PretrainedMixin(Uploadable):
             tensors = {name: cls.canonical_array(value) for name, value in state_dict.items()}
 
         def read() -> _Read:
-            return cls._read(source, config, variant, tensors, options, strict, ignore_mismatched_sizes)
+            return cls._read(source, config, variant, tensors, key_mapping, options, strict, ignore_mismatched_sizes)
 
         saved_into = None if source is None or source.file is not None else source.folder
         found = read_whole(saved_into, read)
@@ -179,6 +206,7 @@ class PretrainedMixin(Uploadable):
         config: Any,
         variant: str | None,
         tensors: Mapping[str, np.ndarray] | None,
+        key_mapping: Mapping[str, str] | None,
         options: Mapping[str, Any],
         strict: bool,
         ignore_mismatched_sizes: bool,
@@ -204,8 +232,9 @@ class PretrainedMixin(Uploadable):
         if tensors is None and source is not None:
             tensors = load_weights(source, variant).of(cls.head).tensors
         table = specs(config, cls.head)
+        tensors = tensors or {}
         arrays, info = fit(
-            tensors or {},
+            mapped(tensors, key_mapping) if key_mapping else tensors,
             table,
             cls.head,
             origin=origin,
@@ -325,6 +354,17 @@ def _check_pooling(config: BaseConfig, head: str) -> None:
             f"eos_token_id 2 means that texts are pooled at their largest id, which with {text.vocab_size} tokens may "
             "not be the end token. Set eos_token_id to the id of the end token: 49407 in CLIP's vocabulary."
         )
+
+
+def dummy_arrays(config: Any, head: str) -> dict[str, np.ndarray]:
+    """Returns inputs that fit a head: ids as in transformers 4 (3, 5), and images (3, channels, size, size)."""
+    found: dict[str, np.ndarray] = {}
+    if HEADS[head][0]:
+        found["input_ids"] = np.array([[7, 6, 0, 0, 1], [1, 2, 3, 0, 0], [0, 0, 0, 4, 5]])
+    if HEADS[head][1]:
+        vision = getattr(config, "vision_config", config)
+        found["pixel_values"] = np.ones((3, vision.num_channels, vision.image_size, vision.image_size), np.float32)
+    return found
 
 
 def config_text(config: BaseConfig, head: str, dtypes: Iterable[str]) -> str:

@@ -72,6 +72,7 @@ class FlaxCLIPPreTrainedModel(PretrainedMixin):
     """
 
     head = ""
+    framework = "flax"
     config_class: ClassVar[type[BaseConfig]] = CLIPConfig
     module_class: ClassVar[type[Module]]
     base_model_prefix = "clip"

@@ -33,7 +33,7 @@ from clipmb.common.outputs import (
     returned,
 )
 from clipmb.common.parameters import Spec, specs
-from clipmb.common.pretrained import PretrainedMixin, called_like
+from clipmb.common.pretrained import PretrainedMixin, called_like, dummy_arrays
 from clipmb.common.uploading import uploaded
 from clipmb.common.vocabulary import resized, rows_around_mean
 from clipmb.pt.adapters import AdapterMixin
@@ -317,6 +317,7 @@ class CLIPPreTrainedModel(PretrainedMixin, AdapterMixin, nn.Module):
     """
 
     head = ""
+    framework = "pt"
     config_class = CLIPConfig
     base_model_prefix = "clip"
     main_input_name = "input_ids"
@@ -332,6 +333,7 @@ class CLIPPreTrainedModel(PretrainedMixin, AdapterMixin, nn.Module):
         super().__init__()
         config = checks.config_of(type(self).__name__, self.config_class, config)
         self.config: Any = config
+        self._require_grads_hooks: list[Any] = []
 
     @classmethod
     def _from_config(cls, config: BaseConfig) -> Self:  # the name that transformers' Auto classes call
@@ -464,6 +466,11 @@ class CLIPPreTrainedModel(PretrainedMixin, AdapterMixin, nn.Module):
         """The dtype of the parameters."""
         return next(self.parameters()).dtype
 
+    @property
+    def dummy_inputs(self) -> dict[str, Tensor]:
+        """Inputs that fit the model: ids (3, 5), and images (3, channels, size, size)."""
+        return {name: from_numpy(array) for name, array in dummy_arrays(self.config, self.head).items()}
+
     def num_parameters(self, only_trainable: bool = False, exclude_embeddings: bool = False) -> int:
         """Counts parameters.
 
@@ -538,6 +545,24 @@ class CLIPPreTrainedModel(PretrainedMixin, AdapterMixin, nn.Module):
             config.vocab_size = size
         return self.text_model.embeddings.token_embedding
 
+    def get_memory_footprint(self, return_buffers: bool = True) -> int:
+        """Returns the bytes of the parameters and, unless ``return_buffers`` is False, the buffers."""
+        tensors = [*self.parameters(), *(self.buffers() if return_buffers else ())]
+        return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+
+    def enable_input_require_grads(self) -> None:
+        """Lets gradients flow from the embeddings on though these are frozen, as adapters under checkpointing need."""
+        self.disable_input_require_grads()
+        for tower, name in (("text_model", "token_embedding"), ("vision_model", "patch_embedding")):
+            if hasattr(self, tower):
+                module = getattr(getattr(self, tower).embeddings, name)
+                self._require_grads_hooks.append(module.register_forward_hook(_require_grad))
+
+    def disable_input_require_grads(self) -> None:
+        """Undoes `enable_input_require_grads`."""
+        while self._require_grads_hooks:
+            self._require_grads_hooks.pop().remove()
+
     def gradient_checkpointing_enable(
         self, gradient_checkpointing_kwargs: dict[str, Any] | None = None, every_n_layers: int = 1
     ) -> None:
@@ -571,6 +596,10 @@ class CLIPPreTrainedModel(PretrainedMixin, AdapterMixin, nn.Module):
     def set_attn_implementation(self, attn_implementation: str | dict[str, str]) -> None:
         """Chooses "eager" or "sdpa" attention, for the whole or by tower."""
         self.config.attn_implementation = attn_implementation
+
+
+def _require_grad(module: nn.Module, inputs: Any, output: Tensor) -> None:
+    output.requires_grad_()
 
 
 class CLIPModel(CLIPPreTrainedModel):

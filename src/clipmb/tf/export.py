@@ -27,7 +27,7 @@ class ExportMixin(keras.Model):
             found["pixel_values"] = tf.TensorSpec(shape, tf.float32, "pixel_values")
         return found
 
-    def export_saved_model(self, folder: str | os.PathLike[str]) -> None:
+    def export_saved_model(self, folder: str | os.PathLike[str], *, signatures: Any = None) -> None:
         """Writes a SavedModel with signatures for serving and, for each tower, its features.
 
         ``serving_default`` takes `input_signature` and returns every tensor of the output that is not nested; models
@@ -37,6 +37,7 @@ class ExportMixin(keras.Model):
 
         Args:
             folder: Where; made when it is missing.
+            signatures: Other signatures instead, as ``tf.saved_model.save`` takes them.
         """
         inputs = self.input_signature
 
@@ -61,7 +62,7 @@ class ExportMixin(keras.Model):
 
         endpoint = tf.function(converted, autograph=False)
         endpoint.get_concrete_function(inputs)
-        signatures = {"serving_default": serving}
+        own = {"serving_default": serving}
         if "input_ids" in inputs:
             wide = {
                 name: tf.TensorSpec(spec.shape, tf.int64, name) if spec.dtype == tf.int32 else spec
@@ -70,14 +71,14 @@ class ExportMixin(keras.Model):
             for name, specs in {"serving_without_mask": inputs, "int64_serving": wide}.items():
                 unmasked = {field: spec for field, spec in specs.items() if field != "attention_mask"}
                 bare, full = endpoint.get_concrete_function(unmasked), endpoint.get_concrete_function(specs)
-                signatures[name] = bare if name == "serving_without_mask" else full
+                own[name] = bare if name == "serving_without_mask" else full
         if hasattr(self, "get_text_features"):
-            signatures["text_features"] = serve(features("text_features"), "input_ids", "attention_mask")
-            signatures["image_features"] = serve(features("image_features"), "pixel_values")
+            own["text_features"] = serve(features("text_features"), "input_ids", "attention_mask")
+            own["image_features"] = serve(features("image_features"), "pixel_values")
         module: Any = tf.Module()
         module.serve = endpoint
         module.weights = [variable.value for variable in self.variables]
-        tf.saved_model.save(module, os.fspath(folder), signatures=signatures)
+        tf.saved_model.save(module, os.fspath(folder), signatures=own if signatures is None else signatures)
 
     def export(
         self,

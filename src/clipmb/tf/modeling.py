@@ -38,7 +38,7 @@ from clipmb.common.outputs import (
     returned,
 )
 from clipmb.common.parameters import Spec
-from clipmb.common.pretrained import called_like
+from clipmb.common.pretrained import called_like, dummy_arrays
 from clipmb.common.uploading import uploaded
 from clipmb.tf.export import ExportMixin
 from clipmb.tf.keras_model import KerasModel
@@ -345,6 +345,7 @@ class TFCLIPPreTrainedModel(ExportMixin, VocabularyMixin, KerasModel):
     """
 
     head = ""
+    framework = "tf"
     config_class = CLIPConfig
     base_model_prefix = "clip"
     main_input_name = "input_ids"
@@ -398,6 +399,7 @@ class TFCLIPPreTrainedModel(ExportMixin, VocabularyMixin, KerasModel):
         saved_model: bool = False,
         version: int = 1,
         *,
+        signatures: Any = None,
         max_shard_size: int | str = "5GB",
         variant: str | None = None,
         **options: Unpack[SavingOptions],
@@ -408,6 +410,7 @@ class TFCLIPPreTrainedModel(ExportMixin, VocabularyMixin, KerasModel):
             save_directory: The folder; made when it is missing.
             saved_model: Also call `export_saved_model`, for the folder ``saved_model/<version>``.
             version: The version of the SavedModel.
+            signatures: Its signatures, instead of those of `export_saved_model`: one function or name to function.
             max_shard_size: As in `PretrainedMixin.save_pretrained`.
             variant: As in `PretrainedMixin.save_pretrained`.
             **options: The arguments of transformers 4's `save_pretrained`.
@@ -419,13 +422,19 @@ class TFCLIPPreTrainedModel(ExportMixin, VocabularyMixin, KerasModel):
             with uploaded(self, save_directory, options):
                 self.save_arrays(self.to_arrays(), save_directory, max_shard_size=max_shard_size, variant=variant)
                 if saved_model:
-                    self.export_saved_model(os.path.join(save_directory, "saved_model", str(version)))
+                    folder = os.path.join(save_directory, "saved_model", str(version))
+                    self.export_saved_model(folder, signatures=signatures)
 
     def post_init(self) -> None:
         """Creates every weight, and turns gradient checkpointing on where the config asks for it."""
         super().post_init()
         if getattr(self.config, "gradient_checkpointing", False):
             self.gradient_checkpointing_enable()
+
+    @property
+    def dummy_inputs(self) -> dict[str, Tensor]:
+        """Inputs that fit the model: ids (3, 5), and images (3, channels, size, size)."""
+        return {name: to_tensor(array) for name, array in dummy_arrays(self.config, self.head).items()}
 
     def check_ids(self, input_ids: Any, position_ids: Any = None) -> None:
         """Raises for ids outside the vocabulary: the check that functions compiled by XLA cannot make themselves.

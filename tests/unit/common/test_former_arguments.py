@@ -40,12 +40,12 @@ def test_former_arguments(name, tmp_path):
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("value", [None, False])
+@pytest.mark.parametrize("value", [None, False, {}, []])
 def test_what_is_not_done_here_may_be_left_at_its_neutral_value(backend, value, tmp_path):
     cases.write_checkpoint(tmp_path, cases.CONFIGS["plain"], "CLIPTextModel")
     model = getattr(clipmb, MODELS[backend])
-    names = (*ABSENT, "device_map", "max_memory", "offload_folder", "offload_buffers")
-    model.from_pretrained(tmp_path, **dict.fromkeys(names, value))
+    placing = ("device_map", "max_memory", "offload_folder", "offload_buffers") if value in (None, False) else ()
+    model.from_pretrained(tmp_path, **dict.fromkeys((*ABSENT, *placing), value))
     for name, instead in ABSENT.items():
         with pytest.raises(TypeError, match=f"{name} only as None or False.*{instead[:20]}"):
             model.from_pretrained(tmp_path, **{name: "auto"})

@@ -686,6 +686,21 @@ def test_saved_models_serve_any_batch(head, tmp_path):
     assert set(served) == {"serving_default", *features, *texts}
 
 
+def test_saved_models_have_the_signatures_that_are_given(tmp_path):
+    model = clipmb.tf.TFCLIPTextModel(PLAIN.text_config)
+    ids = tf.TensorSpec((None, 7), tf.int64, "ids")
+
+    @tf.function(input_signature=[ids])
+    def pooled(ids):
+        return {"pooled": model(ids).pooler_output}
+
+    model.save_pretrained(tmp_path, saved_model=True, signatures={"mine": pooled})
+    loaded = tf.saved_model.load(str(tmp_path / "saved_model" / "1"))
+    assert list(loaded.signatures) == ["mine"]
+    given = np.arange(14).reshape(2, 7)
+    assert np.allclose(loaded.signatures["mine"](ids=tf.constant(given))["pooled"], model(given).pooler_output)
+
+
 @pytest.mark.parametrize("head", ["CLIPModel", "CLIPTextModelWithProjection", "CLIPVisionModel"])
 def test_saved_models_serve_int64_and_texts_without_mask(head, tmp_path):
     model = build(head)

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 
+from clipmb.common.checkpoint.tensors import Deferred, lazy
 from clipmb.common.checkpoint.wrapping import common_start, stripped
-from clipmb.common.errors import CheckpointError
+from clipmb.common.errors import CheckpointError, ShapeMismatchError, bad_input
 from clipmb.common.parameters import HEADS, Spec, is_known
 
 # transformers 5 saves CLIPTextModel and CLIPVisionModel without the tower's prefix.
@@ -88,6 +90,38 @@ def canonical_names(names: Iterable[str], head: str) -> dict[str, str]:
     return found
 
 
+def mapped(tensors: Mapping[str, np.ndarray], key_mapping: Mapping[str, str]) -> Mapping[str, np.ndarray]:
+    """Renames tensors as transformers 4 does: in each name, the first pattern that is found is replaced wherever it is.
+
+    Args:
+        tensors: Name to array, each made when it is asked for where it was.
+        key_mapping: Regular expression to replacement.
+
+    Raises:
+        ValueError: A pattern or a replacement is no regular expression.
+        CheckpointError: Two tensors would get one name.
+    """
+    found: dict[str, str] = {}
+    twice = []
+    for name in tensors:
+        new = name
+        for pattern, replacement in key_mapping.items():
+            try:
+                new, count = re.subn(pattern, replacement, name)
+            except (re.error, TypeError) as error:
+                rule = f"key_mapping has regular expressions and their replacements ({error})"
+                raise bad_input(rule, {pattern: replacement}, "Correct it") from error
+            if count:
+                break
+        if new in found:
+            twice.append(f"{new}: {found[new]} and {name}")
+        found[new] = name
+    if twice:
+        raise CheckpointError("key_mapping gives two tensors one name:", twice)
+    made = lazy(tensors)
+    return Deferred({new: made[name] for new, name in found.items()})
+
+
 def _bare_tower(names: Iterable[str], head: str) -> str | None:
     bare = [name for name in names if name.startswith(_BARE)]
     if not bare:
@@ -125,7 +159,8 @@ def fit(
         Canonical name to array, for the parameters that the file has, and what differed.
 
     Raises:
-        CheckpointError: Something is missing, unexpected, of another shape, or not floating-point.
+        CheckpointError: Something is missing, unexpected, or not floating-point; a `ShapeMismatchError` where something
+            is of another shape.
     """
     names = canonical_names(tensors, head)
     own = {"text_model": HEADS[head][0], "vision_model": HEADS[head][1]}
@@ -150,7 +185,8 @@ def fit(
     if strict and names and not shapes:
         raise CheckpointError(_foreign(list(names.values()), head, origin))
     if problems:
-        raise CheckpointError(
+        mismatched = info.mismatched_keys and not ignore_mismatched_sizes
+        raise (ShapeMismatchError if mismatched else CheckpointError)(
             f"{origin} does not fit {head}. Pass strict=False to initialise missing weights and ignore unexpected "
             "ones, ignore_mismatched_sizes=True to initialise those of another shape. Problems:",
             problems,
