@@ -267,7 +267,9 @@ def _made(name: str, cls: type) -> Any:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         if (name.endswith("Config") and name != "CLIPOnnxConfig") or name.startswith(("CLIPImage", "CLIPFeature")):
-            return cls()
+            with suppress(ImportError):  # transformers' fast image processor without torchvision
+                return cls()
+            return None
         if name in ("CLIPTokenizer", "CLIPTokenizerFast"):
             return cls() if ours else cls.from_pretrained(_tokenizer_folder())  # type: ignore[attr-defined]
         if name == "CLIPProcessor":

@@ -46,7 +46,7 @@ if TYPE_CHECKING:
     from clipmb import (
         verification as verification,
     )
-    from clipmb.common.config import CLIPConfig, CLIPTextConfig, CLIPVisionConfig
+    from clipmb.common.config import CLIPConfig, CLIPOnnxConfig, CLIPTextConfig, CLIPVisionConfig
     from clipmb.common.convert import Conversion, convert
     from clipmb.common.data.batches import Batch, Batches
     from clipmb.common.data.pairs import Pairs
@@ -57,6 +57,7 @@ if TYPE_CHECKING:
         OPENAI_CLIP_STD,
         CLIPFeatureExtractor,
         CLIPImageProcessor,
+        CLIPImageProcessorFast,
     )
     from clipmb.common.outputs import (
         BaseModelOutput,
@@ -160,6 +161,8 @@ __all__ = [
     "CLIPConfig",
     "CLIPFeatureExtractor",
     "CLIPImageProcessor",
+    "CLIPImageProcessorFast",
+    "CLIPOnnxConfig",
     "CLIPOutput",
     "CLIPPipeline",
     "CLIPProcessor",
@@ -190,7 +193,7 @@ __all__ = [
 ]  # fmt: skip
 
 _PUBLIC = {
-    "clipmb.common.config": ("CLIPConfig", "CLIPTextConfig", "CLIPVisionConfig"),
+    "clipmb.common.config": ("CLIPConfig", "CLIPOnnxConfig", "CLIPTextConfig", "CLIPVisionConfig"),
     "clipmb.common.convert": ("Conversion", "convert"),
     "clipmb.common.data.batches": ("Batch", "Batches"),
     "clipmb.common.data.pairs": ("Pairs",),
@@ -198,6 +201,7 @@ _PUBLIC = {
     "clipmb.common.features": ("BatchFeature",),
     "clipmb.common.image.processor": (
         "OPENAI_CLIP_MEAN", "OPENAI_CLIP_STD", "CLIPFeatureExtractor", "CLIPImageProcessor",
+        "CLIPImageProcessorFast",
     ),
     "clipmb.common.outputs": (
         "BaseModelOutput", "BaseModelOutputWithPooling", "CLIPOutput", "CLIPTextModelOutput", "CLIPVisionModelOutput",

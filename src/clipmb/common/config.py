@@ -10,6 +10,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, ClassVar, Self, TypeVar
 
+import numpy as np
+
 from clipmb.common.dtypes import dtype_name
 from clipmb.common.errors import bad_input, boolean, one_of, whole_number
 from clipmb.common.former import check_saving
@@ -628,3 +630,62 @@ def _require_number(field: str, value: Any, *, above: float | None = None, below
         low = "at least 0" if above is None else f"above {above:g}"
         limit = "" if below == math.inf else f" and below {below:g}"
         raise bad_input(f"{field} must be a finite number {low}{limit}", value, f"Correct {field}")
+
+
+class CLIPOnnxConfig:
+    """Names and free axes of an exported CLIPModel, as exporters written for transformers 4 ask for them.
+
+    Args:
+        config: The config of the model.
+        task: "default"; CLIP has no other.
+        patching_specs: None; what transformers patches while it exports.
+
+    Raises:
+        ValueError: Another task, or something to patch.
+    """
+
+    default_onnx_opset = 14
+    atol_for_validation = 1e-4
+    default_fixed_batch, default_fixed_sequence = 2, 8
+
+    def __init__(self, config: CLIPConfig, task: str = "default", patching_specs: Any = None) -> None:
+        if task != "default":
+            raise one_of("task", task, ("default",))
+        if patching_specs:
+            raise bad_input("Nothing in these models is patched for an export", patching_specs, "Leave it out")
+        self.config = config
+        self.task = task
+
+    @classmethod
+    def from_model_config(cls, config: CLIPConfig, task: str = "default") -> Self:
+        """Makes one for the config of a model."""
+        return cls(config, task)
+
+    @property
+    def inputs(self) -> dict[str, dict[int, str]]:
+        """Name of each input to its free axes."""
+        text = {0: "batch", 1: "sequence"}
+        pixels = {0: "batch", 1: "num_channels", 2: "height", 3: "width"}
+        return {"input_ids": text, "pixel_values": pixels, "attention_mask": dict(text)}
+
+    @property
+    def outputs(self) -> dict[str, dict[int, str]]:
+        """Name of each output to its free axes."""
+        return {name: {0: "batch"} for name in ("logits_per_image", "logits_per_text", "text_embeds", "image_embeds")}
+
+    def generate_dummy_inputs(
+        self, processor: Any, batch_size: int = -1, seq_length: int = -1, framework: Any = None
+    ) -> dict[str, Any]:
+        """Returns inputs to export with.
+
+        Args:
+            processor: A `CLIPProcessor`.
+            batch_size: How many of each; 2 at -1.
+            seq_length: Tokens of a text, the special ones included; 8 at -1.
+            framework: "np", "pt", "tf" or "jax"; lists when None.
+        """
+        batch = self.default_fixed_batch if batch_size < 1 else batch_size
+        words = (self.default_fixed_sequence if seq_length < 1 else seq_length) - 2
+        grey = np.full((3, 40, 40), 128, np.uint8)
+        texts = processor.tokenizer([" ".join(["a"] * words)] * batch, return_tensors=framework)
+        return {**texts, **processor.image_processor([grey] * batch, return_tensors=framework)}

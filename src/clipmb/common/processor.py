@@ -32,7 +32,7 @@ def _arguments(function: Any) -> frozenset[str]:
 
 _ARGUMENTS = {
     "text_kwargs": _arguments(CLIPTokenizerFast.__call__) - {"self", "text"},
-    "images_kwargs": _arguments(CLIPImageProcessor.preprocess) - {"self", "images"},
+    "images_kwargs": (_arguments(CLIPImageProcessor.preprocess) | {"device", "disable_grouping"}) - {"self", "images"},
     "common_kwargs": frozenset({"return_tensors"}),
 }
 _IMAGE_SETTINGS = _arguments(CLIPImageProcessor)

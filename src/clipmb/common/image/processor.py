@@ -366,7 +366,7 @@ class CLIPImageProcessor(JsonSettings, Uploadable):
         name = settings.pop("_processor_class")
         if name is not None:
             settings["processor_class"] = name
-        return settings | {"image_processor_type": "CLIPImageProcessor"}
+        return settings | {"image_processor_type": f"CLIPImageProcessor{'Fast' if self.is_fast else ''}"}
 
     @classmethod
     def _build(
@@ -444,6 +444,41 @@ class CLIPImageProcessor(JsonSettings, Uploadable):
 
     def __repr__(self) -> str:
         return f"{type(self).__name__} {self.to_json_string()}"
+
+
+class CLIPImageProcessorFast(CLIPImageProcessor):
+    """`CLIPImageProcessor` under the name of transformers' torchvision one, with its arguments.
+
+    The pixels are `CLIPImageProcessor`'s: Pillow's bits, not torchvision's.
+    """
+
+    is_fast = True
+
+    def preprocess(
+        self, images: Any, *args: Any, device: Any = None, disable_grouping: bool | None = None, **kwargs: Any
+    ) -> BatchFeature:
+        """Preprocesses one image or many; arguments and errors as in `CLIPImageProcessor.preprocess`.
+
+        Args:
+            images: As there.
+            *args: As there.
+            device: Where the result is put, with ``return_tensors="pt"``; the work is done on the CPU.
+            disable_grouping: Changes nothing: how transformers' class batches images of one size.
+            **kwargs: As there.
+
+        Returns:
+            As there.
+
+        Raises:
+            ValueError: As there, or the result would be no tensor of PyTorch and ``device`` is another than the CPU.
+            TypeError: As there.
+        """
+        features = super().preprocess(images, *args, **kwargs)
+        if device is not None and str(device) != "cpu":
+            if not hasattr(features["pixel_values"], "is_floating_point"):
+                raise bad_input("Only PyTorch's tensors are put on a device", device, 'Pass return_tensors="pt"')
+            features = features.to(device)
+        return features
 
 
 class CLIPFeatureExtractor(CLIPImageProcessor):

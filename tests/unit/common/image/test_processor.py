@@ -12,7 +12,14 @@ from hypothesis import strategies as st
 from PIL import Image
 from processes import output
 
-from clipmb import CheckpointError, CLIPFeatureExtractor, CLIPImageProcessor
+from clipmb import (
+    CheckpointError,
+    CLIPFeatureExtractor,
+    CLIPImageProcessor,
+    CLIPImageProcessorFast,
+    CLIPProcessor,
+    CLIPTokenizerFast,
+)
 from clipmb.common.image import pixels as px
 
 MODES = ["1", "L", "LA", "La", "P", "PA", "RGBA", "RGBa", "RGBX", "CMYK", "YCbCr", "LAB", "HSV", "F"]
@@ -520,3 +527,23 @@ def test_the_settings_of_a_folder_as_a_dict(tmp_path):
     CLIPImageProcessor(size=20).save_pretrained(tmp_path)
     settings, options = CLIPImageProcessor.get_image_processor_dict(tmp_path, local_files_only=True, colour="red")
     assert (settings["size"], options) == ({"shortest_edge": 20}, {"colour": "red"})
+
+
+def test_the_fast_one_has_the_same_pixels_and_its_own_arguments(tmp_path):
+    image = np.random.default_rng(0).integers(0, 256, (3, 30, 40), np.uint8)
+    settings = {"size": 20, "crop_size": 16}
+    fast = CLIPImageProcessorFast(**settings)
+    expected = CLIPImageProcessor(**settings)(image, return_tensors="np")["pixel_values"]
+    made = fast(image, return_tensors="np", device="cpu", disable_grouping=True)["pixel_values"]
+    assert np.array_equal(made, expected)
+    assert fast.is_fast
+    fast.save_pretrained(tmp_path)
+    assert (
+        json.loads((tmp_path / "preprocessor_config.json").read_text())["image_processor_type"] == type(fast).__name__
+    )
+    for reader in (CLIPImageProcessorFast, CLIPImageProcessor):
+        assert np.array_equal(reader.from_pretrained(tmp_path)(image, return_tensors="np")["pixel_values"], expected)
+    with pytest.raises(ValueError, match="Only PyTorch's tensors"):
+        fast(image, return_tensors="np", device="cuda")
+    whole = CLIPProcessor(fast, CLIPTokenizerFast())
+    assert np.array_equal(whole(images=image, return_tensors="np", device="cpu")["pixel_values"], expected)
