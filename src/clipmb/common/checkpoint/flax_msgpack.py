@@ -24,6 +24,7 @@ from clipmb.common.checkpoint.names import canonical, in_framework, names_in
 from clipmb.common.checkpoint.sharding import write_shards
 from clipmb.common.checkpoint.sniffing import read_files
 from clipmb.common.checkpoint.tensors import Lazy, Loaded, mapped
+from clipmb.common.checkpoint.wrapping import explain_stripping, unwrapped_paths
 from clipmb.common.config import BaseConfig
 from clipmb.common.dtypes import numpy_dtype
 from clipmb.common.errors import CheckpointError
@@ -67,8 +68,9 @@ def read(source: Source, variant: str | None = None) -> Loaded | None:
     found = None if variant else read_files(source, "msgpack", _FILE, _INDEX, read_tree)
     if found is None:
         return None
-    tensors, files = found
-    return Loaded("flax-msgpack", canonical(tensors, "flax", source), files)
+    tensors, wrapper = unwrapped_paths(found[0])
+    wrapper = "" if wrapper == "params" else wrapper  # which Flax itself has around weights
+    return Loaded("flax-msgpack", canonical(tensors, "flax", source), found[1], None, explain_stripping((), wrapper))
 
 
 def names(table: list[Spec]) -> dict[str, str]:

@@ -30,6 +30,9 @@ _RELEASED = ("ViT-B-32.pt", "ViT-B-16.pt", "ViT-L-14.pt", "ViT-L-14-336px.pt")
 patterns = (FILE, *_RELEASED)
 whole_only, streams, packages = True, False, ("torch",)
 METADATA = ("input_resolution", "context_length", "vocab_size")
+# Long-CLIP's second table of positions, which counts from this row on; its first one keeps OpenAI's rows before it.
+# Source: github.com/beichenzbc/Long-CLIP, model/model_longclip.py.
+_LONG, _LONG_FROM = "positional_embedding_res", 20
 
 # -- the mapping ------------------------------------------------------------------------------------------------------
 
@@ -94,10 +97,13 @@ def plain(names: Iterable[str]) -> dict[str, str]:
 def to_canonical(tensors: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
     """Maps OpenAI's tensors to canonical ones, all of them views; names that are not OpenAI's stay as they are.
 
+    The two tables of positions of Long-CLIP become one, which is a copy.
+
     Raises:
         CheckpointError: A packed projection cannot be divided by three.
     """
     arrays: dict[str, np.ndarray] = {}
+    tensors = _with_long_positions(tensors)
     for name, tensor in tensors.items():
         match = _IN_BLOCK.fullmatch(name)
         if name in _OUTER:
@@ -115,6 +121,15 @@ def to_canonical(tensors: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
         else:
             arrays[name] = tensor
     return arrays
+
+
+def _with_long_positions(tensors: Mapping[str, np.ndarray]) -> Mapping[str, np.ndarray]:
+    """Puts Long-CLIP's two tables of positions together; tensors without them stay as they are."""
+    short, long = tensors.get("positional_embedding"), tensors.get(_LONG)
+    if short is None or long is None or short.shape != long.shape:
+        return tensors
+    others = {name: tensors[name] for name in tensors if name != _LONG}
+    return {**others, "positional_embedding": np.concatenate([short[:_LONG_FROM], long[_LONG_FROM:]])}
 
 
 def from_canonical(arrays: Mapping[str, np.ndarray]) -> Deferred:
@@ -271,13 +286,15 @@ def read(source: Source, variant: str | None = None) -> Loaded | None:
         return None
     canonical = source.find(CONFIG_NAME)
     described = canonical is not None and read_json(canonical).get("model_type") == "clip"
-    if not (described or pickled.scripted or any(name in names for name in METADATA)):
+    if not (described or pickled.scripted or any(name in names for name in (*METADATA, _LONG))):
         return None
     arrays = pickled.arrays()
     tensors = {name: arrays[stored] for name, stored in names.items() if name not in METADATA}
     text, vision, proj = sizes_of(tensors, path)
     needed = () if pickled.is_mapped else packages
     stripping = explain_stripping(names.values(), pickled.wrapper)
+    if _LONG in names:
+        stripping["positions"] = f"from row {_LONG_FROM} on those of {_LONG}, as in Long-CLIP's code"
     if described:
         decisions = {"config": f"{CONFIG_NAME}, which is beside the weights", **stripping}
         return Loaded("openai", to_canonical(tensors), [path.name], None, decisions, needed)

@@ -21,6 +21,7 @@ from clipmb.common.checkpoint.names import canonical, dialect_of, in_framework, 
 from clipmb.common.checkpoint.sharding import write_shards
 from clipmb.common.checkpoint.sniffing import read_files
 from clipmb.common.checkpoint.tensors import Lazy, Loaded
+from clipmb.common.checkpoint.wrapping import explain_stripping, unwrapped_paths
 from clipmb.common.config import BaseConfig
 from clipmb.common.hub import Source
 from clipmb.common.parameters import Spec, specs
@@ -49,8 +50,9 @@ def read(source: Source, variant: str | None = None) -> Loaded | None:
     found = None if variant else read_files(source, "h5", _FILE, _INDEX, read_h5)
     if found is None or (source.file is not None and dialect_of(found[0]) != "tf"):
         return None
-    tensors, files = found
-    return Loaded("tf-h5", canonical(tensors, "tf", source), files, packages=packages)
+    tensors, wrapper = unwrapped_paths(found[0])
+    decisions = explain_stripping((), wrapper)
+    return Loaded("tf-h5", canonical(tensors, "tf", source), found[1], decisions=decisions, packages=packages)
 
 
 def names(table: list[Spec]) -> dict[str, str]:

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from itertools import takewhile
-from typing import Any
+from typing import Any, TypeVar
+
+T = TypeVar("T")
 
 # Where a file holds several of them, the first one counts.
 WRAPPERS = ("state_dict", "model_state_dict", "model", "module", "net", "ema")
 _MAX_DEPTH = 8
+_TOP = ("text_model/", "vision_model/", "logit_scale")  # where these are, there is no wrapper around them
 # Attributes of trainers at the beginning of a name, and of wrappers of PyTorch anywhere in it. No name of any dialect
 # of CLIP has such a part itself.
 _LEADING = re.compile(r"^(?:(?:module|_orig_mod|_fsdp_wrapped_module|model|net)\.)+")
@@ -34,6 +37,23 @@ def unwrapped(tree: Any) -> tuple[Any, str]:
         tree = inner[name]
         path.append(name)
     return tree, ".".join(path)
+
+
+def unwrapped_paths(tensors: Mapping[str, T]) -> tuple[dict[str, T], str]:
+    """Does what `unwrapped` does for a tree as Flax and Keras write it: tensors by their attributes, joined by "/".
+
+    A training state of Flax has its weights under "params", beside those of the optimizer.
+    """
+    path: list[str] = []
+    found = dict(tensors)
+    while len(path) < _MAX_DEPTH and not any(name.startswith(_TOP) for name in found):
+        wrappers = (f"{wrapper}/" for wrapper in (*WRAPPERS, "_orig_mod", "params"))
+        prefix = next((start for start in wrappers if any(name.startswith(start) for name in found)), None)
+        if prefix is None:
+            break
+        found = {name.removeprefix(prefix): tensor for name, tensor in found.items() if name.startswith(prefix)}
+        path.append(prefix[:-1])
+    return found, ".".join(path)
 
 
 def stripped(name: str) -> str:

@@ -183,6 +183,27 @@ def test_a_bare_state_dict_is_ambiguous_and_a_config_json_settles_it(tmp_path):
     assert same_values(fit(loaded.tensors, specs(CONFIG, "CLIPModel"), "CLIPModel")[0], dict(loaded.tensors))
 
 
+@pytest.mark.parametrize("form", ["plain", "module."])
+def test_the_two_tables_of_long_clip_become_one(tmp_path, form):
+    config = CLIPConfig(
+        {**CONFIG.text_config.to_dict(), "max_position_embeddings": 31},
+        CONFIG.vision_config.to_dict(),
+        projection_dim=24,
+    )
+    arrays = random_arrays(config, "CLIPModel")
+    state = {name: torch.from_numpy(np.array(array)) for name, array in openai.from_canonical(arrays).items()}
+    short, long = state["positional_embedding"].clone(), state["positional_embedding"].clone()
+    short[20:], long[:20] = 7.0, 8.0  # which neither table is read for
+    state |= {"positional_embedding": short, "positional_embedding_res": long}
+    state = {(name if form == "plain" else form + name): value for name, value in state.items()}
+    torch.save(state, tmp_path / "longclip.pt")
+    config, decisions = formats.config_of(formats.load(source := Source(str(tmp_path / "longclip.pt"))), source)
+    assert config.text_config.max_position_embeddings == 31
+    assert "from row 20 on" in decisions["positions"]
+    loaded, _ = fit(formats.load(source).tensors, specs(config, "CLIPModel"), "CLIPModel")
+    assert same_values(loaded, arrays)
+
+
 def test_residual_networks_are_refused_by_name(tmp_path):
     state = {"visual.layer1.0.conv1.weight": torch.zeros(2), "input_resolution": torch.tensor(224)}
     torch.save(state, tmp_path / "RN50.pt")

@@ -14,11 +14,15 @@ from conftest import BACKENDS
 from safetensors.numpy import save_file
 
 from clipmb import CheckpointError, CLIPConfig, convert
-from clipmb.common.checkpoint import fit, formats, openai
+from clipmb.common.checkpoint import fit, flax_msgpack, formats, openai
+from clipmb.common.checkpoint.h5 import read_h5, write_h5
+from clipmb.common.checkpoint.names import in_framework
+from clipmb.common.checkpoint.tensors import lazy
 from clipmb.common.checkpoint.wrapping import common_start, stripped, unwrapped
 from clipmb.common.hub import Source
 from clipmb.common.json_files import read_json
 from clipmb.common.parameters import known_specs, specs
+from clipmb.common.saving import Transaction
 
 if "pt" in BACKENDS:
     import torch
@@ -27,6 +31,7 @@ if "pt" in BACKENDS:
 
 CONFIG = CONFIGS["plain"]
 WEIGHTS = random_arrays(CONFIG, "CLIPModel")
+TABLE = specs(CONFIG, "CLIPModel")
 NAMES = {"transformers": WEIGHTS, "openai": dict(openai.from_canonical(WEIGHTS))}
 PREFIXES = ("module.", "_orig_mod.", "model.", "module._orig_mod.model.", "model.net._orig_mod.", "_orig_mod.module.")
 
@@ -131,6 +136,38 @@ def test_what_stands_among_the_weights_is_refused(tmp_path):
     torch.save({"state_dict": {"a": torch.ones(2), "b": argparse.Namespace()}}, path)
     with pytest.raises(CheckpointError, match=r"would run code(.|\n)*argparse\.Namespace"):
         formats.load(Source(str(path)))
+
+
+BRANCHES = ("params", "state_dict/params", "ema", "model/_orig_mod/module")
+
+
+def in_branches(tree, branch):
+    """A training state: the weights in one branch, the optimizer's moments of them in another, and a counter."""
+    moments = {f"opt_state/0/mu/{name}": array for name, array in tree.items()}
+    return lazy({**{f"{branch}/{name}": array for name, array in tree.items()}, **moments, "step": np.ones((1,))})
+
+
+@pytest.mark.parametrize("branch", BRANCHES)
+def test_wrappers_in_msgpack(tmp_path, branch):
+    arrays = in_framework(WEIGHTS, TABLE).values()
+    named = {"/".join(spec.path("flax")): np.array(array.make()) for spec, array in zip(TABLE, arrays, strict=True)}
+    with open(tmp_path / "state.msgpack", "wb") as file:
+        flax_msgpack._write_tree(file, [(name.split("/"), array) for name, array in in_branches(named, branch).items()])
+    found, arrays = loaded_from(tmp_path / "state.msgpack")
+    assert equal(arrays, WEIGHTS)
+    where = None if branch == "params" else f"the weights are under {branch.replace('/', '.')} in the file"
+    assert found.decisions.get("wrapper") == where
+
+
+@pytest.mark.parametrize("branch", BRANCHES)
+def test_wrappers_in_h5(tmp_path, branch):
+    with Transaction(tmp_path) as save:
+        (name,) = formats.FORMATS["tf-h5"].write(save, WEIGHTS, CONFIG, "CLIPModel")
+    tree = {name: array.make() for name, array in read_h5(tmp_path / name).items()}
+    write_h5(tmp_path / "state.h5", in_branches(tree, branch))
+    found, arrays = loaded_from(tmp_path / "state.h5")
+    assert equal(arrays, WEIGHTS)
+    assert found.decisions["wrapper"] == f"the weights are under {branch.replace('/', '.')} in the file"
 
 
 def test_wrappers_around_single_modules(tmp_path):
