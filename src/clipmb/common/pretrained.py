@@ -69,11 +69,6 @@ class PretrainedMixin(Uploadable):
         """Returns None: CLIP predicts no tokens."""
 
     @property
-    def base_model(self) -> Self:
-        """The model itself: no head has a smaller model inside."""
-        return self
-
-    @property
     def name_or_path(self) -> str:
         """Where the model was read from."""
         return self.config.name_or_path

@@ -467,6 +467,11 @@ class CLIPPreTrainedModel(PretrainedMixin, AdapterMixin, nn.Module):
         return next(self.parameters()).dtype
 
     @property
+    def base_model(self) -> Self:
+        """The model itself: no head has a smaller model inside."""
+        return self
+
+    @property
     def dummy_inputs(self) -> dict[str, Tensor]:
         """Inputs that fit the model: ids (3, 5), and images (3, channels, size, size)."""
         return {name: from_numpy(array) for name, array in dummy_arrays(self.config, self.head).items()}

@@ -30,7 +30,6 @@ def test_small_things(backend, folder):
     assert model.name_or_path == model.config.name_or_path == str(folder)
     model.name_or_path = "mine"
     assert model.config.name_or_path == "mine"
-    assert model.base_model is model
     assert model.framework == backend
     assert model.get_output_embeddings() is None
     assert model.can_generate() is model_class(backend).can_generate() is False

@@ -38,6 +38,7 @@ def test_checkpointed_blocks_of_a_frozen_model_train_what_is_in_them():
 
 def test_the_memory_footprint_counts_bytes():
     model = CLIPModel(CONFIG)
+    assert model.base_model is model
     bytes_of_weights = 4 * model.num_parameters()
     assert model.get_memory_footprint() == bytes_of_weights
     assert model.half().get_memory_footprint() == bytes_of_weights // 2
