@@ -65,5 +65,6 @@ def for_each_backend(measure: Callable[..., None], description: str | None, **op
     if backend is not None:
         measure(backend, **arguments)
         return
-    for backend in backends.installed():
+    peers = [name for name in backends.installed() if backends.BACKENDS[name].trains]  # in transformers
+    for backend in peers:
         subprocess.run([sys.executable, sys.argv[0], "--backend", backend, *sys.argv[1:]], check=True)

@@ -6,7 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-BENCHMARKS = ("tokenizer", "image_processor", "data", "loading", "models", "training", "convert")
+BENCHMARKS = ("tokenizer", "image_processor", "data", "loading", "models", "engines", "training", "convert")
 
 
 def main() -> None:
