@@ -17,6 +17,7 @@ from clipmb.common.errors import CheckpointError, bad_input, logger, one_of, who
 from clipmb.common.hub import Source
 from clipmb.common.processor import CLIPProcessor, image_processor_of, tokenizer_of
 from clipmb.common.progress import progress_bar
+from clipmb.common.saving import read_whole
 from clipmb.common.text.rows import cut_inside, pad_rows
 from clipmb.common.zero_shot import class_embeddings, softmax, unit
 
@@ -67,8 +68,12 @@ class CLIPPipeline:
         engine_class = backends.engine(backend)
         if backend is None:
             logger.info("clipmb: using the %r backend", engine_class.backend)
-        engine = engine_class.load(source, dtype=dtype, device=device, compile=compile, **options)
-        return cls(engine, processor_for(source, engine.config))
+
+        def read() -> Self:  # of one save: another process may replace the checkpoint meanwhile
+            engine = engine_class.load(source, dtype=dtype, device=device, compile=compile, **options)
+            return cls(engine, processor_for(source, engine.config))
+
+        return read_whole(None if source.file is not None else source.folder, read)
 
     @property
     def backend(self) -> str:

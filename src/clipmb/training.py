@@ -252,7 +252,7 @@ def _saved_state(folder: Path, resume: bool, overwrite: bool) -> TrainingState |
         return None
     if resume:
         return TrainingState.read(folder) if current(folder, STATE_NAME) is not None else None
-    if not overwrite and ((folder / CONFIG_NAME).exists() or (folder / STATE_NAME).exists()):
+    if not overwrite and any(current(folder, name) is not None for name in (CONFIG_NAME, STATE_NAME)):
         raise bad_input(
             "out must be a folder without a checkpoint",
             str(folder),
@@ -294,9 +294,9 @@ def _recipe(
 
 def _begin(folder: Path, processor: CLIPProcessor) -> None:
     """Removes what an earlier run left, and writes what does not change during the run."""
-    for name in (STATE_NAME, METRICS_NAME, CURVES_NAME):
-        (folder / name).unlink(missing_ok=True)
-    processor.save_pretrained(folder)
+    with Transaction(folder) as save:
+        save.remove(STATE_NAME, METRICS_NAME, CURVES_NAME)
+        processor.save_pretrained(save.path(""))
 
 
 def _steps(

@@ -11,7 +11,17 @@ from conftest import BACKENDS, ENGINES
 from PIL import Image
 from safetensors.numpy import load_file, save_file
 
-from clipmb import CheckpointError, CLIPConfig, CLIPPipeline, CLIPTokenizerFast, MissingBackendError, backends
+from clipmb import (
+    CheckpointError,
+    CLIPConfig,
+    CLIPImageProcessor,
+    CLIPPipeline,
+    CLIPTokenizerFast,
+    MissingBackendError,
+    backends,
+)
+from clipmb import pipeline as pipelines
+from clipmb.common.saving import Transaction
 from clipmb.common.zero_shot import TEMPLATES, class_embeddings, prompt_templates, softmax
 
 TEXT = {"hidden_size": 32, "intermediate_size": 56, "num_hidden_layers": 2, "num_attention_heads": 4}
@@ -169,6 +179,30 @@ def test_stages_are_complete_and_in_order(pipeline):
     assert found["logits"].shape == (3, 2)
     assert all(isinstance(value, np.ndarray) for value in found.values())
     assert np.abs(found["text.projected"] - pipeline.encode_text(["a cat", "two dogs"], normalize=False)).max() < 1e-5
+
+
+def test_model_and_processor_are_of_one_save(folder, tmp_path, monkeypatch):
+    """Another process saves between the two."""
+    one, other = tmp_path / "one", tmp_path / "other"
+    shutil.copytree(folder, one)
+    larger = CLIPConfig(CONFIG.text_config.to_dict(), {**VISION, "image_size": 60}, projection_dim=24)
+    write_checkpoint(other, larger)
+    for at, size in ((one, CONFIG.vision_config.image_size), (other, 60)):
+        CLIPImageProcessor(size=size, crop_size=size).save_pretrained(at)
+    real, calls = pipelines.processor_for, []
+
+    def slow(*arguments):
+        calls.append(arguments)
+        if len(calls) == 1:
+            with Transaction(one) as save:
+                for path in other.iterdir():
+                    save.write(path.name, path.read_bytes())
+        return real(*arguments)
+
+    monkeypatch.setattr(pipelines, "processor_for", slow)
+    pipeline = CLIPPipeline.from_pretrained(one, backend=ENGINES[0])
+    sizes = pipeline.config.vision_config.image_size, pipeline.processor.image_processor.crop_size["height"]
+    assert (sizes, len(calls)) == ((60, 60), 2)
 
 
 def test_a_checkpoint_without_a_tokenizer_needs_clips_vocabulary(tmp_path):

@@ -112,6 +112,32 @@ def test_resuming_gives_the_bits_of_an_uninterrupted_run(files, tmp_path, backen
     assert [line["loss"] for line in lines(parted)] == [line["loss"] for line in lines(whole)]
 
 
+@pytest.mark.parametrize("moved", [(), ("config.json",)])
+def test_starting_over_after_a_kill_in_a_save_leaves_nothing_of_the_former_run(files, tmp_path, moved):
+    """The former run was killed when its save was committed, and its files were not all in place."""
+    options = {"backend": BACKENDS[0], "batch_size": 4, "workers": 0}
+    train(files / "pairs", files / "model", tmp_path, steps=1, **options)
+    committed = tmp_path / ".clipmb-save"
+    committed.mkdir()
+    written = ["config.json", "model.safetensors", STATE_NAME]
+    for name in set(written) - set(moved):
+        (tmp_path / name).rename(committed / name)
+    (committed / "clipmb-save.json").write_text(json.dumps({"written": written, "removed": []}))
+    with pytest.raises(ValueError, match="out must be a folder without a checkpoint"):
+        train(files / "pairs", files / "model", tmp_path, steps=2, **options)
+
+    def stops(image, generator):
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):  # killed again, before the first save
+        train(files / "pairs", files / "model", tmp_path, steps=2, overwrite=True, augment=stops, **options)
+    assert not committed.exists()
+    assert not (tmp_path / STATE_NAME).exists()
+    assert not (tmp_path / "metrics.jsonl").read_text()
+    train(files / "pairs", files / "model", tmp_path, steps=2, resume=True, **options)  # from the model again
+    assert [line["step"] for line in lines(tmp_path)] == [1, 2]
+
+
 KILLED = """
 import importlib, os, random, signal, sys, time, warnings
 from pathlib import Path

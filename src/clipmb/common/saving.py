@@ -90,6 +90,7 @@ def read_whole(folder: Path | None, read: Callable[[], T]) -> T:
         else:
             if version(folder) == before:
                 return result
+            del result  # before the next is made, which may be as large
     with _locked(folder, shared=True):  # somebody saves faster than this can be read
         return read()
 
