@@ -12,6 +12,7 @@ import contextlib
 import functools
 import io
 import os
+import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -95,6 +96,9 @@ def decode(name: str, image: Image.Image, rgb: bool) -> Image.Image:
     return image
 
 
+_ADDRESS = re.compile(r" at 0x[0-9a-fA-F]+(?=>)")  # of an object in memory, which says nothing
+
+
 @contextlib.contextmanager
 def _readable(name: str, source: Any) -> Iterator[None]:
     """Turns everything that Pillow raises for a broken image into ValueError."""
@@ -105,7 +109,7 @@ def _readable(name: str, source: Any) -> Iterator[None]:
         shown = f"{len(source)} bytes" if isinstance(source, bytes) else str(source)[:80]
         raise bad_input(
             f"{name} must {'be of a reasonable size' if bomb else 'be a readable image'}",
-            f"{shown} ({type(error).__name__}: {str(error)[:110]})",
+            f"{shown} ({type(error).__name__}: {_ADDRESS.sub('', str(error))[:110]})",
             "Raise PIL.Image.MAX_IMAGE_PIXELS if you trust it" if bomb else "Replace the image or leave it out",
             shown=True,
         ) from error
