@@ -32,6 +32,9 @@ if TYPE_CHECKING:
         pipeline as pipeline,
     )
     from clipmb import (
+        programs as programs,
+    )
+    from clipmb import (
         pt as pt,
     )
     from clipmb import (
@@ -102,6 +105,7 @@ if TYPE_CHECKING:
         FlaxCLIPVisionPreTrainedModel as FlaxCLIPVisionPreTrainedModel,
     )
     from clipmb.pipeline import CLIPPipeline
+    from clipmb.programs import register as register
     from clipmb.pt import (
         CLIPForImageClassification as CLIPForImageClassification,
     )
@@ -187,6 +191,7 @@ __all__ = [
     "convert",
     "evaluate",
     "held_out_pictures",
+    "register",
     "small_labels",
     "small_model",
     "train",
@@ -219,6 +224,7 @@ _PUBLIC = {
         "FlaxCLIPVisionModelWithProjection", "FlaxCLIPVisionPreTrainedModel",
     ),
     "clipmb.pipeline": ("CLIPPipeline",),
+    "clipmb.programs": ("register",),
     "clipmb.pt": (
         "CLIPForImageClassification", "CLIPModel", "CLIPPreTrainedModel", "CLIPTextModel",
         "CLIPTextModelWithProjection", "CLIPVisionModel", "CLIPVisionModelWithProjection",
@@ -231,7 +237,7 @@ _PUBLIC = {
 }  # fmt: skip
 _MODULE_OF = {name: module for module, names in _PUBLIC.items() for name in names}
 _SUBMODULES = (
-    "backends", "common", "doctor", "evaluation", "flax", "onnx", "pipeline", "pt", "testing", "tf",
+    "backends", "common", "doctor", "evaluation", "flax", "onnx", "pipeline", "programs", "pt", "testing", "tf",
     "training", "verification",
 )  # fmt: skip
 

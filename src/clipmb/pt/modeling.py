@@ -497,10 +497,12 @@ class CLIPPreTrainedModel(PretrainedMixin, AdapterMixin, nn.Module):
         return self.vision_model.embeddings.patch_embedding
 
     def set_input_embeddings(self, value: nn.Module) -> None:
-        """Replaces the module that `get_input_embeddings` returns."""
-        owner = self.text_model.embeddings if hasattr(self, "text_model") else self.vision_model.embeddings
+        """Replaces the module that `get_input_embeddings` returns; the config takes over the size of a vocabulary."""
+        owner: Any = self.text_model.embeddings if hasattr(self, "text_model") else self.vision_model.embeddings
         name = "token_embedding" if hasattr(self, "text_model") else "patch_embedding"
         setattr(owner, name, value)
+        if name == "token_embedding" and isinstance(value, nn.Embedding):
+            owner.config.vocab_size = value.num_embeddings
 
     @torch.no_grad()
     def resize_token_embeddings(
@@ -537,17 +539,15 @@ class CLIPPreTrainedModel(PretrainedMixin, AdapterMixin, nn.Module):
                     "Resize before adding adapters and before offloading",
                     shown=True,
                 )
-            config = self.text_model.config
             new = nn.Embedding(size, width, device=old.weight.device, dtype=old.weight.dtype)
-            new.weight.normal_(0.0, 0.02 * config.initializer_factor)
+            new.weight.normal_(0.0, 0.02 * self.text_model.config.initializer_factor)
             kept = min(size, current)
             new.weight[:kept] = old.weight[:kept]
             if mean_resizing and size > kept:
                 seed = int(torch.randint(2**31 - 1, ()))
                 new.weight[kept:] = from_numpy(rows_around_mean(to_numpy(old.weight.double()), size - kept, seed))
             new.weight.requires_grad_(old.weight.requires_grad)
-            self.text_model.embeddings.token_embedding = new
-            config.vocab_size = size
+            self.set_input_embeddings(new)
         return self.text_model.embeddings.token_embedding
 
     def get_memory_footprint(self, return_buffers: bool = True) -> int:

@@ -40,10 +40,12 @@ class VocabularyMixin(keras.Model):
         return self.vision_model.embeddings.patch_embedding
 
     def set_input_embeddings(self, value: keras.layers.Layer) -> None:
-        """Replaces the layer that `get_input_embeddings` returns."""
+        """Replaces the layer that `get_input_embeddings` returns; the config takes over the size of a vocabulary."""
         owner = self.text_model.embeddings if hasattr(self, "text_model") else self.vision_model.embeddings
         name = "token_embedding" if hasattr(self, "text_model") else "patch_embedding"
         replace_part(owner, name, value)
+        if name == "token_embedding" and isinstance(value, keras.layers.Embedding):
+            owner.config.vocab_size = value.input_dim
 
     def resize_token_embeddings(
         self, new_num_tokens: int | None = None, pad_to_multiple_of: int | None = None, mean_resizing: bool = True
@@ -86,5 +88,4 @@ class VocabularyMixin(keras.Model):
             new.set_weights([np.concatenate([table[:size], added])])
             new.trainable = old.trainable
             self.set_input_embeddings(new)
-            self.text_model.config.vocab_size = size
         return self.text_model.embeddings.token_embedding

@@ -466,6 +466,9 @@ def test_embeddings_and_counts(tmp_path):
     model.vision_model.requires_grad_(False)
     assert model.num_parameters(only_trainable=True) < total
     assert model.device == torch.device("cpu")
+    model.set_input_embeddings(torch.nn.Embedding(107, 32))
+    model.save_pretrained(tmp_path / "larger")
+    assert pt.CLIPModel.from_pretrained(tmp_path / "larger").get_input_embeddings().weight.shape == (107, 32)
 
 
 @pytest.mark.parametrize("positions", [False, True])

@@ -853,6 +853,16 @@ def test_compiled_functions_follow_the_model(change):
         assert np.array_equal(before[weight.path], weight.numpy()) is frozen, weight.path
 
 
+def test_the_config_takes_over_the_size_of_a_replaced_vocabulary(tmp_path):
+    model = build()
+    new = keras.layers.Embedding(107, PLAIN.text_config.hidden_size)
+    new.build()
+    model.set_input_embeddings(new)
+    model.save_pretrained(tmp_path)
+    again = clipmb.tf.TFCLIPModel.from_pretrained(tmp_path)
+    np.testing.assert_array_equal(again.get_input_embeddings().embeddings, new.embeddings)
+
+
 def test_every_table_is_reached_through_its_layer():
     model = build()
     expected = model(BOTH)

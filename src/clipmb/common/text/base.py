@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import operator
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, MutableMapping, Sequence
 from typing import Any, ClassVar, Self, overload
 
 import numpy as np
@@ -67,6 +67,32 @@ class SpecialTokenId:
 
     def __set__(self, tokens: Tokens, index: int | None) -> None:
         setattr(tokens, self._name, None if index is None else tokens._token_at(self._name, index))
+
+
+class _AddedIds(MutableMapping[str, int]):
+    """Added token to id, as a view of id to added token: what changes one of them changes both."""
+
+    def __init__(self, added: dict[int, AddedToken]) -> None:
+        self._added = added
+
+    def _ids(self) -> dict[str, int]:
+        return {token.content: index for index, token in self._added.items()}
+
+    def __getitem__(self, content: str) -> int:
+        return self._ids()[content]
+
+    def __setitem__(self, content: str, index: int) -> None:
+        if self._ids().get(content) != index:
+            self._added[index] = AddedToken.of(content)
+
+    def __delitem__(self, content: str) -> None:
+        self._added.pop(self._ids().get(content, -1), None)  # already gone when it was taken out of the other side
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._ids())
+
+    def __len__(self) -> int:
+        return len(self._added)
 
 
 class Tokens:
@@ -235,10 +261,20 @@ class Tokens:
         """Added token to id, the special ones among them."""
         return {token.content: index for index, token in self._added.items()}
 
+    # By the next three names, programs written for transformers take added tokens out again.
+
     @property
     def _added_tokens_decoder(self) -> dict[int, AddedToken]:
-        """`added_tokens_decoder`, by the name that programs written for transformers use."""
-        return self.added_tokens_decoder
+        """Id to added token, to be changed in place; `_update_trie` makes it take effect."""
+        return self._added
+
+    @property
+    def _added_tokens_encoder(self) -> MutableMapping[str, int]:
+        """The same, seen from the other side."""
+        return _AddedIds(self._added)
+
+    def _update_trie(self) -> None:
+        self._rebuild()
 
     @property
     def added_tokens_decoder(self) -> dict[int, AddedToken]:

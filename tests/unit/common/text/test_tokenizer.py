@@ -533,6 +533,26 @@ def test_special_tokens_with_their_flags():
     assert tokenizer.sanitize_special_tokens() == 0
 
 
+@pytest.mark.parametrize("kind", [CLIPTokenizer, CLIPTokenizerFast])
+def test_added_tokens_are_taken_out_by_the_names_of_transformers(kind):
+    tokenizer = kind()
+    before = tokenizer("a <one> and <two>").input_ids
+    tokenizer.add_tokens(["<one>", "<two>"])
+    first, second = tokenizer.convert_tokens_to_ids(["<one>", "<two>"])
+    del tokenizer._added_tokens_decoder[first]
+    del tokenizer._added_tokens_encoder["<one>"]
+    tokenizer._added_tokens_decoder[first] = tokenizer._added_tokens_decoder.pop(second)
+    tokenizer._added_tokens_encoder["<two>"] = first
+    tokenizer._update_trie()
+    assert tokenizer.added_tokens_encoder == dict(tokenizer._added_tokens_encoder)
+    assert tokenizer.convert_tokens_to_ids("<two>") == first
+    assert first in tokenizer("a <one> and <two>").input_ids
+    del tokenizer._added_tokens_encoder["<two>"]
+    tokenizer._update_trie()
+    assert tokenizer("a <one> and <two>").input_ids == before
+    assert len(tokenizer) == len(kind())
+
+
 @pytest.mark.parametrize(
     ("name", "content", "told"),
     [
