@@ -12,8 +12,11 @@ from clipmb.common.errors import one_of
 _COMPONENT = "PipelineComponent"  # the name in `clipmb` by which diffusers finds what it can load and save
 
 
-def register(program: Literal["diffusers"]) -> None:
+def register(program: Literal["diffusers", "transformers"]) -> None:
     """Makes clipmb's classes known to a program that otherwise takes transformers' only.
+
+    For transformers, its ``Trainer`` saves clipmb's PyTorch models with their config, in folders that load again, and
+    the feature extraction of ``pipeline`` finds the fields of their outputs by position. The rest of it needs no call.
 
     For diffusers, clipmb's PyTorch models, tokenizers, image processors and processors become components of pipelines:
     ``from_pretrained(folder, text_encoder=…, tokenizer=…)`` accepts them in place of those that ``model_index.json``
@@ -30,6 +33,28 @@ def register(program: Literal["diffusers"]) -> None:
     if program not in _PROGRAMS:
         raise one_of("program", program, list(_PROGRAMS))
     _PROGRAMS[program]()
+
+
+def _transformers() -> None:
+    try:
+        trainer: Any = importlib.import_module("transformers.trainer")
+        pipeline: Any = importlib.import_module("transformers.pipelines.base").Pipeline
+        theirs, move = trainer.PreTrainedModel, pipeline._ensure_tensor_on_device
+    except (ImportError, AttributeError) as error:
+        raise ImportError(
+            "This needs transformers 4.57, 5.23 or a similar version, and what its Trainer needs. "
+            f"Received: {error}. Install them: pip install -U transformers accelerate"
+        ) from error
+    if isinstance(theirs, tuple):
+        return
+
+    def move_ours(self: Any, inputs: Any, device: Any) -> Any:
+        """Moves tensors as transformers does, and leaves an output of ours one."""
+        moved = move(self, inputs, device)
+        return type(inputs)(moved) if isinstance(inputs, clipmb.ModelOutput) else moved
+
+    trainer.PreTrainedModel = (theirs, clipmb.CLIPPreTrainedModel)  # isinstance() takes a tuple of them
+    pipeline._ensure_tensor_on_device = move_ours
 
 
 def _diffusers() -> None:
@@ -100,4 +125,4 @@ class _Counterpart:
         return repr(self._component)
 
 
-_PROGRAMS: dict[str, Callable[[], None]] = {"diffusers": _diffusers}
+_PROGRAMS: dict[str, Callable[[], None]] = {"diffusers": _diffusers, "transformers": _transformers}

@@ -10,11 +10,12 @@ import clipmb
 
 
 def test_an_unknown_program_is_refused_with_the_list():
-    with pytest.raises(ValueError, match=r"program must be one of 'diffusers'\. Received: 'difusers'"):
+    with pytest.raises(ValueError, match=r"program must be one of 'diffusers', 'transformers'\. Received: 'difusers'"):
         clipmb.register("difusers")  # pyright: ignore[reportArgumentType]
 
 
-def test_a_program_that_is_missing_is_named(monkeypatch):
-    monkeypatch.setitem(sys.modules, "diffusers", None)
-    with pytest.raises(ImportError, match="pip install -U diffusers transformers"):
-        clipmb.register("diffusers")
+@pytest.mark.parametrize(("program", "module"), [("diffusers", "diffusers"), ("transformers", "transformers.trainer")])
+def test_a_program_that_is_missing_is_named(monkeypatch, program, module):
+    monkeypatch.setitem(sys.modules, module, None)
+    with pytest.raises(ImportError, match=f"pip install -U {program}"):
+        clipmb.register(program)

@@ -584,6 +584,26 @@ class CLIPPreTrainedModel(PretrainedMixin, AdapterMixin, nn.Module):
         options = {"use_reentrant": False, **(gradient_checkpointing_kwargs or {})}
         self._set_checkpointing(whole_number("every_n_layers", every_n_layers), options)
 
+    def activation_checkpointing_enable(
+        self,
+        activation_checkpointing_kwargs: dict[str, Any] | None = None,
+        every_n_layers: int = 1,
+        offload: bool = False,
+    ) -> None:
+        """Does what `gradient_checkpointing_enable` does, by the name that the Trainer of transformers 5 calls.
+
+        Args:
+            activation_checkpointing_kwargs: As ``gradient_checkpointing_kwargs``.
+            every_n_layers: As in `gradient_checkpointing_enable`.
+            offload: Must be False: what is kept stays on its device.
+
+        Raises:
+            ValueError: ``offload`` is asked for, or ``every_n_layers`` is not a positive number.
+        """
+        if offload:
+            raise bad_input("Checkpointed activations stay on their device", f"offload={offload!r}", "Leave it out")
+        self.gradient_checkpointing_enable(activation_checkpointing_kwargs, every_n_layers)
+
     def gradient_checkpointing_disable(self) -> None:
         """Undoes `gradient_checkpointing_enable`."""
         self._set_checkpointing(0, {})
@@ -597,6 +617,9 @@ class CLIPPreTrainedModel(PretrainedMixin, AdapterMixin, nn.Module):
     def is_gradient_checkpointing(self) -> bool:
         """Whether gradient checkpointing is on."""
         return any(isinstance(m, CLIPEncoder) and m.checkpointing for m in self.modules())
+
+    activation_checkpointing_disable = gradient_checkpointing_disable
+    is_activation_checkpointing = is_gradient_checkpointing
 
     def set_attn_implementation(self, attn_implementation: str | dict[str, str]) -> None:
         """Chooses "eager" or "sdpa" attention, for the whole or by tower."""

@@ -450,6 +450,15 @@ def test_a_config_turns_gradient_checkpointing_on(tmp_path, monkeypatch):
     assert sorted(map(id, calls)) == sorted(map(id, first))
     with pytest.raises(ValueError, match="every_n_layers"):
         model.gradient_checkpointing_enable(every_n_layers=0)
+    model.activation_checkpointing_disable()
+    assert not model.is_activation_checkpointing
+    model.activation_checkpointing_enable({"preserve_rng_state": False}, every_n_layers=2, offload=False)
+    calls.clear()
+    model(**tensors())
+    assert sorted(map(id, calls)) == sorted(map(id, first))
+    assert model.is_activation_checkpointing
+    with pytest.raises(ValueError, match="stay on their device"):
+        model.activation_checkpointing_enable(offload=True)
 
 
 def test_embeddings_and_counts(tmp_path):
