@@ -432,7 +432,7 @@ def test_templates_without_labels_are_reported(folder, table):
         (["TABLE", "--labels", "cat"], 1, "--labels"),
         (["TABLE", "--labels", "cat,dog"], 1, "1 others: 'cup'"),
         (["TABLE", "--template", "x"], 1, "template"),
-        (["TABLE", "--backend", "onnx"], 2, "pt, tf, flax"),
+        (["TABLE", "--backend", "mxnet"], 2, "pt, tf, flax"),
         (["TABLE", "--caption-column", "nothing"], 1, "nothing"),
     ],
 )
