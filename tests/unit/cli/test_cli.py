@@ -207,7 +207,7 @@ def test_info_of_a_tower(tmp_path):
         (["encode", "PHOTO", "--out", "/no/such/rows.npy", "--model", "FOLDER"], 1, "folder that exists"),
         (["encode", "--texts", "/no/such/file", "--model", "FOLDER"], 1, "/no/such/file"),
         (["demo", "--backend", "mxnet"], 2, "pt, tf, flax, onnx"),
-        (["classify", "PHOTO", "--labels", "a", "--model", "FOLDER", "--dtype", "int8"], 2, "bfloat16"),
+        (["classify", "PHOTO", "--labels", "a", "--model", "FOLDER", "--dtype", "int4"], 2, "bfloat16"),
         (["encode", "PHOTO", "--model", "FOLDER", "--long-text", "cut"], 2, "error, truncate, mean"),
         (["encode", "PHOTO", "--model", "FOLDER", "--long-text", "mean"], 2, "--long-text has no effect"),
         (["info", "FOLDER", "--revision", "main"], 2, "--revision has no effect"),
