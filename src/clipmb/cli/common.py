@@ -55,7 +55,7 @@ Backends = Annotated[
     list[str] | None,
     choice("--backend", "-b", values=BACKENDS, help="Framework to run (repeatable)", show_default="all installed"),
 ]
-Dtype = Annotated[str, choice("--dtype", values=(*DTYPES, "int8"), help="What to compute in; int8 with onnx only")]
+Dtype = Annotated[str, choice("--dtype", values=(*DTYPES, "int8"), help="What to compute in, int8 with onnx only")]
 Device = Annotated[
     str | None,
     typer.Option("--device", metavar="NAME", help="Device, as the framework names it.", show_default="its own choice"),

@@ -301,7 +301,7 @@ def test_choices_are_those_of_the_tables():
     for name in ("demo", "doctor", "verify"):
         assert f"run (repeatable): {', '.join(KNOWN)}." in shown[name]
     for name in ("classify", "encode", "evaluate", "verify"):
-        assert f"compute in: {', '.join(DTYPES)}." in shown[name]
+        assert f"compute in, int8 with onnx only: {', '.join(DTYPES)}, int8." in shown[name]
 
 
 def test_train_passes_on_columns_and_the_recipe_that_is_given_only(monkeypatch):
