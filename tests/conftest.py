@@ -37,11 +37,18 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         item
         for item in items
         if any(mark.args[0] not in ENGINES for mark in item.iter_markers(name="backend"))
-        or (len(BACKENDS) < 2 and (item.get_closest_marker("several") or _is_empty(item)))
+        or _is_alone(item)
+        or (len(BACKENDS) < 2 and _is_empty(item))
     ]
     if left_out:
         config.hook.pytest_deselected(items=left_out)
         items[:] = [item for item in items if item not in left_out]
+
+
+def _is_alone(item: pytest.Item) -> bool:
+    """Whether a test compares several backends, or engines if it says so, and there are not two of them."""
+    mark = item.get_closest_marker("several")
+    return mark is not None and len(ENGINES if mark.kwargs.get("engines") else BACKENDS) < 2
 
 
 def _is_empty(item: pytest.Item) -> bool:

@@ -56,8 +56,8 @@ class CLIPPipeline:
             dtype: "float32" (the default), "float16", "bfloat16" or "float64"; with ``backend="onnx"`` also "int8", but
                 not "bfloat16".
             device: Where to compute, in the framework's own words; its default when None.
-            compile: Use the framework's compiler: slower first calls, faster later ones. All but
-                PyTorch do when None.
+            compile: Use the framework's compiler: slower first calls, faster later ones. All but PyTorch do
+                when None.
             **options: ``subfolder``, ``revision``, ``cache_dir``, ``token``, ``local_files_only``, ``force_download``.
 
         Raises:

@@ -15,7 +15,7 @@ from clipmb.onnx.engine import ONNXModel
 from clipmb.onnx.graph import ACTIVATIONS, TOWERS, clip
 from clipmb.verification import BOUNDS
 
-pytestmark = [pytest.mark.backend("onnx"), pytest.mark.several]
+pytestmark = [pytest.mark.backend("onnx"), pytest.mark.several(engines=True)]
 CASES = {
     **CONFIGS,
     "a rest of a patch": CLIPConfig(TEXT, {**VISION, "image_size": 22}, projection_dim=24),

@@ -57,7 +57,7 @@ class PretrainedMixin(Uploadable):
     config_class: ClassVar[type[BaseConfig]]
     head: ClassVar[str]
     load_options: ClassVar[tuple[str, ...]] = ()  # what `from_arrays` takes beyond the mixin's own options
-    framework: ClassVar[str]  # "pt", "tf" or "flax"
+    framework: ClassVar[str]  # "pt", "tf", "flax" or "onnx"
     config: Any
 
     @classmethod

@@ -38,6 +38,7 @@ class ONNXModel(PretrainedMixin):
     """
 
     head = "CLIPModel"
+    framework = "onnx"
     config_class = CLIPConfig
     load_options: ClassVar[tuple[str, ...]] = ("device", "quantised", "optimise")
 

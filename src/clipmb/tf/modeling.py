@@ -416,8 +416,13 @@ class TFCLIPPreTrainedModel(ExportMixin, VocabularyMixin, KerasModel):
             **options: The arguments of transformers 4's `save_pretrained`.
 
         Raises:
-            ValueError: The model holds weights that its files have no place for, such as LoRA's.
+            ValueError: The model holds weights that its files have no place for, such as LoRA's, or there are signatures
+                and no SavedModel to have them.
         """
+        if signatures is not None and not saved_model:
+            raise bad_input(
+                "signatures are those of a SavedModel", "saved_model=False", "Pass saved_model=True", shown=True
+            )
         if check_saving(options):
             with uploaded(self, save_directory, options):
                 self.save_arrays(self.to_arrays(), save_directory, max_shard_size=max_shard_size, variant=variant)

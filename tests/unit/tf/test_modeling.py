@@ -694,6 +694,9 @@ def test_saved_models_have_the_signatures_that_are_given(tmp_path):
     def pooled(ids):
         return {"pooled": model(ids).pooler_output}
 
+    with pytest.raises(ValueError, match="Pass saved_model=True"):
+        model.save_pretrained(tmp_path, signatures={"mine": pooled})
+    assert not any(tmp_path.iterdir())
     model.save_pretrained(tmp_path, saved_model=True, signatures={"mine": pooled})
     loaded = tf.saved_model.load(str(tmp_path / "saved_model" / "1"))
     assert list(loaded.signatures) == ["mine"]
