@@ -416,8 +416,8 @@ class TFCLIPPreTrainedModel(ExportMixin, VocabularyMixin, KerasModel):
             **options: The arguments of transformers 4's `save_pretrained`.
 
         Raises:
-            ValueError: The model holds weights that its files have no place for, such as LoRA's, or there are signatures
-                and no SavedModel to have them.
+            ValueError: The model holds weights that its files have no place for, such as LoRA's, or there are
+                signatures and no SavedModel to have them.
         """
         if signatures is not None and not saved_model:
             raise bad_input(
