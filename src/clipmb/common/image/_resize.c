@@ -1,8 +1,9 @@
 /* Resamples 8-bit pictures with exactly Pillow's bits, but computes only the window that a crop keeps.
 
    A pass makes each output value from neighbouring input values, by weights in fixed point with 22 fractional bits,
-   and rounds to 8 bits; one pass is horizontal, the other vertical. With AVX2, a weight is split into its low 12 bits
-   and the rest, so that 16-bit multiplications give the exact 32-bit sum.
+   and rounds to 8 bits; one pass is horizontal, the other vertical. Both exist in plain C and in a wide form: for AVX2,
+   where a weight is split into its low 12 bits and the rest, so that 16-bit multiplications give the exact 32-bit sum,
+   and for NEON, which multiplies 32 bits as fast.
 
    Source: the arithmetic is that of Pillow's src/libImaging/Resample.c, the filters are named as there. */
 
@@ -16,7 +17,11 @@
 
 #if defined(__x86_64__) && defined(__GNUC__)
 #define HAVE_AVX2
+#define HAVE_WIDE
 #include <immintrin.h>
+#elif defined(__aarch64__) && defined(__GNUC__) && !defined(__ARM_BIG_ENDIAN)
+#define HAVE_WIDE
+#include <arm_neon.h>
 #endif
 
 #define BITS 22
@@ -34,11 +39,11 @@ typedef struct {
     int32_t *weights;
 } Axis;
 
-/* The same weights for AVX2: groups of four taps, each four low and four high 16-bit halves. */
+/* The same weights for the wide passes, in groups of four taps. */
 typedef struct {
     int room; /* groups for each output */
     int *start, *groups;
-    int16_t *weights;
+    int16_t *weights; /* of each group eight halves: with AVX2 four low and four high ones, with NEON four whole weights */
 } Groups;
 
 typedef struct {
@@ -47,7 +52,7 @@ typedef struct {
     int target_width, target_height, filter;
     float box[4];                        /* left, top, right, bottom of the part of the source that is resized */
     int left, top, out_width, out_height; /* the window of the target that is computed */
-    int vertical_first, wide;            /* wide: AVX2 may be used */
+    int vertical_first, wide;            /* wide: AVX2 or NEON may be used */
     const float *table;                  /* [channels][256], or NULL for 8-bit output */
     int planar;                          /* with a table: [channels][height][width], else [height][width][channels] */
     void *out;
@@ -162,7 +167,7 @@ static void vertical(
     }
 }
 
-#ifdef HAVE_AVX2
+#ifdef HAVE_WIDE
 
 static void groups_free(Groups *groups) {
     free(groups->start);
@@ -184,15 +189,23 @@ static int groups_make(Groups *groups, const Axis *axis, int offset, int width) 
         int16_t *out = groups->weights + (size_t)x * room * 8;
         for (int j = 0; j < taps; j++) {
             int32_t value = axis->weights[(size_t)x * axis->room + j];
+#ifdef HAVE_AVX2
             int place = (j + shift) / 4 * 8 + (j + shift) % 4;
             out[place] = value & 0xFFF;
             out[place + 4] = value >> 12;
+#else
+            memcpy(out + (j + shift) * 2, &value, sizeof value);
+#endif
         }
         groups->start[x] = start - shift;
         groups->groups[x] = count;
     }
     return 1;
 }
+
+#endif
+
+#ifdef HAVE_AVX2
 
 /* Adds the products of four pixels in channels of a row to the sums of low and high halves. */
 #define ADD(row, low, high)                                                                        \
@@ -276,15 +289,78 @@ __attribute__((target("avx2"))) static size_t vertical_wide(
     return at;
 }
 
+#elif defined(HAVE_WIDE)
+
+/* Four sums, shifted and clamped to 16 bits. */
+static inline int16x4_t rounded_wide(uint32x4_t sum) { return vqmovn_s32(vshrq_n_s32(vreinterpretq_s32_u32(sum), BITS)); }
+
+/* Four rows of the horizontal pass, of 3 or 4 bytes a pixel; may read 4 bytes beyond each row. Writes 4 bytes a pixel. */
+static void horizontal_wide(
+    const Groups *groups, int count, const uint8_t *const rows[4], int pixel, uint8_t *const outs[4]
+) {
+    /* for each of four pixels, which byte goes to which: its channels, widened to 32 bits; 255 gives a zero */
+    uint8x16_t spread[4];
+    for (int i = 0; i < 4; i++) {
+        uint8_t places[16];
+        memset(places, 255, sizeof places);
+        for (int channel = 0; channel < pixel; channel++) places[channel * 4] = (uint8_t)(i * pixel + channel);
+        spread[i] = vld1q_u8(places);
+    }
+    for (int x = 0; x < count; x++) {
+        const int16_t *weights = groups->weights + (size_t)x * groups->room * 8;
+        size_t place = (size_t)groups->start[x] * pixel;
+        uint32x4_t half = vdupq_n_u32(HALF), sums[4] = {half, half, half, half};
+        for (int group = 0; group < groups->groups[x]; group++, weights += 8, place += 4 * (size_t)pixel) {
+            uint32x4_t four = vreinterpretq_u32_s16(vld1q_s16(weights));
+            for (int i = 0; i < 4; i++) {
+                uint8x16_t bytes = vld1q_u8(rows[i] + place);
+                sums[i] = vmlaq_laneq_u32(sums[i], vreinterpretq_u32_u8(vqtbl1q_u8(bytes, spread[0])), four, 0);
+                sums[i] = vmlaq_laneq_u32(sums[i], vreinterpretq_u32_u8(vqtbl1q_u8(bytes, spread[1])), four, 1);
+                sums[i] = vmlaq_laneq_u32(sums[i], vreinterpretq_u32_u8(vqtbl1q_u8(bytes, spread[2])), four, 2);
+                sums[i] = vmlaq_laneq_u32(sums[i], vreinterpretq_u32_u8(vqtbl1q_u8(bytes, spread[3])), four, 3);
+            }
+        }
+        for (int i = 0; i < 4; i++) {
+            int16x4_t words = rounded_wide(sums[i]);
+            uint32_t bytes = vget_lane_u32(vreinterpret_u32_u8(vqmovun_s16(vcombine_s16(words, words))), 0);
+            memcpy(outs[i] + (size_t)x * 4, &bytes, 4);
+        }
+    }
+}
+
+/* As `vertical`, for the largest multiple of 16 bytes in `size`, which is returned. */
+static size_t vertical_wide(
+    const int32_t *weights, int taps, const uint8_t *rows, size_t stride, size_t size, uint8_t *out
+) {
+    size_t at = 0;
+    for (; at + 16 <= size; at += 16) {
+        uint32x4_t half = vdupq_n_u32(HALF), sums[4] = {half, half, half, half};
+        const uint8_t *row = rows + at;
+        for (int j = 0; j < taps; j++, row += stride) {
+            uint32_t factor = (uint32_t)weights[j];
+            uint8x16_t bytes = vld1q_u8(row);
+            uint16x8_t lower = vmovl_u8(vget_low_u8(bytes)), upper = vmovl_high_u8(bytes);
+            sums[0] = vmlaq_n_u32(sums[0], vmovl_u16(vget_low_u16(lower)), factor);
+            sums[1] = vmlaq_n_u32(sums[1], vmovl_high_u16(lower), factor);
+            sums[2] = vmlaq_n_u32(sums[2], vmovl_u16(vget_low_u16(upper)), factor);
+            sums[3] = vmlaq_n_u32(sums[3], vmovl_high_u16(upper), factor);
+        }
+        int16x8_t first = vcombine_s16(rounded_wide(sums[0]), rounded_wide(sums[1]));
+        int16x8_t second = vcombine_s16(rounded_wide(sums[2]), rounded_wide(sums[3]));
+        vst1q_u8(out + at, vcombine_u8(vqmovun_s16(first), vqmovun_s16(second)));
+    }
+    return at;
+}
+
 #endif
 
-/* One row of the vertical pass, with AVX2 as far as that goes. */
+/* One row of the vertical pass, in its wide form as far as that goes. */
 static void vertical_row(
     const Axis *axis, int y, int wide, const uint8_t *rows, size_t stride, size_t size, uint8_t *out
 ) {
     const int32_t *weights = axis->weights + (size_t)y * axis->room;
     size_t ready = 0;
-#ifdef HAVE_AVX2
+#ifdef HAVE_WIDE
     if (wide) ready = vertical_wide(weights, axis->taps[y], rows, stride, size, out);
 #else
     (void)wide;
@@ -387,7 +463,7 @@ static int resample(Job *job) {
     int opacity = job->channels % 2 == 0; /* the last channel is, and weighs the others */
     int x0, x1, y0, y1; /* the part of the source that is read */
     uint8_t *copy = NULL, *middle = NULL, *line = NULL, *last_row = NULL;
-#ifdef HAVE_AVX2
+#ifdef HAVE_WIDE
     Groups groups = {0};
 #endif
     if (!axis_make(&across, job->filter, job->width, job->box[0], job->box[2], job->target_width, job->left,
@@ -406,7 +482,7 @@ static int resample(Job *job) {
         premultiply(copy, (size_t)rows * job->width, job->channels);
         source = copy;
     }
-#ifdef HAVE_AVX2
+#ifdef HAVE_WIDE
     int wide = job->wide && pixel >= 3 && (across.room + 3) / 4 * 4 <= x1 - x0;
     int offset = job->vertical_first ? x0 : 0, available = job->vertical_first ? x1 - x0 : job->width;
     if (wide) {
@@ -435,7 +511,7 @@ static int resample(Job *job) {
                 const uint8_t *in = source + (down.start[y + i] - y0) * stride + (size_t)x0 * pixel;
                 vertical_row(&down, y + i, job->wide, in, stride, size, middle + i * (size + 16));
             }
-#ifdef HAVE_AVX2
+#ifdef HAVE_WIDE
             if (wide) horizontal_wide(&groups, across.count, inputs, pixel, outputs);
             else
 #endif
@@ -448,7 +524,7 @@ static int resample(Job *job) {
         free(results);
     } else {
         if (!(middle = array(rows, row_size))) goto done;
-#ifdef HAVE_AVX2
+#ifdef HAVE_WIDE
         if (wide) { /* a load may reach beyond its row: behind the last one there is room in a copy only */
             if (!(last_row = array(1, stride + 16))) goto done;
             memcpy(last_row, source + (rows - 1) * stride, stride);
@@ -474,7 +550,7 @@ static int resample(Job *job) {
     }
     enough = 1;
 done:
-#ifdef HAVE_AVX2
+#ifdef HAVE_WIDE
     groups_free(&groups);
 #endif
     axis_free(&across);
@@ -628,7 +704,7 @@ static PyMethodDef methods[] = {
      "Resizes the box of a picture and writes a window of the result.\n\n"
      "source is a buffer of height rows of width pixels of so many bytes, or a pair of capsules of Arrow. out is a\n"
      "writable buffer of 8-bit values, or, with a table of 256 float32 values for each channel, of float32 values.\n"
-     "With 2 or 4 channels the last one is the opacity. wide allows AVX2, where the processor has it."},
+     "With 2 or 4 channels the last one is the opacity. wide allows AVX2 or NEON, where the processor has it."},
     {NULL, NULL, 0, NULL},
 };
 

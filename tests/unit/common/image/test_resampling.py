@@ -45,8 +45,8 @@ def rule():
 
 
 def assert_pillows_bits(image, target, resample, box=None, window=None):
-    """Compares the window of a resized picture with Pillow's, from its own memory and from a copy, with and without
-    AVX2."""
+    """Compares the window of a resized picture with Pillow's, from its own memory and from a copy, with the
+    wide passes and in plain C."""
     left, top, width, height = window or (0, 0, *target)
     expected = np.asarray(image.resize(target, resample, box=box))[top : top + height, left : left + width]
     channels = MODES[image.mode]
