@@ -28,9 +28,10 @@ test-without-compiler: $(VENV)/.installed
 	CLIPMB_REQUIRE_KERNEL=0 PYTHONPATH=build/without-compiler $(BIN)/python -m pytest -q tests/unit/common/image \
 		tests/reference/test_image_processor.py
 
-# accelerate, peft, transformers 5 and others with our models, in an environment of their own.
-clients: $(CLIENTS)/.installed
-	CLIPMB_TEST_BACKENDS=pt $(CLIENTS)/bin/python -m pytest -q $(or $(ARGS),tests/clients)
+# accelerate, peft, transformers 5 and others with our models, in an environment of their own; Keras' and Flax's programs.
+clients: $(CLIENTS)/.installed $(VENV)/.installed
+	CLIPMB_TEST_BACKENDS=pt $(CLIENTS)/bin/python -m pytest -q $(or $(ARGS),tests/clients/torch)
+	$(if $(ARGS),,$(BIN)/python -m pytest -q -n 2 --dist loadfile tests/clients/keras tests/clients/flax)
 
 fuzz: $(VENV)/.installed
 	$(BIN)/python tests/fuzz/fuzz_resize.py
