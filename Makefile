@@ -3,6 +3,15 @@ PYTHON ?= python3
 VENV   ?= .venv
 V5     ?= .venv-transformers5
 CLIENTS ?= .venv-clients
+OLDEST ?= .venv-oldest
+TESTING := pytest==9.2.0 pytest-xdist==3.8.0 hypothesis==6.170.15
+# What other versions of Python and of the packages could change; what takes long and does not depend on them is left out.
+PART   := $(addprefix tests/unit/,test_pipeline.py common/test_config.py common/test_saving.py common/data common/text common/image \
+	$(addprefix common/checkpoint/test_,tf_h5.py flax_msgpack.py safetensors_dialects.py)) \
+	-k "not whatever_a_writer and not threads and not quadratic and not learned_vocabulary and not flipped_bits"
+# A Python of this version: on the PATH, or of pyenv.
+find   = $(firstword $(shell python$(1) -c 'import sys; print(sys.executable)' 2>/dev/null) \
+	$(wildcard $(HOME)/.pyenv/versions/$(1).*/bin/python))
 BIN    := $(VENV)/bin
 
 export CLIPMB_TEST_BACKENDS       ?= pt,tf,flax,onnx
@@ -11,7 +20,7 @@ export CLIPMB_REQUIRE_KERNEL      ?= 1
 export CLIPMB_TRANSFORMERS5_PYTHON ?= $(CURDIR)/$(V5)/bin/python
 export TF_CPP_MIN_LOG_LEVEL       ?= 3
 
-.PHONY: demo test test-without-compiler clients fuzz lint format bench docs clean
+.PHONY: demo test test-without-compiler clients newest oldest fuzz lint format bench docs clean
 
 demo: $(VENV)/.installed
 	$(BIN)/python -m clipmb demo --out build/demo.png
@@ -32,6 +41,24 @@ test-without-compiler: $(VENV)/.installed
 clients: $(CLIENTS)/.installed $(VENV)/.installed
 	CLIPMB_TEST_BACKENDS=pt $(CLIENTS)/bin/python -m pytest -q $(or $(ARGS),tests/clients/torch)
 	$(if $(ARGS),,$(BIN)/python -m pytest -q -n 2 --dist loadfile tests/clients/keras tests/clients/flax)
+
+# The newest versions of everything but PyTorch and TensorFlow, on each of these Pythons that is there.
+NEWEST := flax,onnx
+newest: newest-3.12 newest-3.13
+
+newest-3.12: SOME := $(addprefix tests/unit/common/,text/test_unicode.py image test_config.py)
+newest-3.13: SOME := $(PART)
+newest-%:
+	$(if $(call find,$*),$(MAKE) --no-print-directory .venv-$*/.installed,@echo "newest: no Python $* was found, so nothing ran on it")
+	$(if $(call find,$*),.venv-$*/bin/python -m clipmb doctor)
+	$(if $(call find,$*),.venv-$*/bin/python -m clipmb demo --out build/demo-$*.png)
+	$(if $(call find,$*),CLIPMB_TEST_BACKENDS=$(NEWEST) .venv-$*/bin/python -m pytest -q -n 2 --dist loadfile $(SOME))
+
+# The oldest versions that pyproject.toml takes, on Python 3.11. Their own warnings are no errors.
+oldest: $(OLDEST)/.installed
+	$(OLDEST)/bin/python -m clipmb doctor
+	$(OLDEST)/bin/python -m clipmb demo --out build/demo-oldest.png
+	CLIPMB_TEST_BACKENDS=onnx $(OLDEST)/bin/python -m pytest -q -n 2 --dist loadfile -W default $(PART)
 
 fuzz: $(VENV)/.installed
 	$(BIN)/python tests/fuzz/fuzz_resize.py
@@ -73,5 +100,17 @@ $(CLIENTS)/.installed: constraints-clients.txt setup.py src/clipmb/common/image/
 	$(CLIENTS)/bin/python -m pip install --quiet -e .
 	@touch $@
 
+.venv-3.%/.installed: constraints-newest.txt setup.py src/clipmb/common/image/_resize.c
+	$(call find,3.$*) -m venv .venv-3.$*
+	.venv-3.$*/bin/python -m pip install --quiet "pip>=25.1"
+	.venv-3.$*/bin/python -m pip install --quiet -c constraints-newest.txt -e ".[flax,onnx,convert,train,fast]" $(TESTING)
+	@touch $@
+
+$(OLDEST)/.installed: constraints-oldest.txt setup.py src/clipmb/common/image/_resize.c
+	$(PYTHON) -m venv $(OLDEST)
+	$(OLDEST)/bin/python -m pip install --quiet "pip>=25.1"
+	$(OLDEST)/bin/python -m pip install --quiet -c constraints-oldest.txt -e ".[onnx,convert,train,fast]" $(TESTING)
+	@touch $@
+
 clean:
-	rm -rf $(VENV) $(V5) $(CLIENTS) build dist src/*.egg-info src/clipmb/common/image/_resize*.so .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(V5) $(CLIENTS) $(OLDEST) .venv-3.12 .venv-3.13 build dist src/*.egg-info src/clipmb/common/image/_resize*.so .pytest_cache .ruff_cache .hypothesis

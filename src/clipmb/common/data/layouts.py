@@ -149,7 +149,7 @@ def _beside(path: Path, texts: set[str], columns: Columns, shown: str) -> dict[s
     row: dict[str, Any] = {"image": shown}
     try:
         if ".json" in texts:
-            fields = json.loads(path.with_suffix(".json").read_text("utf-8-sig"))
+            fields = json.loads(_file(path.with_suffix(".json")).read_text("utf-8-sig"))
             if not isinstance(fields, dict):
                 raise bad_input("The .json file beside an image must hold an object", fields, "Rewrite it")
             for kind in ("caption", "label"):
@@ -157,10 +157,17 @@ def _beside(path: Path, texts: set[str], columns: Columns, shown: str) -> dict[s
                     row[kind] = fields[field]
         for kind, suffix in (("caption", ".txt"), ("label", ".cls")):
             if suffix in texts and (getattr(columns, kind) is None or kind not in row):
-                row[kind] = path.with_suffix(suffix).read_text("utf-8-sig").strip()
+                row[kind] = _file(path.with_suffix(suffix)).read_text("utf-8-sig").strip()
     except (OSError, ValueError, RecursionError) as error:
         return str(error)
     return row
+
+
+def _file(path: Path) -> Path:
+    """Returns the path unless it is one of a folder, or of a pipe or device, which might never end."""
+    if not path.is_file() and path.exists():
+        raise bad_input("Expected a file", str(path), "Replace the folder, pipe or device", shown=True)
+    return path
 
 
 def open_saved(folder: Path, name: str, columns: Columns, *, prefix: bool = False) -> Table:
@@ -184,11 +191,11 @@ def open_saved(folder: Path, name: str, columns: Columns, *, prefix: bool = Fals
             'Install it: pip install "clipmb[train]"'
         ) from error
     try:
-        state = json.loads((folder / "state.json").read_bytes())
+        state = json.loads(_file(folder / "state.json").read_bytes())
         files = [os.path.basename(entry["filename"]) for entry in state["_data_files"]]
         batches, metadata = [], None
         for file in files:
-            reader = pyarrow.ipc.open_stream(pyarrow.memory_map(str(folder / file)))
+            reader = pyarrow.ipc.open_stream(pyarrow.memory_map(str(_file(folder / file))))
             metadata = reader.schema.metadata
             batches += list(reader)
         schema = batches[0].schema

@@ -48,7 +48,7 @@ class Shard:
         left_out: (id, reason) of the unusable members.
 
     Raises:
-        ValueError: The file is not an uncompressed tar file, or it is truncated or damaged.
+        ValueError: The path is not one of a file, or that is not an uncompressed tar file, truncated or damaged.
     """
 
     def __init__(self, path: Path, name: str, columns: Columns, *, prefix: bool = True) -> None:
@@ -160,6 +160,8 @@ class Shard:
         """
         keys, table, others = Strings(), array("q"), {}
         last, row = None, -1
+        if not self.path.is_file():  # opening a pipe would wait for a writer
+            raise bad_input("A shard must be a file", str(self.path), "Pass a .tar file", shown=True)
         with open(self.path, "rb") as file:
             self._size = file.seek(0, 2)
             for name, flag, offset, size in self._members(file):

@@ -37,6 +37,7 @@ OPENAI_CLIP_STD = [0.26862954, 0.26130258, 0.27577711]
 FILE = "preprocessor_config.json"
 PROCESSOR_FILE = "processor_config.json"
 _MOST_PIXELS = 65_535  # of one side, as of a JPEG
+_LARGEST = 1 << 24  # pixels of a result, 200 MB in float32: more is a mistake or an attack
 
 
 _SIZE_KEYS = (
@@ -616,7 +617,10 @@ def _size_dict(field: str, size: Any, *, square: bool) -> dict[str, int]:
             given,
             f'Pass for example {field}={{"height": 224, "width": 224}}',
         )
-    return {key: _pixels(f"{field}[{key!r}]", value) for key, value in size.items()}
+    sides = {key: _pixels(f"{field}[{key!r}]", value) for key, value in size.items()}
+    if min(sides.values()) * max(sides.values()) > _LARGEST:
+        raise bad_input(f"{field} must have at most {_LARGEST:,} pixels", given, "Choose a smaller one")
+    return sides
 
 
 def _pixels(field: str, value: Any) -> int:

@@ -237,14 +237,18 @@ def test_only_some_batches_are_decoded_ahead(tmp_path, monkeypatch):
 def test_an_interrupt_ends_the_process(tmp_path):
     folder_of(tmp_path, 30)
     script = """
-import signal, sys, threading, time
+import itertools, signal, sys, threading, time
 from clipmb import CLIPProcessor
 from clipmb.common.data.batches import Batches
 from clipmb.common.data.pairs import Pairs
 pairs = Pairs.open(sys.argv[1])
-slow = lambda image, generator: time.sleep(0.05) or image
+calls = itertools.count()
+def slow(image, generator):
+    time.sleep(0.05)
+    if next(calls) == 6:  # when both threads are there
+        signal.raise_signal(signal.SIGINT)
+    return image
 signal.signal(signal.SIGINT, signal.default_int_handler)  # which a process started in the background lacks
-threading.Timer(0.4, signal.raise_signal, [signal.SIGINT]).start()
 try:
     for batch in Batches(pairs, CLIPProcessor(), batch_size=30, context=77, workers=2, augment=slow).epoch(0):
         pass

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import os
 from pathlib import Path
 
 import numpy as np
@@ -295,6 +296,21 @@ def test_a_saved_data_set_cannot_lead_outside_its_folder(tmp_path):
     write(folder / "state.json", json.dumps(state))
     (outside / "data-00000-of-00002.arrow").unlink()
     assert len(Pairs.open(folder)) == 1
+
+
+def test_pipes_are_refused_at_once(tmp_path):
+    """Opening one would wait for a writer."""
+    for suffix in (".txt", ".json"):
+        folder = tmp_path / suffix[1:]
+        write(folder / "a.png", encoded())
+        os.mkfifo(folder / f"a{suffix}")
+        with pytest.raises(ValueError, match=f"Expected a file. Received: .*a{suffix}"):
+            Pairs.open(folder)
+    folder = saved(tmp_path / "set", pa.table({"image": [{"bytes": encoded(1), "path": None}], "text": ["a"]}))
+    (folder / "data-00000-of-00002.arrow").unlink()
+    os.mkfifo(folder / "data-00000-of-00002.arrow")
+    with pytest.raises(ValueError, match=r"Expected a file. Received: .*arrow"):
+        Pairs.open(folder)
 
 
 def test_modules_of_datasets_are_known_by_their_name():

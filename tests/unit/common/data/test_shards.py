@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+import os
 import tarfile
 import tracemalloc
 
@@ -15,6 +16,8 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from clipmb.common.data.pairs import Pairs
+from clipmb.common.data.shards import Shard
+from clipmb.common.data.tables import Columns
 
 
 @pytest.mark.parametrize("form", [tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT])
@@ -176,3 +179,13 @@ def test_the_index_of_a_shard_is_small(tmp_path):
     assert len(pairs) == count
     assert kept < 120 * count + 20_000
     assert peak < 200 * count + 100_000
+
+
+def test_a_pipe_is_refused_at_once(tmp_path):
+    """Opening it would wait for a writer."""
+    os.mkfifo(tmp_path / "a.tar")
+    with pytest.raises(ValueError, match="A shard must be a file"):
+        Shard(tmp_path / "a.tar", "a", Columns())
+    for where in (tmp_path, tmp_path / "a.tar", tmp_path / "*.tar"):
+        with pytest.raises((ValueError, FileNotFoundError), match=r"Expected a \.csv|must hold a table"):
+            Pairs.open(where)

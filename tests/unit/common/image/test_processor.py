@@ -359,7 +359,8 @@ def test_channels_and_means_have_to_agree():
     [
         ("size", 0), ("size", -3), ("size", 2.5), ("size", True), ("size", "224"), ("size", (1, 2, 3)), ("size", {}),
         ("size", {"height": 3}), ("size", {"longest_edge": 3}), ("size", {"max_height": 3, "max_width": 3}),
-        ("size", {"shortest_edge": None}), ("crop_size", {"shortest_edge": 3}), ("crop_size", 0), ("resample", 9),
+        ("size", {"shortest_edge": None}), ("crop_size", {"shortest_edge": 3}), ("crop_size", 0), ("crop_size", 12_000),
+        ("size", (4_096, 4_097)), ("resample", 9),
         ("resample", "bicubic"), ("rescale_factor", "x"), ("image_mean", "abc"), ("image_std", 0),
         ("image_std", [1, 0, 1]), ("image_mean", [None] * 3), ("return_tensors", "foo"), ("data_format", "HWC"),
         ("input_data_format", "none"),
@@ -495,6 +496,7 @@ def test_no_framework_is_imported():
         ({"size": float("nan")}, "size must be"),
         ({"size": {"shortest_edge": 10**9}}, "whole number from 1 to 65535"),
         ({"crop_size": {"height": "8", "width": 8}}, "crop_size['height'] must be"),
+        ({"crop_size": {"height": 12_000, "width": 12_000}}, "crop_size must have at most 16,777,216 pixels"),
         ({"do_resize": "no"}, "do_resize must be True or False"),
         ({"resample": 9}, "resample must be"),
         ({"rescale_factor": float("inf")}, "rescale_factor must be a finite number"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import subprocess
 import sys
@@ -270,6 +271,28 @@ def test_pass_orders_differ_for_tall_pictures():
     ]
     tall_first = int(Image.__version__.split(".")[0]) >= 13
     assert np.array_equal(rows[0], rows[1]) != tall_first
+
+
+# Of TALL and of a picture that is still taller, by the order of the passes.
+GOLDEN = dict(zip(resampling._RULES, ("a80a3d4c3d90aebd", "fc738a7df62764f0", "2868cf51fc21c048"), strict=True))
+
+
+def digest(resize) -> str:
+    """Identifies the pixels of both pictures, resized."""
+    pictures = [resize(picture("RGB", TALL), (20, 30)), resize(picture("RGB", (2, 300)), (20, 30))]
+    return hashlib.sha256(b"".join(np.asarray(each).tobytes() for each in pictures)).hexdigest()[:16]
+
+
+def test_tall_pictures_have_the_same_bits_everywhere():
+    """Of Pillow in the order of its version, of a fixed order, and of the kernel in every order."""
+    version = tuple(int(part) for part in Image.__version__.split(".")[:2])
+    installed, fixed = list(resampling._RULES)[(version >= (12, 2)) + (version >= (13, 0))], "horizontal first"
+    assert digest(lambda image, size: image.resize(size, Image.Resampling.BICUBIC)) == GOLDEN[installed]
+    assert digest(lambda image, size: resampling.resize_pillow(image, size, 3, "horizontal")) == GOLDEN[fixed]
+    if COMPILED:
+        for name, first in resampling._RULES.items():
+            found = digest(lambda image, size, first=first: Window(image, size, 3, first).pixels().transpose(1, 2, 0))
+            assert found == GOLDEN[name], name
 
 
 def test_without_the_kernel_pillow_resizes(monkeypatch, fresh):
