@@ -22,7 +22,7 @@ from pathlib import Path
 FILES = ("layers.py", "modules.py", "modeling.py", "losses.py")
 SAME = (  # what is written differently because the frameworks are called differently: nothing else is normalised
     (r"\b(TF|Flax)CLIP", "CLIP"),  # the prefix of a backend's classes
-    (r"\bCLIP(|Text|Vision)Module\b", r"CLIP\1Model"),  # linen's class of a head
+    (r"\bCLIP(|Text|Vision|TextPreTrained|VisionPreTrained)Module\b", r"CLIP\1Model"),  # linen's class of a head
     (r"\b(CLIP\w+)Module\b", r"\1"),
     (r"\bclipmb\.(tf|flax)\b", "clipmb.pt"),
     (r"\b(Array|keras\.Variable)\b", "Tensor"),

@@ -24,10 +24,14 @@ from clipmb import (
     Conversion,
     Evaluation,
     FlaxCLIPModel,
+    FlaxCLIPTextModel,
+    FlaxCLIPTextModelWithProjection,
     NoSuchName,  # noqa: F401  # pyright: ignore[reportAttributeAccessIssue]
     Pairs,
     Recipe,
     TFCLIPModel,
+    TFCLIPVisionModel,
+    TFCLIPVisionModelWithProjection,
     TrainingResult,
     convert,
     evaluate,
@@ -81,9 +85,13 @@ model.forward().logits_per_imag  # noqa: B018  # pyright: ignore[reportAttribute
 assert_type(CLIPVisionModelWithProjection.from_pretrained("folder").forward().image_embeds, torch.Tensor | Any)
 assert_type(FlaxCLIPModel.from_pretrained("folder")().text_embeds, jax.Array | Any)
 assert_type(FlaxCLIPModel.from_pretrained("folder").config, CLIPConfig)
+assert_type(FlaxCLIPTextModelWithProjection.from_pretrained("folder")().text_embeds, jax.Array | Any)
+FlaxCLIPTextModel.from_pretrained("folder")().text_embeds  # noqa: B018  # pyright: ignore[reportAttributeAccessIssue]
 tf_model = TFCLIPModel.from_pretrained("folder")  # TensorFlow ships no types: its tensors are unknown
 assert_type(tf_model, TFCLIPModel)
 assert_type(tf_model.config, CLIPConfig)
+TFCLIPVisionModelWithProjection.from_pretrained("folder")().image_embeds  # noqa: B018
+TFCLIPVisionModel.from_pretrained("folder")().image_embeds  # noqa: B018  # pyright: ignore[reportAttributeAccessIssue]
 tf_model().logits_per_imag  # noqa: B018  # pyright: ignore[reportAttributeAccessIssue]
 tf_model(return_dict="yes")  # pyright: ignore[reportArgumentType]
 

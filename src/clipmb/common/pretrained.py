@@ -54,11 +54,22 @@ class PretrainedMixin(Uploadable):
     A framework's base class implements `from_arrays` and `to_arrays`; everything else about files is here.
     """
 
+    head: ClassVar[str] = ""
     config_class: ClassVar[type[BaseConfig]]
-    head: ClassVar[str]
+    base_model_prefix = "clip"
+    main_input_name = "input_ids"
+    supports_gradient_checkpointing = True
     load_options: ClassVar[tuple[str, ...]] = ()  # what `from_arrays` takes beyond the mixin's own options
     framework: ClassVar[str]  # "pt", "tf", "flax" or "onnx"
     config: Any
+
+    @classmethod
+    def _from_config(cls, config: BaseConfig, **options: Any) -> Self:  # the name that transformers' Auto classes call
+        return cls(config, **options)  # pyright: ignore[reportCallIssue] - the constructors are those of the frameworks
+
+    def set_attn_implementation(self, attn_implementation: str | dict[str, str]) -> None:
+        """Chooses "eager" or "sdpa" attention, for the whole or by tower."""
+        self.config.attn_implementation = attn_implementation
 
     @classmethod
     def can_generate(cls) -> bool:

@@ -1,10 +1,10 @@
-"""The size of a resized table of embeddings, and its new rows."""
+"""The size of a resized table of embeddings, its new rows, and the error of models without one."""
 
 from __future__ import annotations
 
 import numpy as np
 
-from clipmb.common.errors import whole_number
+from clipmb.common.errors import bad_input, whole_number
 
 
 def resized(current: int, new_num_tokens: int | None, pad_to_multiple_of: int | None) -> int:
@@ -40,3 +40,8 @@ def rows_around_mean(table: np.ndarray, count: int, seed: int) -> np.ndarray:
     covariance = np.cov(table, rowvar=False, bias=True).reshape(table.shape[1], table.shape[1])
     draw = np.random.default_rng(seed).multivariate_normal
     return draw(table.mean(axis=0), 1e-9 * covariance, count, check_valid="ignore", method="eigh")
+
+
+def no_text_tower(model: str) -> Exception:
+    """Returns the error of a model, given by the name of its class, that has no token embeddings."""
+    return bad_input("Only models with a text tower have token embeddings", model, "Use a model with a text tower")

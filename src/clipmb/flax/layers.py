@@ -78,6 +78,25 @@ def initial(config: BaseConfig, name: str) -> Callable[..., Array]:
     return draw
 
 
+class Module(nn.Module):
+    """A part of a model, which computes in its ``dtype``."""
+
+    config: Any
+    dtype: Any = jnp.float32
+
+
+def linear(owner: Module, name: str, units: int, bias: bool = True) -> nn.Dense:
+    """Returns the linear layer that becomes an attribute of its owner, (…, inputs) to (…, units)."""
+    kernel_init = initial(owner.config, f"{name}.weight")
+    return nn.Dense(units, use_bias=bias, dtype=owner.dtype, kernel_init=kernel_init)
+
+
+def embedding(owner: Module, name: str, rows: int) -> nn.Embed:
+    """Returns the table of (rows, width) that becomes an attribute of its owner."""
+    embedding_init = initial(owner.config, f"{name}.weight")
+    return nn.Embed(rows, owner.config.hidden_size, owner.dtype, embedding_init=embedding_init)
+
+
 class LayerNorm(nn.Module):
     """Layer normalisation with PyTorch's arithmetic: two passes over the row, statistics in at least float32."""
 

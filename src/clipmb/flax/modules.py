@@ -23,7 +23,6 @@ For NNX, ``nnx.bridge.ToNNX(FlaxCLIPTextModule(config), rngs=nnx.Rngs(0)).lazy_i
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -48,11 +47,14 @@ from clipmb.common.outputs import (
 from clipmb.flax.layers import (
     ACTIVATIONS,
     LayerNorm,
+    Module,
     attention_context,
     attention_scores,
+    embedding,
     fused_attention,
     initial,
     interpolate_positions,
+    linear,
     look_up,
     patch_product,
     statistics_dtype,
@@ -64,11 +66,10 @@ for _type in ModelOutput.types:
     register_output(_type)
 
 
-class FlaxCLIPAttention(nn.Module):
+class FlaxCLIPAttention(Module):
     """Multi-head self-attention."""
 
     config: CLIPTextConfig | CLIPVisionConfig
-    dtype: Any = jnp.float32
 
     def setup(self) -> None:
         config, width = self.config, self.config.hidden_size
@@ -76,10 +77,10 @@ class FlaxCLIPAttention(nn.Module):
         self.head_dim = config.head_dim
         self.scale = config.head_dim**-0.5
         self.dropout = nn.Dropout(config.attention_dropout)
-        self.k_proj = nn.Dense(width, dtype=self.dtype, kernel_init=initial(config, "k_proj.weight"))
-        self.v_proj = nn.Dense(width, dtype=self.dtype, kernel_init=initial(config, "v_proj.weight"))
-        self.q_proj = nn.Dense(width, dtype=self.dtype, kernel_init=initial(config, "q_proj.weight"))
-        self.out_proj = nn.Dense(width, dtype=self.dtype, kernel_init=initial(config, "out_proj.weight"))
+        self.k_proj = linear(self, "k_proj", width)
+        self.v_proj = linear(self, "v_proj", width)
+        self.q_proj = linear(self, "q_proj", width)
+        self.out_proj = linear(self, "out_proj", width)
 
     def __call__(
         self, hidden_states: Array, bias: Array | None, fused: bool, deterministic: bool
@@ -105,28 +106,26 @@ class FlaxCLIPAttention(nn.Module):
         return self.out_proj(context), weights
 
 
-class FlaxCLIPMLP(nn.Module):
+class FlaxCLIPMLP(Module):
     """The two-layer perceptron of a block."""
 
     config: CLIPTextConfig | CLIPVisionConfig
-    dtype: Any = jnp.float32
 
     def setup(self) -> None:
         config = self.config
         self.activation = ACTIVATIONS[config.hidden_act]
-        self.fc1 = nn.Dense(config.intermediate_size, dtype=self.dtype, kernel_init=initial(config, "fc1.weight"))
-        self.fc2 = nn.Dense(config.hidden_size, dtype=self.dtype, kernel_init=initial(config, "fc2.weight"))
+        self.fc1 = linear(self, "fc1", config.intermediate_size)
+        self.fc2 = linear(self, "fc2", config.hidden_size)
 
     def __call__(self, hidden_states: Array) -> Array:
         """(batch, seq, width) to the same."""
         return self.fc2(self.activation(self.fc1(hidden_states)))
 
 
-class FlaxCLIPEncoderLayer(nn.Module):
+class FlaxCLIPEncoderLayer(Module):
     """One block: attention and perceptron, each behind a layer norm and beside a residual."""
 
     config: CLIPTextConfig | CLIPVisionConfig
-    dtype: Any = jnp.float32
 
     def setup(self) -> None:
         self.self_attn = FlaxCLIPAttention(self.config, self.dtype)
@@ -144,7 +143,7 @@ class FlaxCLIPEncoderLayer(nn.Module):
         return hidden_states, weights
 
 
-class FlaxCLIPLayerCollection(nn.Module):
+class FlaxCLIPLayerCollection(Module):
     """The blocks under the names "0", "1", …, as the checkpoints have them.
 
     Attributes:
@@ -152,7 +151,6 @@ class FlaxCLIPLayerCollection(nn.Module):
     """
 
     config: CLIPTextConfig | CLIPVisionConfig
-    dtype: Any = jnp.float32
     gradient_checkpointing: int = False
 
     def setup(self) -> None:
@@ -175,11 +173,10 @@ class FlaxCLIPLayerCollection(nn.Module):
         return states, attentions
 
 
-class FlaxCLIPEncoder(nn.Module):
+class FlaxCLIPEncoder(Module):
     """The blocks of a tower."""
 
     config: CLIPTextConfig | CLIPVisionConfig
-    dtype: Any = jnp.float32
     gradient_checkpointing: int = False
 
     def setup(self) -> None:
@@ -225,17 +222,14 @@ def attention_bias(attention_mask: Array | None, hidden_states: Array) -> Array:
     return bias
 
 
-class FlaxCLIPTextEmbeddings(nn.Module):
+class FlaxCLIPTextEmbeddings(Module):
     """Token plus position embeddings."""
 
     config: CLIPTextConfig
-    dtype: Any = jnp.float32
 
     def setup(self) -> None:
-        config, width = self.config, self.config.hidden_size
-        token, position = initial(config, "token_embedding.weight"), initial(config, "position_embedding.weight")
-        self.token_embedding = nn.Embed(config.vocab_size, width, self.dtype, embedding_init=token)
-        self.position_embedding = nn.Embed(config.max_position_embeddings, width, self.dtype, embedding_init=position)
+        self.token_embedding = embedding(self, "token_embedding", self.config.vocab_size)
+        self.position_embedding = embedding(self, "position_embedding", self.config.max_position_embeddings)
 
     def __call__(self, input_ids: Array, position_ids: Array | None = None) -> Array:
         """(batch, seq) to (batch, seq, width)."""
@@ -245,11 +239,10 @@ class FlaxCLIPTextEmbeddings(nn.Module):
         return tokens + look_up(self.position_embedding, position_ids, "position_ids")
 
 
-class FlaxCLIPVisionEmbeddings(nn.Module):
+class FlaxCLIPVisionEmbeddings(Module):
     """Class token and patch embeddings plus position embeddings."""
 
     config: CLIPVisionConfig
-    dtype: Any = jnp.float32
 
     def setup(self) -> None:
         config = self.config
@@ -265,8 +258,7 @@ class FlaxCLIPVisionEmbeddings(nn.Module):
             kernel_init=initial(config, "patch_embedding.weight"),
             conv_general_dilated=patch_product,
         )
-        position = initial(config, "position_embedding.weight")
-        self.position_embedding = nn.Embed(config.num_patches + 1, width, self.dtype, embedding_init=position)
+        self.position_embedding = embedding(self, "position_embedding", config.num_patches + 1)
 
     def __call__(self, pixel_values: Array, interpolate_pos_encoding: bool = False) -> Array:
         """(batch, height, width, channels) to (batch, patches + 1, width)."""
@@ -280,11 +272,10 @@ class FlaxCLIPVisionEmbeddings(nn.Module):
         return jnp.concatenate([class_token, patches], axis=1) + positions
 
 
-class FlaxCLIPTextTransformer(nn.Module):
+class FlaxCLIPTextTransformer(Module):
     """The text tower."""
 
     config: CLIPTextConfig
-    dtype: Any = jnp.float32
     gradient_checkpointing: int = False
 
     def setup(self) -> None:
@@ -323,11 +314,10 @@ def pool(last_hidden_state: Array, input_ids: Array, eos_token_id: int) -> Array
     return last_hidden_state[jnp.arange(positions.shape[0]), positions]
 
 
-class FlaxCLIPVisionTransformer(nn.Module):
+class FlaxCLIPVisionTransformer(Module):
     """The vision tower."""
 
     config: CLIPVisionConfig
-    dtype: Any = jnp.float32
     gradient_checkpointing: int = False
 
     def setup(self) -> None:
@@ -383,19 +373,18 @@ def check_channels_last(pixels: Array | None, config: CLIPVisionConfig, interpol
     return pixels
 
 
-class FlaxCLIPModule(nn.Module):
+class FlaxCLIPModule(Module):
     """Both towers, their projections, and the similarity of every text with every image."""
 
     config: CLIPConfig
-    dtype: Any = jnp.float32
     gradient_checkpointing: int = False
 
     def setup(self) -> None:
-        config, proj = self.config, self.config.projection_dim
+        config = self.config
         self.text_model = FlaxCLIPTextTransformer(config.text_config, self.dtype, self.gradient_checkpointing)
         self.vision_model = FlaxCLIPVisionTransformer(config.vision_config, self.dtype, self.gradient_checkpointing)
-        self.visual_projection = _projection(proj, self.dtype, initial(config, "visual_projection.weight"))
-        self.text_projection = _projection(proj, self.dtype, initial(config, "text_projection.weight"))
+        self.visual_projection = linear(self, "visual_projection", config.projection_dim, bias=False)
+        self.text_projection = linear(self, "text_projection", config.projection_dim, bias=False)
         self.logit_scale = self.param("logit_scale", initial(config, "logit_scale"), ())
 
     def get_text_features(
@@ -439,7 +428,7 @@ class FlaxCLIPModule(nn.Module):
         return_dict: bool | None = None,
         return_loss: bool | None = None,
         interpolate_pos_encoding: bool = False,
-    ) -> CLIPOutput[Array] | tuple[Any, ...]:
+    ) -> CLIPOutput[Array] | Any:
         """Compares every text with every image; arguments as in `FlaxCLIPModel.__call__`, but channels last."""
         text_output = self.text_model(
             input_ids, attention_mask, position_ids, deterministic, output_attentions, output_hidden_states
@@ -462,20 +451,19 @@ class FlaxCLIPModule(nn.Module):
         return returned(output, return_dict, self.config.return_dict)
 
 
-def _projection(width: int, dtype: Any, kernel_init: Callable[..., Array]) -> nn.Dense:
-    return nn.Dense(width, use_bias=False, dtype=dtype, kernel_init=kernel_init)
-
-
-class FlaxCLIPTextModule(nn.Module):
-    """The text tower alone."""
+class FlaxCLIPTextPreTrainedModule(Module):
+    """What the two text heads share."""
 
     config: CLIPTextConfig
-    dtype: Any = jnp.float32
     gradient_checkpointing: int = False
 
     def setup(self) -> None:
         self.text_model = FlaxCLIPTextTransformer(self.config, self.dtype, self.gradient_checkpointing)
 
+    def output_of(self, output: BaseModelOutputWithPooling[Array]) -> Any:
+        """Makes the output of the head from that of the tower."""
+        return output
+
     def __call__(
         self,
         input_ids: Array | None = None,
@@ -485,59 +473,48 @@ class FlaxCLIPTextModule(nn.Module):
         output_attentions: bool | None = None,
         output_hidden_states: bool | None = None,
         return_dict: bool | None = None,
-    ) -> BaseModelOutputWithPooling[Array] | tuple[Any, ...]:
+    ) -> ModelOutput | Any:
         """Encodes texts; arguments as in `FlaxCLIPModel.__call__`."""
         output = self.text_model(
             input_ids, attention_mask, position_ids, deterministic, output_attentions, output_hidden_states
         )
-        return returned(output, return_dict, self.config.return_dict)
+        return returned(self.output_of(output), return_dict, self.config.return_dict)
 
 
-class FlaxCLIPTextModelWithProjectionModule(nn.Module):
+class FlaxCLIPTextModule(FlaxCLIPTextPreTrainedModule):
+    """The text tower alone."""
+
+
+class FlaxCLIPTextModelWithProjectionModule(FlaxCLIPTextPreTrainedModule):
     """The text tower with its projection."""
 
-    config: CLIPTextConfig
-    dtype: Any = jnp.float32
-    gradient_checkpointing: int = False
-
     def setup(self) -> None:
-        config = self.config
-        self.text_model = FlaxCLIPTextTransformer(config, self.dtype, self.gradient_checkpointing)
-        self.text_projection = _projection(config.projection_dim, self.dtype, initial(config, "text_projection.weight"))
+        super().setup()
+        self.text_projection = linear(self, "text_projection", self.config.projection_dim, bias=False)
 
-    def __call__(
-        self,
-        input_ids: Array | None = None,
-        attention_mask: Array | None = None,
-        position_ids: Array | None = None,
-        deterministic: bool = True,
-        output_attentions: bool | None = None,
-        output_hidden_states: bool | None = None,
-        return_dict: bool | None = None,
-    ) -> CLIPTextModelOutput[Array] | tuple[Any, ...]:
-        """Encodes and projects texts; arguments as in `FlaxCLIPModel.__call__`."""
-        output = self.text_model(
-            input_ids, attention_mask, position_ids, deterministic, output_attentions, output_hidden_states
-        )
-        projected = CLIPTextModelOutput(
+    def output_of(self, output: BaseModelOutputWithPooling[Array]) -> CLIPTextModelOutput[Array]:
+        """Projects the pooled state; see `FlaxCLIPTextPreTrainedModule.output_of`."""
+        return CLIPTextModelOutput(
             text_embeds=self.text_projection(output.pooler_output),
             last_hidden_state=output.last_hidden_state,
             hidden_states=output.hidden_states,
             attentions=output.attentions,
         )
-        return returned(projected, return_dict, self.config.return_dict)
 
 
-class FlaxCLIPVisionModule(nn.Module):
-    """The vision tower alone."""
+class FlaxCLIPVisionPreTrainedModule(Module):
+    """What the two vision heads share."""
 
     config: CLIPVisionConfig
-    dtype: Any = jnp.float32
     gradient_checkpointing: int = False
 
     def setup(self) -> None:
         self.vision_model = FlaxCLIPVisionTransformer(self.config, self.dtype, self.gradient_checkpointing)
 
+    def output_of(self, output: BaseModelOutputWithPooling[Array]) -> Any:
+        """Makes the output of the head from that of the tower."""
+        return output
+
     def __call__(
         self,
         pixel_values: Array | None = None,
@@ -546,55 +523,39 @@ class FlaxCLIPVisionModule(nn.Module):
         output_hidden_states: bool | None = None,
         return_dict: bool | None = None,
         interpolate_pos_encoding: bool = False,
-    ) -> BaseModelOutputWithPooling[Array] | tuple[Any, ...]:
+    ) -> ModelOutput | Any:
         """Encodes images; arguments as in `FlaxCLIPModel.__call__`, but channels last."""
         output = self.vision_model(
             pixel_values, deterministic, output_attentions, output_hidden_states, interpolate_pos_encoding
         )
-        return returned(output, return_dict, self.config.return_dict)
+        return returned(self.output_of(output), return_dict, self.config.return_dict)
 
 
-class FlaxCLIPVisionModelWithProjectionModule(nn.Module):
+class FlaxCLIPVisionModule(FlaxCLIPVisionPreTrainedModule):
+    """The vision tower alone."""
+
+
+class FlaxCLIPVisionModelWithProjectionModule(FlaxCLIPVisionPreTrainedModule):
     """The vision tower with its projection."""
 
-    config: CLIPVisionConfig
-    dtype: Any = jnp.float32
-    gradient_checkpointing: int = False
-
     def setup(self) -> None:
-        config = self.config
-        self.vision_model = FlaxCLIPVisionTransformer(config, self.dtype, self.gradient_checkpointing)
-        self.visual_projection = _projection(
-            config.projection_dim, self.dtype, initial(config, "visual_projection.weight")
-        )
+        super().setup()
+        self.visual_projection = linear(self, "visual_projection", self.config.projection_dim, bias=False)
 
-    def __call__(
-        self,
-        pixel_values: Array | None = None,
-        deterministic: bool = True,
-        output_attentions: bool | None = None,
-        output_hidden_states: bool | None = None,
-        return_dict: bool | None = None,
-        interpolate_pos_encoding: bool = False,
-    ) -> CLIPVisionModelOutput[Array] | tuple[Any, ...]:
-        """Encodes and projects images; arguments as in `FlaxCLIPModel.__call__`, but channels last."""
-        output = self.vision_model(
-            pixel_values, deterministic, output_attentions, output_hidden_states, interpolate_pos_encoding
-        )
-        projected = CLIPVisionModelOutput(
+    def output_of(self, output: BaseModelOutputWithPooling[Array]) -> CLIPVisionModelOutput[Array]:
+        """Projects the pooled state; see `FlaxCLIPVisionPreTrainedModule.output_of`."""
+        return CLIPVisionModelOutput(
             image_embeds=self.visual_projection(output.pooler_output),
             last_hidden_state=output.last_hidden_state,
             hidden_states=output.hidden_states,
             attentions=output.attentions,
         )
-        return returned(projected, return_dict, self.config.return_dict)
 
 
-class FlaxCLIPForImageClassificationModule(nn.Module):
+class FlaxCLIPForImageClassificationModule(Module):
     """The vision tower with a linear classifier over the mean of the patch states."""
 
     config: CLIPConfig
-    dtype: Any = jnp.float32
     gradient_checkpointing: int = False
 
     def __post_init__(self) -> None:
@@ -605,8 +566,7 @@ class FlaxCLIPForImageClassificationModule(nn.Module):
     def setup(self) -> None:
         config = self.config
         self.vision_model = FlaxCLIPVisionTransformer(config.vision_config, self.dtype, self.gradient_checkpointing)
-        kernel_init = initial(config, "classifier.weight")
-        self.classifier = nn.Dense(config.num_labels, dtype=self.dtype, kernel_init=kernel_init)
+        self.classifier = linear(self, "classifier", config.num_labels)
 
     def __call__(
         self,
@@ -617,7 +577,7 @@ class FlaxCLIPForImageClassificationModule(nn.Module):
         output_hidden_states: bool | None = None,
         return_dict: bool | None = None,
         interpolate_pos_encoding: bool = False,
-    ) -> ImageClassifierOutput[Array] | tuple[Any, ...]:
+    ) -> ImageClassifierOutput[Array] | Any:
         """Classifies images; arguments as in `FlaxCLIPForImageClassification.__call__`, but channels last."""
         output = self.vision_model(
             pixel_values, deterministic, output_attentions, output_hidden_states, interpolate_pos_encoding

@@ -6,21 +6,16 @@ of the checkpoints. Source of every behaviour not explained here: the PyTorch mo
 
 from __future__ import annotations
 
-import os
-from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any, ClassVar, Self, Unpack
+from typing import TYPE_CHECKING, Any, ClassVar, Generic
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from clipmb.common import checks
-from clipmb.common.checkpoint.tensors import Deferred
-from clipmb.common.config import BaseConfig, CLIPConfig, CLIPTextConfig, CLIPVisionConfig
+from clipmb.common.config import CLIPConfig, CLIPTextConfig, CLIPVisionConfig
 from clipmb.common.errors import bad_input, warn_once, whole_number
-from clipmb.common.former import SavingOptions, check_saving
 from clipmb.common.outputs import (
     BaseModelOutput,
     BaseModelOutputWithPooling,
@@ -29,18 +24,16 @@ from clipmb.common.outputs import (
     CLIPVisionModelOutput,
     ImageClassifierOutput,
     ModelOutput,
+    Output,
     default,
     returned,
 )
-from clipmb.common.parameters import Spec, specs
-from clipmb.common.pretrained import PretrainedMixin, called_like, dummy_arrays
-from clipmb.common.uploading import uploaded
-from clipmb.common.vocabulary import resized, rows_around_mean
-from clipmb.pt.adapters import AdapterMixin
-from clipmb.pt.layers import ACTIVATIONS, Uninitialised, interpolate_positions, look_up, statistics_dtype
+from clipmb.common.pretrained import called_like
+from clipmb.pt.layers import ACTIVATIONS, interpolate_positions, look_up, statistics_dtype
 from clipmb.pt.losses import classification_loss, contrastive_loss, normalize
-from clipmb.pt.placement import place
-from clipmb.pt.tensors import from_numpy, lazy_numpy, register_output, to_numpy
+from clipmb.pt.tensors import register_output
+from clipmb.pt.torch_model import TorchModel
+from clipmb.pt.vocabulary import VocabularyMixin
 
 for _type in ModelOutput.types:
     register_output(_type)
@@ -202,9 +195,9 @@ class CLIPTextEmbeddings(nn.Module):
 
     def forward(self, input_ids: Tensor, position_ids: Tensor | None = None) -> Tensor:
         """(batch, seq) to (batch, seq, width)."""
+        tokens = look_up(self.token_embedding, input_ids, "input_ids")  # (batch, seq, width)
         if position_ids is None:
             position_ids = torch.arange(input_ids.shape[1], device=input_ids.device)[None]  # (1, seq)
-        tokens = look_up(self.token_embedding, input_ids, "input_ids")  # (batch, seq, width)
         return tokens + look_up(self.position_embedding, position_ids, "position_ids")
 
 
@@ -306,7 +299,7 @@ class CLIPVisionTransformer(nn.Module):
         )
 
 
-class CLIPPreTrainedModel(PretrainedMixin, AdapterMixin, nn.Module):
+class CLIPPreTrainedModel(VocabularyMixin, TorchModel):
     """What the six heads share: construction, files, embeddings, checkpointing.
 
     Args:
@@ -316,257 +309,16 @@ class CLIPPreTrainedModel(PretrainedMixin, AdapterMixin, nn.Module):
         TypeError: It is not of the class that the head needs.
     """
 
-    head = ""
-    framework = "pt"
     config_class = CLIPConfig
-    base_model_prefix = "clip"
-    main_input_name = "input_ids"
-    supports_gradient_checkpointing = True
-    load_options: ClassVar[tuple[str, ...]] = (
-        "device", "device_map", "max_memory", "offload_folder", "offload_buffers"
-    )  # fmt: skip
     _no_split_modules: ClassVar[list[str]] = ["CLIPEncoderLayer", "CLIPTextEmbeddings", "CLIPVisionEmbeddings"]
     text_model: CLIPTextTransformer  # of heads that have it
     vision_model: CLIPVisionTransformer  # of heads that have it
 
-    def __init__(self, config: BaseConfig) -> None:
-        super().__init__()
-        config = checks.config_of(type(self).__name__, self.config_class, config)
-        self.config: Any = config
-        self._require_grads_hooks: list[Any] = []
-
-    @classmethod
-    def _from_config(cls, config: BaseConfig) -> Self:  # the name that transformers' Auto classes call
-        return cls(config)
-
-    @classmethod
-    def from_arrays(
-        cls,
-        config: Any,
-        arrays: dict[str, np.ndarray],
-        initialised: list[Spec],
-        dtype: str | None,
-        device: Any = None,
-        device_map: Any = None,
-        **offloading: Any,
-    ) -> Self:
-        """Builds the model around canonical arrays, and draws the parameters that have none.
-
-        Args:
-            config: As in `PretrainedMixin.from_arrays`.
-            arrays: As in `PretrainedMixin.from_arrays`.
-            initialised: As in `PretrainedMixin.from_arrays`.
-            dtype: As in `PretrainedMixin.from_arrays`.
-            device: The device of the parameters; the CPU when None.
-            device_map: As in `clipmb.pt.placement.place`, as an alternative to ``device``.
-            **offloading: ``max_memory``, ``offload_folder`` and ``offload_buffers``, likewise.
-        """
-        with torch.device("meta"), Uninitialised():
-            model = cls(config)
-        kind = getattr(torch, dtype or "float32")
-        for name, array in arrays.items():
-            model.set_parameter(name, from_numpy(array).to(kind))
-        for spec in initialised:
-            model.set_parameter(spec.name, torch.empty(spec.shape, dtype=kind))
-        model.init_weights(initialised)
-        place(model, device, device_map, no_split=cls._no_split_modules, **offloading)
-        return model.eval()
-
-    @classmethod
-    def canonical_array(cls, value: Any) -> np.ndarray:
-        """Returns one value of a ``state_dict`` as numpy."""
-        return np.array(to_numpy(value) if isinstance(value, Tensor) else value)  # a copy, which training may change
-
-    def to_arrays(self) -> Deferred:
-        """Returns every parameter by its canonical name, in canonical layout, each made when it is asked for."""
-        return Deferred(
-            {spec.name: lazy_numpy(self.get_parameter(spec.name)) for spec in specs(self.config, self.head)}
-        )
-
-    def save_pretrained(  # pyright: ignore[reportIncompatibleMethodOverride] - it takes one argument more
-        self,
-        save_directory: str | os.PathLike[str],
-        *,
-        state_dict: Mapping[str, Tensor] | None = None,
-        max_shard_size: int | str = "5GB",
-        variant: str | None = None,
-        **options: Unpack[SavingOptions],
-    ) -> None:
-        """Writes ``config.json`` and ``model.safetensors`` with everything that the model holds, or its adapter.
-
-        What was added to the model or swapped in it is saved under its own names. A model with an adapter of
-        `add_adapter` or `load_adapter` saves that alone, as transformers does, for `load_adapter` and peft to read.
-
-        Args:
-            save_directory: The folder; made when it is missing.
-            state_dict: Name to tensor, instead of the model's own: what ``accelerator.get_state_dict(model)`` returns.
-            max_shard_size: Files larger than this are split and given an index.
-            variant: Write ``model.<variant>.safetensors``.
-            **options: The arguments of transformers 4's `save_pretrained`.
-
-        Raises:
-            ValueError: Weights are offloaded or are no plain tensors, ``safe_serialization=False`` was asked for, or
-                the folder is a file.
-            TypeError: An option is unknown.
-        """
-        if not check_saving(options):
-            return
-        if self._hf_peft_config_loaded:
-            peft_names = options.get("save_peft_format", True)
-            with uploaded(self, save_directory, options):
-                self.save_adapter(save_directory, state_dict=state_dict, save_peft_format=peft_names)
-            return
-        state = self.state_dict() if state_dict is None else state_dict
-        plain = (Tensor, nn.Parameter)
-        away = [name for name, value in state.items() if type(value) not in plain or value.is_meta]
-        if away:
-            raise bad_input(
-                "Weights that are saved must be plain tensors in memory",
-                f"{len(away)} offloaded, quantised or distributed: {', '.join(away[:5])}",
-                "Pass state_dict=accelerator.get_state_dict(model), or save before offloading and quantising",
-                shown=True,
-            )
-        arrays = Deferred({name: lazy_numpy(value) for name, value in state.items()})
-        with uploaded(self, save_directory, options):
-            self.save_arrays(arrays, save_directory, max_shard_size=max_shard_size, variant=variant)
-
-    def set_parameter(self, name: str, tensor: Tensor) -> None:
-        """Makes a tensor the parameter of a canonical name."""
-        owner, _, leaf = name.rpartition(".")
-        setattr(self.get_submodule(owner), leaf, nn.Parameter(tensor))
-
     def post_init(self) -> None:
-        """Initialises every parameter, except on the meta device, and does what the config says of checkpointing."""
-        if self.device.type != "meta":
-            self.init_weights(specs(self.config, self.head))
+        """Initialises every parameter, and turns gradient checkpointing on where the config asks for it."""
+        super().post_init()
         if getattr(self.config, "gradient_checkpointing", False):
             self.gradient_checkpointing_enable()
-
-    @torch.no_grad()
-    def init_weights(self, table: list[Spec] | None = None) -> None:
-        """Draws parameters from their initial normal distributions.
-
-        Args:
-            table: Those to draw; all when None.
-        """
-        for spec in specs(self.config, self.head) if table is None else table:
-            parameter = self.get_parameter(spec.name)
-            if spec.std:
-                parameter.normal_(spec.mean, spec.std)
-            else:
-                parameter.fill_(spec.mean)
-
-    @property
-    def device(self) -> torch.device:
-        """The device of the parameters."""
-        return next(self.parameters()).device
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """The dtype of the parameters."""
-        return next(self.parameters()).dtype
-
-    @property
-    def base_model(self) -> Self:
-        """The model itself: no head has a smaller model inside."""
-        return self
-
-    @property
-    def dummy_inputs(self) -> dict[str, Tensor]:
-        """Inputs that fit the model: ids (3, 5), and images (3, channels, size, size)."""
-        return {name: from_numpy(array) for name, array in dummy_arrays(self.config, self.head).items()}
-
-    def num_parameters(self, only_trainable: bool = False, exclude_embeddings: bool = False) -> int:
-        """Counts parameters.
-
-        Args:
-            only_trainable: Leave out frozen ones.
-            exclude_embeddings: Leave out the tables of embeddings.
-        """
-        skipped = {id(p) for m in self.modules() if isinstance(m, nn.Embedding) for p in m.parameters()}
-        return sum(
-            parameter.numel()
-            for parameter in self.parameters()
-            if (parameter.requires_grad or not only_trainable) and not (exclude_embeddings and id(parameter) in skipped)
-        )
-
-    def get_input_embeddings(self) -> nn.Module:
-        """Returns the token embedding, or the patch embedding of a model without text."""
-        if hasattr(self, "text_model"):
-            return self.text_model.embeddings.token_embedding
-        return self.vision_model.embeddings.patch_embedding
-
-    def set_input_embeddings(self, value: nn.Module) -> None:
-        """Replaces the module that `get_input_embeddings` returns; the config takes over the size of a vocabulary."""
-        owner: Any = self.text_model.embeddings if hasattr(self, "text_model") else self.vision_model.embeddings
-        name = "token_embedding" if hasattr(self, "text_model") else "patch_embedding"
-        setattr(owner, name, value)
-        if name == "token_embedding" and isinstance(value, nn.Embedding):
-            owner.config.vocab_size = value.num_embeddings
-
-    @torch.no_grad()
-    def resize_token_embeddings(
-        self, new_num_tokens: int | None = None, pad_to_multiple_of: int | None = None, mean_resizing: bool = True
-    ) -> nn.Module:
-        """Grows or shrinks the vocabulary.
-
-        Args:
-            new_num_tokens: The new number of tokens; None leaves it.
-            pad_to_multiple_of: Round it up to a multiple of this.
-            mean_resizing: Draw new rows around the mean of the old ones; otherwise from the initial distribution.
-
-        Returns:
-            The token embedding.
-
-        Raises:
-            ValueError: The model has no text tower, a number is not positive, or the table has an adapter or is
-                offloaded.
-        """
-        if not hasattr(self, "text_model"):
-            raise bad_input(
-                "Only models with a text tower have token embeddings",
-                type(self).__name__,
-                "Use a model with a text tower",
-            )
-        old = self.text_model.embeddings.token_embedding
-        current, width = old.weight.shape
-        size = resized(current, new_num_tokens, pad_to_multiple_of)
-        if size != current:
-            if len(parts := list(old.state_dict())) > 1 or old.weight.is_meta:
-                raise bad_input(
-                    "A token embedding that has an adapter or is offloaded keeps its size",
-                    ", ".join(parts),
-                    "Resize before adding adapters and before offloading",
-                    shown=True,
-                )
-            new = nn.Embedding(size, width, device=old.weight.device, dtype=old.weight.dtype)
-            new.weight.normal_(0.0, 0.02 * self.text_model.config.initializer_factor)
-            kept = min(size, current)
-            new.weight[:kept] = old.weight[:kept]
-            if mean_resizing and size > kept:
-                seed = int(torch.randint(2**31 - 1, ()))
-                new.weight[kept:] = from_numpy(rows_around_mean(to_numpy(old.weight.double()), size - kept, seed))
-            new.weight.requires_grad_(old.weight.requires_grad)
-            self.set_input_embeddings(new)
-        return self.text_model.embeddings.token_embedding
-
-    def get_memory_footprint(self, return_buffers: bool = True) -> int:
-        """Returns the bytes of the parameters and, unless ``return_buffers`` is False, the buffers."""
-        tensors = [*self.parameters(), *(self.buffers() if return_buffers else ())]
-        return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
-
-    def enable_input_require_grads(self) -> None:
-        """Lets gradients flow from the embeddings on though these are frozen, as adapters under checkpointing need."""
-        self.disable_input_require_grads()
-        for tower, name in (("text_model", "token_embedding"), ("vision_model", "patch_embedding")):
-            if hasattr(self, tower):
-                module = getattr(getattr(self, tower).embeddings, name)
-                self._require_grads_hooks.append(module.register_forward_hook(_require_grad))
-
-    def disable_input_require_grads(self) -> None:
-        """Undoes `enable_input_require_grads`."""
-        while self._require_grads_hooks:
-            self._require_grads_hooks.pop().remove()
 
     def gradient_checkpointing_enable(
         self, gradient_checkpointing_kwargs: dict[str, Any] | None = None, every_n_layers: int = 1
@@ -620,14 +372,6 @@ class CLIPPreTrainedModel(PretrainedMixin, AdapterMixin, nn.Module):
 
     activation_checkpointing_disable = gradient_checkpointing_disable
     is_activation_checkpointing = is_gradient_checkpointing
-
-    def set_attn_implementation(self, attn_implementation: str | dict[str, str]) -> None:
-        """Chooses "eager" or "sdpa" attention, for the whole or by tower."""
-        self.config.attn_implementation = attn_implementation
-
-
-def _require_grad(module: nn.Module, inputs: Any, output: Tensor) -> None:
-    output.requires_grad_()
 
 
 class CLIPModel(CLIPPreTrainedModel):
@@ -754,18 +498,19 @@ class CLIPModel(CLIPPreTrainedModel):
             """Runs `forward` and its hooks."""
 
 
-class CLIPTextModel(CLIPPreTrainedModel):
-    """The text tower alone."""
+class CLIPTextPreTrainedModel(CLIPPreTrainedModel, Generic[Output]):
+    """What the two text heads share."""
 
-    head = "CLIPTextModel"
     config_class = CLIPTextConfig
     config: CLIPTextConfig
 
     def __init__(self, config: CLIPTextConfig) -> None:
         super().__init__(config)
-        config = self.config
-        self.text_model = CLIPTextTransformer(config)
-        self.post_init()
+        self.text_model = CLIPTextTransformer(self.config)
+
+    def output_of(self, output: BaseModelOutputWithPooling[Tensor]) -> Any:
+        """Makes the output of the head from that of the tower."""
+        return output
 
     def forward(
         self,
@@ -775,10 +520,10 @@ class CLIPTextModel(CLIPPreTrainedModel):
         output_attentions: bool | None = None,
         output_hidden_states: bool | None = None,
         return_dict: bool | None = None,
-    ) -> BaseModelOutputWithPooling[Tensor] | Any:
+    ) -> Output | Any:
         """Encodes texts; arguments and errors as in `CLIPModel.forward`."""
         output = self.text_model(input_ids, attention_mask, position_ids, output_attentions, output_hidden_states)
-        return returned(output, return_dict, self.config.use_return_dict)
+        return returned(self.output_of(output), return_dict, self.config.use_return_dict)
 
     if TYPE_CHECKING:
 
@@ -787,38 +532,62 @@ class CLIPTextModel(CLIPPreTrainedModel):
             """Runs `forward` and its hooks."""
 
 
-class CLIPTextModelWithProjection(CLIPPreTrainedModel):
-    """The text tower with its projection."""
+class CLIPTextModel(CLIPTextPreTrainedModel[BaseModelOutputWithPooling[Tensor]]):
+    """The text tower alone."""
 
-    head = "CLIPTextModelWithProjection"
-    config_class = CLIPTextConfig
-    config: CLIPTextConfig
+    head = "CLIPTextModel"
 
     def __init__(self, config: CLIPTextConfig) -> None:
         super().__init__(config)
-        config = self.config
-        self.text_model = CLIPTextTransformer(config)
-        self.text_projection = nn.Linear(config.hidden_size, config.projection_dim, bias=False)
         self.post_init()
 
-    def forward(
-        self,
-        input_ids: Tensor | None = None,
-        attention_mask: Tensor | None = None,
-        position_ids: Tensor | None = None,
-        output_attentions: bool | None = None,
-        output_hidden_states: bool | None = None,
-        return_dict: bool | None = None,
-    ) -> CLIPTextModelOutput[Tensor] | Any:
-        """Encodes and projects texts; arguments and errors as in `CLIPModel.forward`."""
-        output = self.text_model(input_ids, attention_mask, position_ids, output_attentions, output_hidden_states)
-        projected = CLIPTextModelOutput(
+
+class CLIPTextModelWithProjection(CLIPTextPreTrainedModel[CLIPTextModelOutput[Tensor]]):
+    """The text tower with its projection."""
+
+    head = "CLIPTextModelWithProjection"
+
+    def __init__(self, config: CLIPTextConfig) -> None:
+        super().__init__(config)
+        self.text_projection = nn.Linear(self.config.hidden_size, self.config.projection_dim, bias=False)
+        self.post_init()
+
+    def output_of(self, output: BaseModelOutputWithPooling[Tensor]) -> CLIPTextModelOutput[Tensor]:
+        """Projects the pooled state; see `CLIPTextPreTrainedModel.output_of`."""
+        return CLIPTextModelOutput(
             text_embeds=self.text_projection(output.pooler_output),
             last_hidden_state=output.last_hidden_state,
             hidden_states=output.hidden_states,
             attentions=output.attentions,
         )
-        return returned(projected, return_dict, self.config.use_return_dict)
+
+
+class CLIPVisionPreTrainedModel(CLIPPreTrainedModel, Generic[Output]):
+    """What the two vision heads share."""
+
+    config_class = CLIPVisionConfig
+    config: CLIPVisionConfig
+    main_input_name = "pixel_values"
+
+    def __init__(self, config: CLIPVisionConfig) -> None:
+        super().__init__(config)
+        self.vision_model = CLIPVisionTransformer(self.config)
+
+    def output_of(self, output: BaseModelOutputWithPooling[Tensor]) -> Any:
+        """Makes the output of the head from that of the tower."""
+        return output
+
+    def forward(
+        self,
+        pixel_values: Tensor | None = None,
+        output_attentions: bool | None = None,
+        output_hidden_states: bool | None = None,
+        interpolate_pos_encoding: bool = False,
+        return_dict: bool | None = None,
+    ) -> Output | Any:
+        """Encodes images; arguments and errors as in `CLIPModel.forward`."""
+        output = self.vision_model(pixel_values, output_attentions, output_hidden_states, interpolate_pos_encoding)
+        return returned(self.output_of(output), return_dict, self.config.use_return_dict)
 
     if TYPE_CHECKING:
 
@@ -827,77 +596,34 @@ class CLIPTextModelWithProjection(CLIPPreTrainedModel):
             """Runs `forward` and its hooks."""
 
 
-class CLIPVisionModel(CLIPPreTrainedModel):
+class CLIPVisionModel(CLIPVisionPreTrainedModel[BaseModelOutputWithPooling[Tensor]]):
     """The vision tower alone."""
 
     head = "CLIPVisionModel"
-    config_class = CLIPVisionConfig
-    config: CLIPVisionConfig
-    main_input_name = "pixel_values"
 
     def __init__(self, config: CLIPVisionConfig) -> None:
         super().__init__(config)
-        config = self.config
-        self.vision_model = CLIPVisionTransformer(config)
         self.post_init()
 
-    def forward(
-        self,
-        pixel_values: Tensor | None = None,
-        output_attentions: bool | None = None,
-        output_hidden_states: bool | None = None,
-        interpolate_pos_encoding: bool = False,
-        return_dict: bool | None = None,
-    ) -> BaseModelOutputWithPooling[Tensor] | Any:
-        """Encodes images; arguments and errors as in `CLIPModel.forward`."""
-        output = self.vision_model(pixel_values, output_attentions, output_hidden_states, interpolate_pos_encoding)
-        return returned(output, return_dict, self.config.use_return_dict)
 
-    if TYPE_CHECKING:
-
-        @called_like(forward)
-        def __call__(self) -> Any:
-            """Runs `forward` and its hooks."""
-
-
-class CLIPVisionModelWithProjection(CLIPPreTrainedModel):
+class CLIPVisionModelWithProjection(CLIPVisionPreTrainedModel[CLIPVisionModelOutput[Tensor]]):
     """The vision tower with its projection."""
 
     head = "CLIPVisionModelWithProjection"
-    config_class = CLIPVisionConfig
-    config: CLIPVisionConfig
-    main_input_name = "pixel_values"
 
     def __init__(self, config: CLIPVisionConfig) -> None:
         super().__init__(config)
-        config = self.config
-        self.vision_model = CLIPVisionTransformer(config)
-        self.visual_projection = nn.Linear(config.hidden_size, config.projection_dim, bias=False)
+        self.visual_projection = nn.Linear(self.config.hidden_size, self.config.projection_dim, bias=False)
         self.post_init()
 
-    def forward(
-        self,
-        pixel_values: Tensor | None = None,
-        output_attentions: bool | None = None,
-        output_hidden_states: bool | None = None,
-        interpolate_pos_encoding: bool = False,
-        return_dict: bool | None = None,
-    ) -> CLIPVisionModelOutput[Tensor] | Any:
-        """Encodes and projects images; arguments and errors as in `CLIPModel.forward`."""
-        output = self.vision_model(pixel_values, output_attentions, output_hidden_states, interpolate_pos_encoding)
-        projected = CLIPVisionModelOutput(
+    def output_of(self, output: BaseModelOutputWithPooling[Tensor]) -> CLIPVisionModelOutput[Tensor]:
+        """Projects the pooled state; see `CLIPVisionPreTrainedModel.output_of`."""
+        return CLIPVisionModelOutput(
             image_embeds=self.visual_projection(output.pooler_output),
             last_hidden_state=output.last_hidden_state,
             hidden_states=output.hidden_states,
             attentions=output.attentions,
         )
-        return returned(projected, return_dict, self.config.use_return_dict)
-
-    if TYPE_CHECKING:
-
-        @called_like(forward)
-        def __call__(self) -> Any:
-            """Runs `forward` and its hooks."""
 
 
 class CLIPForImageClassification(CLIPPreTrainedModel):

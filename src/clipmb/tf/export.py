@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Unpack
 
-import keras
 import tensorflow as tf
 from tensorflow import Tensor
 
+from clipmb.common.errors import bad_input
+from clipmb.common.former import SavingOptions, check_saving
+from clipmb.common.uploading import uploaded
+from clipmb.tf.keras_model import KerasModel
 
-class ExportMixin(keras.Model):
+
+class ExportMixin(KerasModel):
     """The exports of a model with one or both towers."""
 
     @property
@@ -26,6 +30,43 @@ class ExportMixin(keras.Model):
             shape = (None, config.num_channels, config.image_size, config.image_size)
             found["pixel_values"] = tf.TensorSpec(shape, tf.float32, "pixel_values")
         return found
+
+    def save_pretrained(
+        self,
+        save_directory: str | os.PathLike[str],
+        saved_model: bool = False,
+        version: int = 1,
+        *,
+        signatures: Any = None,
+        max_shard_size: int | str = "5GB",
+        variant: str | None = None,
+        **options: Unpack[SavingOptions],
+    ) -> None:
+        """Writes the files of `PretrainedMixin.save_pretrained`, and on request a SavedModel.
+
+        Args:
+            save_directory: The folder; made when it is missing.
+            saved_model: Also call `export_saved_model`, for the folder ``saved_model/<version>``.
+            version: The version of the SavedModel.
+            signatures: Its signatures, instead of those of `export_saved_model`: one function or name to function.
+            max_shard_size: As in `PretrainedMixin.save_pretrained`.
+            variant: As in `PretrainedMixin.save_pretrained`.
+            **options: The arguments of transformers 4's `save_pretrained`.
+
+        Raises:
+            ValueError: The model holds weights that its files have no place for, such as LoRA's, or there are
+                signatures and no SavedModel to have them.
+        """
+        if signatures is not None and not saved_model:
+            raise bad_input(
+                "signatures are those of a SavedModel", "saved_model=False", "Pass saved_model=True", shown=True
+            )
+        if check_saving(options):
+            with uploaded(self, save_directory, options):
+                self.save_arrays(self.to_arrays(), save_directory, max_shard_size=max_shard_size, variant=variant)
+                if saved_model:
+                    folder = os.path.join(save_directory, "saved_model", str(version))
+                    self.export_saved_model(folder, signatures=signatures)
 
     def export_saved_model(self, folder: str | os.PathLike[str], *, signatures: Any = None) -> None:
         """Writes a SavedModel with signatures for serving and, for each tower, its features.

@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 import keras
 import numpy as np
 import tensorflow as tf
 from tensorflow import Tensor
 
+from clipmb.common import checks
 from clipmb.common.checkpoint.tensors import Deferred
 from clipmb.common.config import BaseConfig
 from clipmb.common.errors import bad_input
 from clipmb.common.parameters import Spec, specs
-from clipmb.common.pretrained import PretrainedMixin
+from clipmb.common.pretrained import PretrainedMixin, dummy_arrays
 from clipmb.tf.layers import build_parts
-from clipmb.tf.tensors import bind, distribution, initializer, lazy_numpy
+from clipmb.tf.tensors import bind, distribution, given, initializer, lazy_numpy, to_tensor
 
 
 class Compiled:
@@ -54,9 +55,43 @@ def optimizer_for(optimizer: Any, variables: list[keras.Variable]) -> Any:
 class KerasModel(PretrainedMixin, keras.Model):
     """A Keras model that takes its inputs as `clipmb.tf.tensors.bind` does, and brings its own loss."""
 
-    def __init__(self, **kwargs: Any) -> None:
-        super().__init__(**kwargs)
+    framework = "tf"
+    load_options: ClassVar[tuple[str, ...]] = ("dtype_policy",)
+
+    def __init__(self, config: BaseConfig, dtype: Any = None, **kwargs: Any) -> None:
+        super().__init__(dtype=dtype, **kwargs)
         self._compiled = Compiled()
+        self.config: Any = checks.config_of(type(self).__name__, self.config_class, config)
+
+    if not TYPE_CHECKING:  # its types are those of the method that it extends
+
+        @classmethod
+        def from_pretrained(cls, pretrained_model_name_or_path: Any, *, dtype: Any = None, **options: Any) -> Any:
+            """Loads a model; arguments as in `PretrainedMixin.from_pretrained`, and ``dtype`` may be a Keras policy."""
+            if isinstance(dtype, keras.DTypePolicy) or (isinstance(dtype, str) and dtype.startswith("mixed_")):
+                options["dtype_policy"], dtype = dtype, None
+            return super().from_pretrained(pretrained_model_name_or_path, dtype=dtype, **options)
+
+    @classmethod
+    def from_arrays(
+        cls,
+        config: Any,
+        arrays: dict[str, np.ndarray],
+        initialised: list[Spec],
+        dtype: str | None,
+        dtype_policy: Any = None,
+    ) -> Self:
+        """Builds the model around canonical arrays, and draws the parameters that have none.
+
+        Args:
+            config: As in `PretrainedMixin.from_arrays`.
+            arrays: As in `PretrainedMixin.from_arrays`.
+            initialised: As in `PretrainedMixin.from_arrays`.
+            dtype: As in `PretrainedMixin.from_arrays`.
+            dtype_policy: A Keras dtype policy instead of ``dtype``.
+        """
+        with given(arrays):
+            return cls(config, dtype=dtype if dtype_policy is None else dtype_policy)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Calls the model on inputs by name, by position, or in one mapping: tensors, arrays or lists.
@@ -114,6 +149,11 @@ class KerasModel(PretrainedMixin, keras.Model):
                 shown=True,
             )
         return Deferred({spec.name: lazy_numpy(parameter, spec) for spec, parameter in table.items()})
+
+    @property
+    def dummy_inputs(self) -> dict[str, Tensor]:
+        """Inputs that fit the model: ids (3, 5), and images (3, channels, size, size)."""
+        return {name: to_tensor(array) for name, array in dummy_arrays(self.config, self.head).items()}
 
     def init_weights(self) -> None:
         """Draws every parameter from its initial normal distribution."""

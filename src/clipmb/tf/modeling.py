@@ -14,18 +14,15 @@ inputs, and ``compile(jit_compile=False)``, since Keras' default for ``fit`` is 
 from __future__ import annotations
 
 import math
-import os
-from typing import TYPE_CHECKING, Any, ClassVar, Self, Unpack
+from typing import TYPE_CHECKING, Any, Generic
 
 import keras
-import numpy as np
 import tensorflow as tf
 from tensorflow import Tensor
 
 from clipmb.common import checks
-from clipmb.common.config import BaseConfig, CLIPConfig, CLIPTextConfig, CLIPVisionConfig
+from clipmb.common.config import CLIPConfig, CLIPTextConfig, CLIPVisionConfig
 from clipmb.common.errors import bad_input, warn_once, whole_number
-from clipmb.common.former import SavingOptions, check_saving
 from clipmb.common.outputs import (
     BaseModelOutput,
     BaseModelOutputWithPooling,
@@ -34,12 +31,11 @@ from clipmb.common.outputs import (
     CLIPVisionModelOutput,
     ImageClassifierOutput,
     ModelOutput,
+    Output,
     default,
     returned,
 )
-from clipmb.common.parameters import Spec
-from clipmb.common.pretrained import called_like, dummy_arrays
-from clipmb.common.uploading import uploaded
+from clipmb.common.pretrained import called_like
 from clipmb.tf.export import ExportMixin
 from clipmb.tf.keras_model import KerasModel
 from clipmb.tf.layers import (
@@ -48,7 +44,6 @@ from clipmb.tf.layers import (
     LayerNorm,
     Linear,
     Module,
-    check_range,
     interpolate_positions,
     look_up,
     recomputed,
@@ -57,12 +52,10 @@ from clipmb.tf.layers import (
 )
 from clipmb.tf.losses import classification_loss, contrastive_loss, normalize
 from clipmb.tf.tensors import (
-    given,
     next_seed,
     plain_errors,
     register_output,
     sizes,
-    to_tensor,
     unpacking,
 )
 from clipmb.tf.vocabulary import VocabularyMixin
@@ -344,117 +337,15 @@ class TFCLIPPreTrainedModel(ExportMixin, VocabularyMixin, KerasModel):
         TypeError: The config is not of the class that the head needs.
     """
 
-    head = ""
-    framework = "tf"
     config_class = CLIPConfig
-    base_model_prefix = "clip"
-    main_input_name = "input_ids"
-    supports_gradient_checkpointing = True
-    load_options: ClassVar[tuple[str, ...]] = ("dtype_policy",)
     text_model: TFCLIPTextTransformer  # of heads that have it
     vision_model: TFCLIPVisionTransformer  # of heads that have it
-
-    def __init__(self, config: BaseConfig, dtype: Any = None, **kwargs: Any) -> None:
-        super().__init__(dtype=dtype, **kwargs)
-        config = checks.config_of(type(self).__name__, self.config_class, config)
-        self.config: Any = config
-
-    if not TYPE_CHECKING:  # its types are those of the method that it extends
-
-        @classmethod
-        def from_pretrained(cls, pretrained_model_name_or_path: Any, *, dtype: Any = None, **options: Any) -> Any:
-            """Loads a model; arguments as in `PretrainedMixin.from_pretrained`, and ``dtype`` may be a Keras policy."""
-            if isinstance(dtype, keras.DTypePolicy) or (isinstance(dtype, str) and dtype.startswith("mixed_")):
-                options["dtype_policy"], dtype = dtype, None
-            return super().from_pretrained(pretrained_model_name_or_path, dtype=dtype, **options)
-
-    @classmethod
-    def _from_config(cls, config: BaseConfig, **kwargs: Any) -> Self:  # the name that transformers' Auto classes call
-        return cls(config, **kwargs)
-
-    @classmethod
-    def from_arrays(
-        cls,
-        config: Any,
-        arrays: dict[str, np.ndarray],
-        initialised: list[Spec],
-        dtype: str | None,
-        dtype_policy: Any = None,
-    ) -> Self:
-        """Builds the model around canonical arrays, and draws the parameters that have none.
-
-        Args:
-            config: As in `PretrainedMixin.from_arrays`.
-            arrays: As in `PretrainedMixin.from_arrays`.
-            initialised: As in `PretrainedMixin.from_arrays`.
-            dtype: As in `PretrainedMixin.from_arrays`.
-            dtype_policy: A Keras dtype policy instead of ``dtype``.
-        """
-        with given(arrays):
-            return cls(config, dtype=dtype if dtype_policy is None else dtype_policy)
-
-    def save_pretrained(
-        self,
-        save_directory: str | os.PathLike[str],
-        saved_model: bool = False,
-        version: int = 1,
-        *,
-        signatures: Any = None,
-        max_shard_size: int | str = "5GB",
-        variant: str | None = None,
-        **options: Unpack[SavingOptions],
-    ) -> None:
-        """Writes the files of `PretrainedMixin.save_pretrained`, and on request a SavedModel.
-
-        Args:
-            save_directory: The folder; made when it is missing.
-            saved_model: Also call `export_saved_model`, for the folder ``saved_model/<version>``.
-            version: The version of the SavedModel.
-            signatures: Its signatures, instead of those of `export_saved_model`: one function or name to function.
-            max_shard_size: As in `PretrainedMixin.save_pretrained`.
-            variant: As in `PretrainedMixin.save_pretrained`.
-            **options: The arguments of transformers 4's `save_pretrained`.
-
-        Raises:
-            ValueError: The model holds weights that its files have no place for, such as LoRA's, or there are
-                signatures and no SavedModel to have them.
-        """
-        if signatures is not None and not saved_model:
-            raise bad_input(
-                "signatures are those of a SavedModel", "saved_model=False", "Pass saved_model=True", shown=True
-            )
-        if check_saving(options):
-            with uploaded(self, save_directory, options):
-                self.save_arrays(self.to_arrays(), save_directory, max_shard_size=max_shard_size, variant=variant)
-                if saved_model:
-                    folder = os.path.join(save_directory, "saved_model", str(version))
-                    self.export_saved_model(folder, signatures=signatures)
 
     def post_init(self) -> None:
         """Creates every weight, and turns gradient checkpointing on where the config asks for it."""
         super().post_init()
         if getattr(self.config, "gradient_checkpointing", False):
             self.gradient_checkpointing_enable()
-
-    @property
-    def dummy_inputs(self) -> dict[str, Tensor]:
-        """Inputs that fit the model: ids (3, 5), and images (3, channels, size, size)."""
-        return {name: to_tensor(array) for name, array in dummy_arrays(self.config, self.head).items()}
-
-    def check_ids(self, input_ids: Any, position_ids: Any = None) -> None:
-        """Raises for ids outside the vocabulary: the check that functions compiled by XLA cannot make themselves.
-
-        Args:
-            input_ids: Integers of any shape.
-            position_ids: Likewise; None for none.
-
-        Raises:
-            ValueError: Some ids are outside.
-        """
-        embeddings = self.text_model.embeddings
-        check_range(to_tensor(input_ids), embeddings.token_embedding.input_dim, "input_ids")
-        if position_ids is not None:
-            check_range(to_tensor(position_ids), embeddings.position_embedding.input_dim, "position_ids")
 
     def gradient_checkpointing_enable(
         self, gradient_checkpointing_kwargs: dict[str, Any] | None = None, every_n_layers: int = 1
@@ -483,10 +374,6 @@ class TFCLIPPreTrainedModel(ExportMixin, VocabularyMixin, KerasModel):
     def is_gradient_checkpointing(self) -> bool:
         """Whether gradient checkpointing is on."""
         return any(isinstance(layer, TFCLIPEncoder) and layer.checkpointing for layer in self._flatten_layers())
-
-    def set_attn_implementation(self, attn_implementation: str | dict[str, str]) -> None:
-        """Chooses "eager" or "sdpa" attention, for the whole or by tower."""
-        self.config.attn_implementation = attn_implementation
 
 
 @keras.saving.register_keras_serializable("clipmb")
@@ -638,7 +525,7 @@ class TFCLIPModel(TFCLIPPreTrainedModel):
         return contrastive_loss(y_pred[-5])  # logits_per_text, whether or not there is a loss before it
 
 
-class TFCLIPTextPreTrainedModel(TFCLIPPreTrainedModel):
+class TFCLIPTextPreTrainedModel(TFCLIPPreTrainedModel, Generic[Output]):
     """What the two text heads share."""
 
     config_class = CLIPTextConfig
@@ -648,7 +535,7 @@ class TFCLIPTextPreTrainedModel(TFCLIPPreTrainedModel):
         super().__init__(config, dtype, **kwargs)
         self.text_model = TFCLIPTextTransformer(self.config)
 
-    def output_of(self, output: BaseModelOutputWithPooling[Tensor]) -> ModelOutput:
+    def output_of(self, output: BaseModelOutputWithPooling[Tensor]) -> Any:
         """Makes the output of the head from that of the tower."""
         return output
 
@@ -661,7 +548,7 @@ class TFCLIPTextPreTrainedModel(TFCLIPPreTrainedModel):
         output_hidden_states: bool | None = None,
         return_dict: bool | None = None,
         training: bool = False,
-    ) -> BaseModelOutputWithPooling[Tensor] | CLIPTextModelOutput[Tensor] | Any:
+    ) -> Output | Any:
         """Encodes texts; arguments and errors as in `TFCLIPModel.call`."""
         output = self.text_model(input_ids, attention_mask, position_ids, output_attentions, output_hidden_states)
         return returned(self.output_of(output), return_dict, self.config.return_dict)
@@ -674,7 +561,7 @@ class TFCLIPTextPreTrainedModel(TFCLIPPreTrainedModel):
 
 
 @keras.saving.register_keras_serializable("clipmb")
-class TFCLIPTextModel(TFCLIPTextPreTrainedModel):
+class TFCLIPTextModel(TFCLIPTextPreTrainedModel[BaseModelOutputWithPooling[Tensor]]):
     """The text tower alone; arguments as in `TFCLIPPreTrainedModel`."""
 
     head = "CLIPTextModel"
@@ -685,7 +572,7 @@ class TFCLIPTextModel(TFCLIPTextPreTrainedModel):
 
 
 @keras.saving.register_keras_serializable("clipmb")
-class TFCLIPTextModelWithProjection(TFCLIPTextPreTrainedModel):
+class TFCLIPTextModelWithProjection(TFCLIPTextPreTrainedModel[CLIPTextModelOutput[Tensor]]):
     """The text tower with its projection; arguments as in `TFCLIPPreTrainedModel`."""
 
     head = "CLIPTextModelWithProjection"
@@ -705,7 +592,7 @@ class TFCLIPTextModelWithProjection(TFCLIPTextPreTrainedModel):
         )
 
 
-class TFCLIPVisionPreTrainedModel(TFCLIPPreTrainedModel):
+class TFCLIPVisionPreTrainedModel(TFCLIPPreTrainedModel, Generic[Output]):
     """What the two vision heads share."""
 
     config_class = CLIPVisionConfig
@@ -716,7 +603,7 @@ class TFCLIPVisionPreTrainedModel(TFCLIPPreTrainedModel):
         super().__init__(config, dtype, **kwargs)
         self.vision_model = TFCLIPVisionTransformer(self.config)
 
-    def output_of(self, output: BaseModelOutputWithPooling[Tensor]) -> ModelOutput:
+    def output_of(self, output: BaseModelOutputWithPooling[Tensor]) -> Any:
         """Makes the output of the head from that of the tower."""
         return output
 
@@ -728,7 +615,7 @@ class TFCLIPVisionPreTrainedModel(TFCLIPPreTrainedModel):
         interpolate_pos_encoding: bool = False,
         return_dict: bool | None = None,
         training: bool = False,
-    ) -> BaseModelOutputWithPooling[Tensor] | CLIPVisionModelOutput[Tensor] | Any:
+    ) -> Output | Any:
         """Encodes images; arguments and errors as in `TFCLIPModel.call`."""
         output = self.vision_model(pixel_values, output_attentions, output_hidden_states, interpolate_pos_encoding)
         return returned(self.output_of(output), return_dict, self.config.return_dict)
@@ -741,7 +628,7 @@ class TFCLIPVisionPreTrainedModel(TFCLIPPreTrainedModel):
 
 
 @keras.saving.register_keras_serializable("clipmb")
-class TFCLIPVisionModel(TFCLIPVisionPreTrainedModel):
+class TFCLIPVisionModel(TFCLIPVisionPreTrainedModel[BaseModelOutputWithPooling[Tensor]]):
     """The vision tower alone; arguments as in `TFCLIPPreTrainedModel`."""
 
     head = "CLIPVisionModel"
@@ -752,7 +639,7 @@ class TFCLIPVisionModel(TFCLIPVisionPreTrainedModel):
 
 
 @keras.saving.register_keras_serializable("clipmb")
-class TFCLIPVisionModelWithProjection(TFCLIPVisionPreTrainedModel):
+class TFCLIPVisionModelWithProjection(TFCLIPVisionPreTrainedModel[CLIPVisionModelOutput[Tensor]]):
     """The vision tower with its projection; arguments as in `TFCLIPPreTrainedModel`."""
 
     head = "CLIPVisionModelWithProjection"

@@ -8,8 +8,9 @@ import keras
 import numpy as np
 
 from clipmb.common.errors import bad_input
-from clipmb.common.vocabulary import resized, rows_around_mean
-from clipmb.tf.layers import build_at, replace_part
+from clipmb.common.vocabulary import no_text_tower, resized, rows_around_mean
+from clipmb.tf.layers import build_at, check_range, replace_part
+from clipmb.tf.tensors import to_tensor
 
 
 class VocabularyMixin(keras.Model):
@@ -64,11 +65,7 @@ class VocabularyMixin(keras.Model):
             ValueError: The model has no text tower, a number is not positive, or the table is quantized or has LoRA.
         """
         if not hasattr(self, "text_model"):
-            raise bad_input(
-                "Only models with a text tower have token embeddings",
-                type(self).__name__,
-                "Use a model with a text tower",
-            )
+            raise no_text_tower(type(self).__name__)
         old = self.text_model.embeddings.token_embedding
         size = resized(old.input_dim, new_num_tokens, pad_to_multiple_of)
         if size != old.input_dim:
@@ -89,3 +86,18 @@ class VocabularyMixin(keras.Model):
             new.trainable = old.trainable
             self.set_input_embeddings(new)
         return self.text_model.embeddings.token_embedding
+
+    def check_ids(self, input_ids: Any, position_ids: Any = None) -> None:
+        """Raises for ids outside the vocabulary: the check that functions compiled by XLA cannot make themselves.
+
+        Args:
+            input_ids: Integers of any shape.
+            position_ids: Likewise; None for none.
+
+        Raises:
+            ValueError: Some ids are outside.
+        """
+        embeddings = self.text_model.embeddings
+        check_range(to_tensor(input_ids), embeddings.token_embedding.input_dim, "input_ids")
+        if position_ids is not None:
+            check_range(to_tensor(position_ids), embeddings.position_embedding.input_dim, "position_ids")
