@@ -18,7 +18,8 @@ import numpy as np
 from PIL import Image
 
 from clipmb import CLIPPipeline, class_embeddings
-from clipmb.common.small_model import TEMPLATES
+
+TEMPLATE = "an emoji of {}"  # the best of the training captions on the images that train.py validates with
 
 
 def main() -> None:
@@ -32,9 +33,8 @@ def main() -> None:
     clip = CLIPPipeline.from_pretrained(arguments.model, backend=arguments.backend)
     emoji = json.loads((arguments.data / "labels.json").read_text("utf-8"))
     lines = [json.loads(line) for line in (arguments.data / "images.jsonl").read_text("utf-8").splitlines()]
-    classes = class_embeddings(
-        clip.encode_text, [entry["label"] for entry in emoji], arguments.template or list(TEMPLATES)
-    )
+    labels = [entry["label"] for entry in emoji]
+    classes = class_embeddings(clip.encode_text, labels, arguments.template or [TEMPLATE])
     for artist in arguments.artists:
         own = [line for line in lines if line["artist"] == artist]
         images = clip.encode_image([on_white(arguments.data / line["file_name"]) for line in own], batch_size=256)

@@ -21,6 +21,7 @@ import argparse
 import json
 import math
 import os
+import tempfile
 import time
 from collections import defaultdict
 from dataclasses import dataclass
@@ -35,18 +36,16 @@ from PIL import Image
 from torch import Tensor
 
 from clipmb import CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPProcessor, CLIPTokenizerFast, Recipe
-from clipmb.common.parameters import specs
-from clipmb.common.text.vocabulary import SUFFIX, byte_symbols, official
-from clipmb.common.training.recipe import MAX_LOGIT_SCALE, decays
 from clipmb.pt.losses import clip_loss, normalize
 
 SIZE, PATCH, WIDTH, LAYERS, CONTEXT = 64, 8, 128, 4, 32  # pixels, pixels, of both towers, of both towers, tokens
-MERGES = 4000  # the first of CLIP's list
+SYMBOLS, MERGES = 512, 4000  # the first tokens of CLIP's vocabulary are bytes, the next are made by its first merges
 CONCEPTS = 192
 PATCHES_KEPT = 32  # of 64, until the last WHOLE_STEPS
 WHOLE_STEPS = 0.06  # of the run
 MUON_RATE, ADAMW_RATE, WARMUP_STEPS = 6e-3, 1.5e-3, 50
 WEIGHT_DECAY = 0.1
+MAX_LOGIT_SCALE = math.log(100)
 PICTURES_WEIGHT = 0.5
 TEMPLATES = ("{}", "a picture of {}", "an emoji of {}")
 VALIDATION = {"artists": ("noto", "fxemoji"), "pictures": 240}  # seen in no step; each has other images of its emoji
@@ -125,19 +124,14 @@ def train(rank: int, arguments: argparse.Namespace) -> None:
 
 def build_processor() -> CLIPProcessor:
     """Makes the tokenizer of the first merges of CLIP's list, which are a tokenizer too, and the image processor."""
-    symbols = sorted(byte_symbols())
-    merges = list(official().ranks)[:MERGES]
-    tokens = [*symbols, *(symbol + SUFFIX for symbol in symbols), *(merge.replace(" ", "") for merge in merges)]
-    tokens += ["<|startoftext|>", "<|endoftext|>"]
-    folder = Path(os.environ.get("TMPDIR", "/tmp")) / f"emoji-tokenizer-{os.getpid()}"
-    folder.mkdir(exist_ok=True)
-    vocab, rules = folder / "vocab.json", folder / "merges.txt"
-    vocab.write_text(json.dumps({token: i for i, token in enumerate(tokens)}), "utf-8")
-    rules.write_text("\n".join(["#version: 0.2", *merges]) + "\n", "utf-8")
-    tokenizer = CLIPTokenizerFast(vocab, rules, model_max_length=CONTEXT)
-    for path in (vocab, rules):
-        path.unlink()
-    folder.rmdir()
+    with tempfile.TemporaryDirectory() as folder:
+        vocab, merges = map(Path, CLIPTokenizerFast().save_vocabulary(folder))
+        ids = json.loads(vocab.read_text("utf-8"))
+        tokens = [*sorted(ids, key=ids.get)[: SYMBOLS + MERGES], "<|startoftext|>", "<|endoftext|>"]
+        vocab.write_text(json.dumps({token: i for i, token in enumerate(tokens)}), "utf-8")
+        lines = merges.read_text("utf-8").splitlines()
+        merges.write_text("\n".join(lines[: 1 + MERGES]) + "\n", "utf-8")  # the first line is a comment
+        tokenizer = CLIPTokenizerFast(vocab, merges, model_max_length=CONTEXT)
     size = {"height": SIZE, "width": SIZE}
     return CLIPProcessor(CLIPImageProcessor(size={"shortest_edge": SIZE}, crop_size=size), tokenizer)
 
@@ -167,12 +161,12 @@ def save(model: CLIPModel, processor: CLIPProcessor, folder: Path) -> None:
 
 def build_optimizers(model: CLIPModel) -> list[torch.optim.Optimizer]:
     """Muon for the matrices of blocks and projections, AdamW for embeddings, norms, biases and the scale."""
-    table = [(spec, model.get_parameter(spec.name)) for spec in specs(model.config, "CLIPModel")]
-    matrices = [parameter for spec, parameter in table if spec.kind == "linear"]
-    others = [(spec, parameter) for spec, parameter in table if spec.kind != "linear"]
+    matrices = [module.weight for module in model.modules() if isinstance(module, torch.nn.Linear)]
+    known = {id(matrix) for matrix in matrices}
+    others = [parameter for parameter in model.parameters() if id(parameter) not in known]
     groups = [
-        {"params": [p for spec, p in others if decays(spec)], "weight_decay": WEIGHT_DECAY},
-        {"params": [p for spec, p in others if not decays(spec)], "weight_decay": 0.0},
+        {"params": [p for p in others if p.ndim > 1], "weight_decay": WEIGHT_DECAY},
+        {"params": [p for p in others if p.ndim <= 1], "weight_decay": 0.0},
     ]
     found = [Muon(matrices, MUON_RATE, WEIGHT_DECAY), torch.optim.AdamW(groups, ADAMW_RATE, betas=(0.9, 0.98))]
     for optimizer in found:

@@ -106,6 +106,15 @@ def test_the_blocks_are_found():
         assert "clipmb.common" not in "".join(block["code"] for block in blocks(page, "python")), page
 
 
+def test_the_examples_use_public_names():
+    """What a program needs has a home outside clipmb.common, and none of it begins with an underscore."""
+    programs = list((ROOT / "examples").rglob("*.py"))
+    assert programs
+    for path in programs:
+        found = re.findall(r"clipmb\.common|(?<!self)\._[a-z]\w*", path.read_text("utf-8"))
+        assert not found, (path, found)
+
+
 def test_the_reference_has_every_public_name():
     """But constants, the second name of a class, and the heads that read like PyTorch's."""
     pages = "\n".join(path.read_text("utf-8") for path in (ROOT / "docs" / "api").glob("*.md"))
