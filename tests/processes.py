@@ -6,6 +6,9 @@ import os
 import subprocess
 import sys
 from collections.abc import Iterable, Mapping
+from typing import Any
+
+from typer.testing import CliRunner
 
 # Seconds. It serves only against a hang: at least ten times what the slowest child takes on an idle machine.
 HANG = 1800
@@ -46,6 +49,13 @@ def output(*arguments: object, **env: str) -> str:
     done = python(*arguments, **env)
     assert done.returncode == 0, done.stderr[-4000:]
     return done.stdout
+
+
+def invoke(*arguments: object) -> Any:
+    """Runs the command line in this process, so that what a test has patched or registered counts."""
+    from clipmb.cli import app
+
+    return CliRunner().invoke(app, [str(part) for part in arguments])
 
 
 def clipmb(*arguments: object, **env: str) -> subprocess.CompletedProcess[str]:

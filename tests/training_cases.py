@@ -88,6 +88,40 @@ def largest_difference(found: dict[str, np.ndarray], expected: dict[str, np.ndar
     return float(worst)
 
 
+def assert_steps_of_adamw(trainer: Any) -> None:
+    """Asserts that a new trainer of ``recipe(steps=8, warmup_steps=3)`` steps by the formulas, in plain numpy.
+
+    Source: the paper of AdamW and torch's documentation of it and of ``clip_grad_norm_``.
+    """
+    assert not any(value.any() for value in trainer.moments().values())
+    weights = {name: value.copy() for name, value in trainer.weights().items()}
+    first = {spec.name: np.zeros_like(weights[spec.name]) for spec in trainer.table}
+    second = {name: np.zeros_like(value) for name, value in first.items()}
+    clipped = 0
+    for t, pairs in enumerate(batches(8), start=1):
+        _, gradients = trainer.gradients(pairs)
+        metrics = trainer.step(pairs)
+        norm = np.sqrt(sum(np.square(value).sum() for value in gradients.values()))
+        factor = min(1.0, 0.7 / (norm + 1e-6))
+        clipped += factor < 1
+        rate = 2e-3 * t / 3 if t <= 3 else 2e-3 * (1 + np.cos(np.pi * (t - 4) / 5)) / 2
+        assert abs(metrics["grad_norm"] - norm) <= 1e-13 * norm
+        assert abs(metrics["learning_rate"] - rate) <= 1e-15 * rate
+        for spec in trainer.table:
+            name, g = spec.name, gradients[spec.name] * factor
+            first[name] = 0.9 * first[name] + 0.1 * g
+            second[name] = 0.98 * second[name] + 0.02 * g * g
+            if len(spec.shape) > 1:
+                weights[name] = weights[name] * (1 - rate * 0.3)
+            corrected = first[name] / (1 - 0.9**t)
+            weights[name] = weights[name] - rate * corrected / (np.sqrt(second[name] / (1 - 0.98**t)) + 1e-6)
+        assert largest_difference(trainer.weights(), weights) < 1e-13  # float32 anywhere would be 1e-8
+    assert clipped
+    moments = {f"first_moment.{name}": value for name, value in first.items()}
+    moments |= {f"second_moment.{name}": value for name, value in second.items()}
+    assert largest_difference(trainer.moments(), moments) < 1e-12
+
+
 # Every way to spread a step over devices and chunks must give the same as a plain step on one device.
 VARIANTS: dict[str, dict[str, Any]] = {
     "plain": {},

@@ -8,12 +8,11 @@ import numpy as np
 import pytest
 from conftest import BACKENDS
 from PIL import Image
+from processes import invoke
 from training_cases import small_model, small_pairs
-from typer.testing import CliRunner
 
 from clipmb import CLIPPipeline, backends, evaluate, train
 from clipmb.backends import Backend
-from clipmb.cli import app
 from clipmb.common.training.state import TrainingState
 from clipmb.doctor import examine
 from clipmb.testing import assert_backends_agree
@@ -35,7 +34,7 @@ def files(tmp_path_factory):
 
 
 def run(*arguments):
-    done = CliRunner().invoke(app, [str(argument) for argument in arguments])
+    done = invoke(*arguments)
     assert done.exit_code == 0, done.output
     return done.stdout
 

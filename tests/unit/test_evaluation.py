@@ -12,11 +12,10 @@ import pytest
 from cases import VISION, write_checkpoint
 from conftest import BACKENDS
 from PIL import Image
-from typer.testing import CliRunner
+from processes import invoke
 
 import clipmb
 from clipmb import CLIPConfig, CLIPPipeline, evaluation
-from clipmb.cli import app
 from clipmb.common.processor import CLIPProcessor
 
 # With three labels as many prompts as the table has captions, and as long: one shape, since JAX compiles for each.
@@ -391,7 +390,7 @@ def test_a_model_is_loaded_by_its_name(folder, table):
 
 
 def run(*arguments):
-    return CliRunner().invoke(app, ["evaluate", *map(str, arguments)])
+    return invoke("evaluate", *arguments)
 
 
 def test_command(folder, table, tmp_path):

@@ -12,16 +12,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from cases import random_arrays
+from cases import equal, random_arrays
 from conftest import BACKENDS
 from PIL import Image
-from processes import HANG, python, run, start
+from processes import HANG, invoke, python, run, start
 from training_cases import small_model, small_pairs
-from typer.testing import CliRunner
 
 import clipmb
 from clipmb import CheckpointError, CLIPPipeline
-from clipmb.cli import app
 from clipmb.common.checkpoint.safetensors import map_file
 from clipmb.common.data.pairs import Pairs
 from clipmb.common.training.recipe import Recipe
@@ -51,8 +49,7 @@ def lines(folder: Path) -> list[dict]:
 
 
 def same_bits(one: Path, other: Path) -> bool:
-    a, b = tensors(one), tensors(other)
-    return a.keys() == b.keys() and all(a[name].tobytes() == b[name].tobytes() for name in a)
+    return equal(tensors(one), tensors(other))
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -420,17 +417,17 @@ def test_the_command(files, tmp_path):
     arguments = ["train", files / "pairs", "--model", files / "model", "--out", tmp_path / "out", "--steps", 3,
                  "--batch-size", 4, "--lr", 1e-3, "--backend", BACKENDS[0], "--eval", files / "held-out",
                  "--freeze", "text", "--beta2", 0.95, "--clip-norm", 0]  # fmt: skip
-    done = CliRunner().invoke(app, [str(part) for part in arguments])
+    done = invoke(*arguments)
     assert done.exit_code == 0, done.output
     assert "loss of the last step" in done.stdout
     assert "zero_shot top1" in done.stdout
     recipe = TrainingState.read(tmp_path / "out").recipe
     assert (recipe.betas, recipe.clip_norm, recipe.freeze) == ((0.9, 0.95), None, ("text",))
-    refused = CliRunner().invoke(app, [str(part) for part in arguments])
+    refused = invoke(*arguments)
     assert refused.exit_code == 1
     assert refused.stderr.startswith("error: out must be a folder without a checkpoint")
     arguments = ["train", files / "pairs", "--out", tmp_path / "out", "--resume", "--json", "--backend", BACKENDS[0]]
-    resumed = CliRunner().invoke(app, [str(part) for part in arguments])
+    resumed = invoke(*arguments)
     assert json.loads(resumed.stdout)["steps"] == 3
 
 

@@ -6,7 +6,7 @@ import copy
 import json
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, ClassVar, Self, TypeVar
 
@@ -138,7 +138,7 @@ class BaseConfig(JsonSettings, Uploadable):
             raise one_of("attn_implementation", value, _ATTENTIONS)
         self._attn_implementation = value
 
-    def attn_choices(self) -> Any:
+    def attn_choices(self) -> str | dict[str, str | None] | None:
         """Returns what `attn_implementation` can be set to in another config to choose the same."""
         return self._attn_implementation
 
@@ -296,7 +296,7 @@ class BaseConfig(JsonSettings, Uploadable):
 
     __hash__ = None  # type: ignore[assignment]
 
-    def __iter__(self):
+    def __iter__(self) -> Iterator[str]:
         return iter(key for key in self.__dict__ if not key.startswith("_"))
 
     def __repr__(self) -> str:

@@ -18,7 +18,7 @@ from clipmb.common.config import BaseConfig, CLIPConfig, CLIPTextConfig
 from clipmb.common.parameters import specs
 
 
-def statistics_dtype(dtype: Any) -> Any:
+def statistics_dtype(dtype: Any) -> jnp.dtype:
     """Returns the dtype of softmax and of sums over many numbers: float32 for 16 bits, else the dtype itself."""
     return jnp.promote_types(dtype, jnp.float32)
 

@@ -460,7 +460,7 @@ class FlaxCLIPTextPreTrainedModule(Module):
     def setup(self) -> None:
         self.text_model = FlaxCLIPTextTransformer(self.config, self.dtype, self.gradient_checkpointing)
 
-    def output_of(self, output: BaseModelOutputWithPooling[Array]) -> Any:
+    def output_of(self, output: BaseModelOutputWithPooling[Array]) -> ModelOutput:
         """Makes the output of the head from that of the tower."""
         return output
 
@@ -511,7 +511,7 @@ class FlaxCLIPVisionPreTrainedModule(Module):
     def setup(self) -> None:
         self.vision_model = FlaxCLIPVisionTransformer(self.config, self.dtype, self.gradient_checkpointing)
 
-    def output_of(self, output: BaseModelOutputWithPooling[Array]) -> Any:
+    def output_of(self, output: BaseModelOutputWithPooling[Array]) -> ModelOutput:
         """Makes the output of the head from that of the tower."""
         return output
 

@@ -508,7 +508,7 @@ class CLIPTextPreTrainedModel(CLIPPreTrainedModel, Generic[Output]):
         super().__init__(config)
         self.text_model = CLIPTextTransformer(self.config)
 
-    def output_of(self, output: BaseModelOutputWithPooling[Tensor]) -> Any:
+    def output_of(self, output: BaseModelOutputWithPooling[Tensor]) -> ModelOutput:
         """Makes the output of the head from that of the tower."""
         return output
 
@@ -573,7 +573,7 @@ class CLIPVisionPreTrainedModel(CLIPPreTrainedModel, Generic[Output]):
         super().__init__(config)
         self.vision_model = CLIPVisionTransformer(self.config)
 
-    def output_of(self, output: BaseModelOutputWithPooling[Tensor]) -> Any:
+    def output_of(self, output: BaseModelOutputWithPooling[Tensor]) -> ModelOutput:
         """Makes the output of the head from that of the tower."""
         return output
 

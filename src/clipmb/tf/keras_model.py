@@ -30,7 +30,7 @@ class Compiled:
         self.states: dict[str, tuple[Any, Any]] = {}
 
 
-def optimizer_for(optimizer: Any, variables: list[keras.Variable]) -> Any:
+def optimizer_for(optimizer: Any, variables: list[keras.Variable]) -> keras.optimizers.Optimizer:
     """Returns an optimizer that knows all variables: itself, or one like it that goes on from what it knew.
 
     Args:

@@ -535,7 +535,7 @@ class TFCLIPTextPreTrainedModel(TFCLIPPreTrainedModel, Generic[Output]):
         super().__init__(config, dtype, **kwargs)
         self.text_model = TFCLIPTextTransformer(self.config)
 
-    def output_of(self, output: BaseModelOutputWithPooling[Tensor]) -> Any:
+    def output_of(self, output: BaseModelOutputWithPooling[Tensor]) -> ModelOutput:
         """Makes the output of the head from that of the tower."""
         return output
 
@@ -603,7 +603,7 @@ class TFCLIPVisionPreTrainedModel(TFCLIPPreTrainedModel, Generic[Output]):
         super().__init__(config, dtype, **kwargs)
         self.vision_model = TFCLIPVisionTransformer(self.config)
 
-    def output_of(self, output: BaseModelOutputWithPooling[Tensor]) -> Any:
+    def output_of(self, output: BaseModelOutputWithPooling[Tensor]) -> ModelOutput:
         """Makes the output of the head from that of the tower."""
         return output
 

@@ -12,9 +12,8 @@ import typer
 from cases import CONFIGS, VISION, write_checkpoint
 from conftest import BACKENDS
 from PIL import Image
-from processes import clipmb
+from processes import clipmb, invoke
 from safetensors import safe_open
-from typer.testing import CliRunner
 
 from clipmb import CLIPConfig, CLIPPipeline
 from clipmb.backends import BACKENDS as KNOWN
@@ -310,10 +309,10 @@ def test_train_passes_on_columns_and_the_recipe_that_is_given_only(monkeypatch):
     monkeypatch.setattr("clipmb.training.train", lambda *given, **options: passed.append(options) or {"out": "out"})
     arguments = ["train", "data", "--out", "out", "--backend", BACKENDS[0], "--json", "--eval", "held-out"]
     recipe = {field.name for field in dataclasses.fields(Recipe)} - {"steps"}
-    assert CliRunner().invoke(app, arguments).exit_code == 0
+    assert invoke(*arguments).exit_code == 0
     assert not recipe & passed[0].keys()
     more = ["--label-column", "kind", "--image-column", "file", "--lr", "1e-3", "--beta2", "0.9", "--freeze", "text"]
-    assert CliRunner().invoke(app, [*arguments, *more, "--local-loss", "-t", "photo"]).exit_code == 0
+    assert invoke(*arguments, *more, "--local-loss", "-t", "photo").exit_code == 0
     assert {name: passed[1][name] for name in recipe & passed[1].keys()} == {
         "learning_rate": 1e-3,
         "betas": (Recipe.betas[0], 0.9),

@@ -14,6 +14,7 @@ from cases import (
     ALL_HEADS,
     CONFIGS,
     config_of,
+    equal,
     image_inputs,
     inputs_of,
     random_arrays,
@@ -45,9 +46,8 @@ def leaves(tree):
     return {jax.tree_util.keystr(path): np.asarray(leaf) for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
 
 
-def equal(a, b):
-    a, b = leaves(a), leaves(b)
-    return a.keys() == b.keys() and all(np.array_equal(a[k], b[k]) and a[k].dtype == b[k].dtype for k in a)
+def same_tree(a, b):
+    return equal(leaves(a), leaves(b))
 
 
 @pytest.fixture
@@ -112,7 +112,7 @@ def test_save_and_load_bit_for_bit_in_the_dtype_of_the_file(tmp_path, head, dtyp
     params = jax.tree.map(lambda leaf: leaf.astype(dtype), model.params)
     model.save_pretrained(tmp_path / "again", params=params)
     again = type(model).from_pretrained(tmp_path / "again", param_dtype="auto")
-    assert equal(again.params, params)
+    assert same_tree(again.params, params)
     assert again.config.architectures == [head]
     assert again.config.dtype == dtype
     assert again.dtype == jnp.float32  # what is computed in, whatever the parameters are
@@ -127,12 +127,12 @@ def test_parameters_of_16_bit_files_train_in_float32(tmp_path, dtype):
     half = type(model).from_pretrained(tmp_path / "half")
     assert {leaf.dtype for leaf in jax.tree.leaves(half.params)} == {jnp.dtype("float32")}
     params = jax.tree.map(lambda leaf: leaf.astype(dtype).astype("float32"), model.params)
-    assert equal(half.params, params)
+    assert same_tree(half.params, params)
     for options in ({"dtype": dtype}, {"dtype": "auto"}, {"param_dtype": dtype}):
         kept = type(model).from_pretrained(tmp_path / "half", **options).params
         assert {leaf.dtype for leaf in jax.tree.leaves(kept)} == {jnp.dtype(dtype)}
     _, outside = type(model).from_pretrained(tmp_path / "half", _do_init=False)
-    assert equal(outside, params)
+    assert same_tree(outside, params)
     optimizer = optax.adam(1e-3)
     state = optimizer.init(params)
     inputs = inputs_of("CLIPModel", CONFIG)
@@ -162,7 +162,7 @@ def test_the_vocabulary_grows_and_shrinks(tmp_path, head):
     assert np.array_equal(model(**inputs).to_tuple()[0], expected)
     np.testing.assert_allclose(table[len(old) :], np.tile(old.mean(0), (size - len(old), 1)), atol=1e-3)
     model.save_pretrained(tmp_path / "again")
-    assert equal(type(model).from_pretrained(tmp_path / "again").params, model.params)
+    assert same_tree(type(model).from_pretrained(tmp_path / "again").params, model.params)
     drawn = model.resize_token_embeddings(size + 400, mean_resizing=False)[size:]
     assert drawn.std() == pytest.approx(0.02, rel=0.1)
     assert model.resize_token_embeddings(50).shape[0] == 50
@@ -189,7 +189,7 @@ def test_maxdiffusion_draws_shapes_and_saves_params_that_are_outside(tmp_path):
     params = model.params
     del model._params
     model.save_pretrained(tmp_path / "saved", params=params)
-    assert equal(type(model).from_pretrained(tmp_path / "saved").params, params)
+    assert same_tree(type(model).from_pretrained(tmp_path / "saved").params, params)
 
 
 def test_a_config_turns_gradient_checkpointing_on():
@@ -219,7 +219,7 @@ def test_float64_files_stay_float64(tmp_path, x64):
     model = load(tmp_path, dtype="float64")
     model.params = jax.tree.map(lambda leaf: leaf.astype(jnp.float64) + 1e-12, model.params)
     model.save_pretrained(tmp_path / "again")
-    assert equal(flax.FlaxCLIPModel.from_pretrained(tmp_path / "again").params, model.params)
+    assert same_tree(flax.FlaxCLIPModel.from_pretrained(tmp_path / "again").params, model.params)
 
 
 def test_a_state_dict_is_copied(tmp_path):
@@ -228,7 +228,7 @@ def test_a_state_dict_is_copied(tmp_path):
     before = jax.tree.map(np.array, model.params)
     for array in arrays.values():
         array += 1
-    assert equal(model.params, before)
+    assert same_tree(model.params, before)
 
 
 @pytest.mark.backend("pt")
@@ -285,17 +285,17 @@ def test_frozen_params_and_params_given_to_a_call(text):
     zeros = jax.tree.map(jnp.zeros_like, text.params)
     assert not np.asarray(text(ids, params=zeros)[0]).any()
     assert np.asarray(text(ids)[0]).any()
-    assert equal(text(ids, params=freeze(text.params)), text(ids))
+    assert same_tree(text(ids, params=freeze(text.params)), text(ids))
     kept = text.params
     text.params = freeze(text.params)
     assert type(text.params) is dict
-    assert equal(text.params, kept)
+    assert same_tree(text.params, kept)
 
 
 def test_without_init_there_are_no_params(tmp_path):
     folder = write_checkpoint(tmp_path, CONFIG, "CLIPTextModel")
     model, params = flax.FlaxCLIPTextModel.from_pretrained(folder, _do_init=False)
-    assert equal(params, flax.FlaxCLIPTextModel.from_pretrained(folder).params)
+    assert same_tree(params, flax.FlaxCLIPTextModel.from_pretrained(folder).params)
     with pytest.raises(ValueError, match="_do_init=False has no params"):
         _ = model.params
     with pytest.raises(ValueError, match="_do_init=False keeps no params"):
@@ -329,8 +329,8 @@ def test_initial_distributions():
                 assert abs(values.std() / spec.std - 1) < 0.08, spec.name
         tails = np.asarray(params["text_model"]["embeddings"]["token_embedding"]["embedding"]) / 0.06
         assert np.abs(tails).max() > 4  # a truncated normal would end at 2
-    assert equal(model.params, flax.FlaxCLIPModel(config, seed=7).params)
-    assert not equal(model.params, flax.FlaxCLIPModel(config, seed=8).params)
+    assert same_tree(model.params, flax.FlaxCLIPModel(config, seed=7).params)
+    assert not same_tree(model.params, flax.FlaxCLIPModel(config, seed=8).params)
 
 
 def test_init_weights_fills_what_is_missing(text):
@@ -338,7 +338,7 @@ def test_init_weights_fills_what_is_missing(text):
     del tree["text_model"]["embeddings"]["token_embedding"]
     filled = text.init_weights(jax.random.key(3), params=freeze(tree))
     drawn = filled["text_model"]["embeddings"].pop("token_embedding")["embedding"]
-    assert equal(filled, {"text_model": {**tree["text_model"]}})
+    assert same_tree(filled, {"text_model": {**tree["text_model"]}})
     whole = jax.jit(text.init_weights)(jax.random.key(3))
     assert relative(whole["text_model"]["embeddings"]["token_embedding"]["embedding"], drawn) < 1e-6
 
@@ -421,9 +421,9 @@ def test_outputs_are_pytrees_with_keys(model):
 def test_numpy_jax_and_lists_are_inputs(model):
     inputs = inputs_of("CLIPModel", CONFIG)
     expected = model(**inputs)
-    assert equal(model(**{name: jnp.asarray(value) for name, value in inputs.items()}), expected)
-    assert equal(model(**{name: value.tolist() for name, value in inputs.items()}), expected)
-    assert equal(model(**{**inputs, "attention_mask": inputs["attention_mask"].astype(bool)}), expected)
+    assert same_tree(model(**{name: jnp.asarray(value) for name, value in inputs.items()}), expected)
+    assert same_tree(model(**{name: value.tolist() for name, value in inputs.items()}), expected)
+    assert same_tree(model(**{**inputs, "attention_mask": inputs["attention_mask"].astype(bool)}), expected)
 
 
 def test_features_accept_what_a_call_accepts(model):
@@ -627,16 +627,16 @@ def test_dropout_draws_one_mask_per_row_and_head(tmp_path):
     assert len(masks) == 16
     lower = np.tril(np.ones((11, 11), bool))
     assert 0.5 < kept[..., lower].mean() < 0.7
-    assert equal(
+    assert same_tree(
         model(ids, **options, dropout_rng=jax.random.key(0)), model(ids, **options, dropout_rng=jax.random.key(0))
     )
-    assert not equal(model(ids, **options, dropout_rng=jax.random.key(1)).attentions[0], dropped[0])
+    assert not same_tree(model(ids, **options, dropout_rng=jax.random.key(1)).attentions[0], dropped[0])
     with pytest.raises(ValueError, match="needs dropout_rng"):
         model(ids, train=True)
     fused = load(tmp_path, "CLIPTextModel", config)  # dropout is not lost where fused attention has none
     same = {"train": True, "dropout_rng": jax.random.key(0)}
-    assert equal(fused(ids, **same)[0], model(ids, **same)[0])
-    assert not equal(fused(ids, **same)[0], fused(ids)[0])
+    assert same_tree(fused(ids, **same)[0], model(ids, **same)[0])
+    assert not same_tree(fused(ids, **same)[0], fused(ids)[0])
 
 
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, "float16"])
@@ -651,7 +651,7 @@ def test_dtype_is_what_is_computed_in(tmp_path, dtype):
     assert {leaf.dtype for leaf in jax.tree.leaves(jax.eval_shape(call, model.params))} == {jnp.dtype(dtype)}
     # Parameters are cast where they are used, which is the same as casting them before.
     cast = jax.tree.map(lambda leaf: leaf.astype(dtype), model.params)
-    assert equal(jax.jit(call)(cast), jax.jit(call)(model.params))
+    assert same_tree(jax.jit(call)(cast), jax.jit(call)(model.params))
 
 
 # -- bad input --------------------------------------------------------------------------------------------------------

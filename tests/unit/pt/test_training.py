@@ -12,7 +12,17 @@ import torch
 from cases import random_arrays
 from conftest import TESTS
 from processes import run
-from training_cases import CONFIG, VARIANTS, batch, batches, expected_losses, largest_difference, recipe, unit
+from training_cases import (
+    CONFIG,
+    VARIANTS,
+    assert_steps_of_adamw,
+    batch,
+    batches,
+    expected_losses,
+    largest_difference,
+    recipe,
+    unit,
+)
 
 from clipmb import CheckpointError, CLIPConfig, CLIPModel
 from clipmb.common.training.recipe import MAX_LOGIT_SCALE, decays
@@ -122,35 +132,7 @@ def test_two_processes_do_what_one_does(two_processes, variant):
 
 
 def test_steps_are_those_of_adamw_with_warm_up_decay_and_clipping():
-    """Against the formulas of the paper and of torch's documentation, in plain numpy."""
-    chosen = recipe(steps=8, warmup_steps=3)
-    trainer = Trainer(new_model(), chosen)
-    weights = {name: value.copy() for name, value in trainer.weights().items()}
-    first = {name: np.zeros_like(value) for name, value in weights.items()}
-    second = {name: np.zeros_like(value) for name, value in weights.items()}
-    clipped = 0
-    for t, pairs in enumerate(batches(8), start=1):
-        _, gradients = trainer.gradients(pairs)
-        metrics = trainer.step(pairs)
-        norm = np.sqrt(sum(np.square(value).sum() for value in gradients.values()))
-        factor = min(1.0, chosen.clip_norm / (norm + 1e-6))
-        clipped += factor < 1
-        rate = 2e-3 * t / 3 if t <= 3 else 2e-3 * (1 + np.cos(np.pi * (t - 4) / 5)) / 2
-        assert metrics["grad_norm"] == pytest.approx(norm, rel=1e-12)
-        assert metrics["learning_rate"] == pytest.approx(rate, rel=1e-15)
-        for spec in trainer.table:
-            name, g = spec.name, gradients[spec.name] * factor
-            first[name] = 0.9 * first[name] + 0.1 * g
-            second[name] = 0.98 * second[name] + 0.02 * g * g
-            if len(spec.shape) > 1:
-                weights[name] = weights[name] * (1 - rate * 0.3)
-            corrected = first[name] / (1 - 0.9**t)
-            weights[name] = weights[name] - rate * corrected / (np.sqrt(second[name] / (1 - 0.98**t)) + 1e-6)
-    assert clipped
-    assert largest_difference(trainer.weights(), weights) < 1e-12
-    moments = {f"first_moment.{name}": value for name, value in first.items()}
-    moments |= {f"second_moment.{name}": value for name, value in second.items()}
-    assert largest_difference(trainer.moments(), moments) < 1e-12
+    assert_steps_of_adamw(Trainer(new_model(), recipe(steps=8, warmup_steps=3)))
 
 
 def test_what_decays():

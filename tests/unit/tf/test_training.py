@@ -16,7 +16,7 @@ import tensorflow as tf
 from cases import random_arrays
 from conftest import TESTS
 from processes import HANG
-from training_cases import batch, batches, expected_losses, largest_difference, recipe, unit
+from training_cases import assert_steps_of_adamw, batch, batches, expected_losses, largest_difference, recipe, unit
 from training_tf_worker import CONFIG, DEVICES, PROCESSES, SIZES, STEPS, new_model, trainer_of
 
 from clipmb import CheckpointError, CLIPConfig, TFCLIPModel
@@ -174,36 +174,7 @@ def test_chunks_need_less_memory(two_devices):
 
 
 def test_steps_are_those_of_adamw_with_warm_up_decay_and_clipping():
-    """Against the formulas of the paper and of torch's documentation, in plain numpy."""
-    chosen = recipe(steps=8, warmup_steps=3)
-    trainer = Trainer(new_model(), chosen)
-    assert not any(value.any() for value in trainer.moments().values())
-    weights = {name: value.copy() for name, value in trainer.weights().items()}
-    first = {name: np.zeros_like(value) for name, value in weights.items()}
-    second = {name: np.zeros_like(value) for name, value in weights.items()}
-    clipped = 0
-    for t, pairs in enumerate(batches(8), start=1):
-        _, gradients = trainer.gradients(pairs)
-        metrics = trainer.step(pairs)
-        norm = np.sqrt(sum(np.square(value).sum() for value in gradients.values()))
-        factor = min(1.0, chosen.clip_norm / (norm + 1e-6))
-        clipped += factor < 1
-        rate = 2e-3 * t / 3 if t <= 3 else 2e-3 * (1 + np.cos(np.pi * (t - 4) / 5)) / 2
-        assert metrics["grad_norm"] == pytest.approx(norm, rel=1e-13)
-        assert metrics["learning_rate"] == pytest.approx(rate, rel=1e-15)
-        for spec in trainer.table:
-            name, g = spec.name, gradients[spec.name] * factor
-            first[name] = 0.9 * first[name] + 0.1 * g
-            second[name] = 0.98 * second[name] + 0.02 * g * g
-            if len(spec.shape) > 1:
-                weights[name] = weights[name] * (1 - rate * 0.3)
-            corrected = first[name] / (1 - 0.9**t)
-            weights[name] = weights[name] - rate * corrected / (np.sqrt(second[name] / (1 - 0.98**t)) + 1e-6)
-        assert largest_difference(trainer.weights(), weights) < 1e-13  # float32 anywhere would be 1e-8
-    assert clipped
-    moments = {f"first_moment.{name}": value for name, value in first.items()}
-    moments |= {f"second_moment.{name}": value for name, value in second.items()}
-    assert largest_difference(trainer.moments(), moments) < 1e-12
+    assert_steps_of_adamw(Trainer(new_model(), recipe(steps=8, warmup_steps=3)))
 
 
 def test_what_decays(plain):

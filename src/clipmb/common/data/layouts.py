@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from PIL import Image
 
 from clipmb.common.data.tables import (
     Columns,
@@ -292,7 +293,7 @@ class Rows:
         """The name of the row's class, or None."""
         return self._label(self._texts[int(self._rows[index])])
 
-    def image(self, index: int) -> Any:
+    def image(self, index: int) -> bytes | Path | Image.Image:
         """The bytes, the path or the object of the image."""
         value = self._pictures[int(self._rows[index])][self._names["image"]]
         if hasattr(value, "convert"):

@@ -13,12 +13,10 @@ from cases import CONFIGS, assert_same, config_of, random_arrays, write_checkpoi
 from conftest import BACKENDS, TESTS
 from format_cases import EVERYWHERE as CONFIG
 from format_cases import read_as
-from processes import output
-from typer.testing import CliRunner
+from processes import invoke, output
 
 import clipmb
 from clipmb import CheckpointError, convert
-from clipmb.cli import app
 from clipmb.common.checkpoint import formats
 from clipmb.common.checkpoint.tensors import Deferred, lazy
 from clipmb.common.convert import RECORD_NAME
@@ -76,10 +74,9 @@ def test_a_format_can_hold_the_full_model_only(tmp_path, monkeypatch):
 @pytest.mark.usefixtures("toy")
 def test_the_commands_know_a_new_format(tmp_path):
     source = write_checkpoint(tmp_path / "source", CONFIGS["plain"])
-    run = CliRunner()
-    done = run.invoke(app, ["convert", str(source), str(tmp_path / "toy"), "--to", "toy", "--json"])
+    done = invoke("convert", source, tmp_path / "toy", "--to", "toy", "--json")
     assert done.exit_code == 0, done.output
-    done = run.invoke(app, ["info", str(tmp_path / "toy"), "--json"])
+    done = invoke("info", tmp_path / "toy", "--json")
     assert json.loads(done.stdout)["format"] == "toy"
 
 
