@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import tempfile
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -12,6 +13,18 @@ from typer.testing import CliRunner
 
 # Seconds. It serves only against a hang: at least ten times what the slowest child takes on an idle machine.
 HANG = 1800
+
+# What JAX compiled for one child serves the next ones: training is killed and started again a hundred times.
+_COMPILED = tempfile.TemporaryDirectory(prefix="clipmb-compiled-")
+_JAX = {
+    "JAX_COMPILATION_CACHE_DIR": _COMPILED.name,
+    "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+    "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
+}
+
+
+def _environment(added: Mapping[str, str]) -> dict[str, str]:
+    return {**os.environ, "TF_CPP_MIN_LOG_LEVEL": "3", **_JAX, **added}
 
 
 def run(command: Iterable[object], env: Mapping[str, str] | None = None) -> subprocess.CompletedProcess[str]:
@@ -21,7 +34,7 @@ def run(command: Iterable[object], env: Mapping[str, str] | None = None) -> subp
         capture_output=True,
         text=True,
         encoding="utf-8",
-        env={**os.environ, "TF_CPP_MIN_LOG_LEVEL": "3", **(env or {})},
+        env=_environment(env or {}),
         timeout=HANG,
         check=False,
     )
@@ -40,7 +53,7 @@ def start(*arguments: object, **env: str) -> subprocess.Popen[str]:
         stderr=subprocess.PIPE,
         text=True,
         encoding="utf-8",
-        env={**os.environ, "TF_CPP_MIN_LOG_LEVEL": "3", "HF_HUB_OFFLINE": "1", **env},
+        env=_environment({"HF_HUB_OFFLINE": "1", **env}),
     )
 
 
