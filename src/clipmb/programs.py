@@ -27,7 +27,7 @@ def register(program: Literal["diffusers", "transformers"]) -> None:
         program: Its name.
 
     Raises:
-        ValueError: clipmb has nothing to tell a program of this name.
+        ValueError: clipmb has nothing to register with a program of this name.
         ImportError: The program is not installed, or its version is not one that clipmb knows.
     """
     if program not in _PROGRAMS:

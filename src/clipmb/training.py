@@ -148,7 +148,7 @@ def train(
     trainer_class = backends.trainer(backend)
     begin = model if state is None else folder
     if begin is None:
-        raise bad_input("A new run needs a model to begin from", None, "Pass model=, a folder or a Hub id")
+        raise bad_input("A new run needs a model to start from", None, "Pass model=, a folder or a Hub id")
     source = Source.of(begin, {})
     config = CLIPConfig.from_pretrained(source)
     processor = processor_for(source, config)

@@ -51,11 +51,23 @@ Backend = Annotated[
     str | None,
     choice("--backend", "-b", values=BACKENDS, help="Framework to compute with", show_default="the first installed"),
 ]
+Trainer = Annotated[
+    str | None,
+    choice(
+        "--backend",
+        "-b",
+        values=[name for name, backend in BACKENDS.items() if backend.trains],
+        help="Framework to train with",
+        show_default="the first installed",
+    ),
+]
 Backends = Annotated[
     list[str] | None,
     choice("--backend", "-b", values=BACKENDS, help="Framework to run (repeatable)", show_default="all installed"),
 ]
-Dtype = Annotated[str, choice("--dtype", values=(*DTYPES, "int8"), help="What to compute in, int8 with onnx only")]
+Dtype = Annotated[
+    str, choice("--dtype", values=(*DTYPES, "int8"), help="Precision to compute in (int8 with onnx only)")
+]
 Device = Annotated[
     str | None,
     typer.Option("--device", metavar="NAME", help="Device, as the framework names it.", show_default="its own choice"),

@@ -28,7 +28,11 @@ def run(
     ] = None,
     config: Annotated[
         Path | None,
-        typer.Option(metavar="FILE", help="config.json of SRC, or its folder, if SRC has none.", show_default="SRC's"),
+        typer.Option(
+            metavar="FILE",
+            help="config.json for a SRC without one, or its folder.",
+            show_default="SRC's",
+        ),
     ] = None,
     shard_size: Annotated[
         str, typer.Option(metavar="SIZE", help="Largest file; bigger results are split: 200MB, 2GiB.")

@@ -29,7 +29,7 @@ def run(
             "--model", "-m", metavar="MODEL", help="Folder or Hub id to start from; not needed with --resume."
         ),
     ] = None,
-    backend: common.Backend = None,
+    backend: common.Trainer = None,
     epochs: Annotated[int | None, typer.Option(metavar="N", help="Passes over the data; or use --steps.")] = None,
     steps: Annotated[int | None, typer.Option(metavar="N", help="Optimizer steps; or use --epochs.")] = None,
     from_scratch: Annotated[

@@ -214,7 +214,7 @@ class BaseConfig(JsonSettings, Uploadable):
         kind = fields.get("model_type")
         if isinstance(kind, str) and kind.startswith("metaclip_2"):
             raise bad_input(
-                "MetaCLIP 2 is no CLIP: it pools texts at the first end token, and has another tokenizer",
+                "MetaCLIP 2 is not a CLIP model: it pools texts at the first end token, and has another tokenizer",
                 f"model_type {kind!r}",
                 "Load it with transformers' MetaClip2Model",
                 shown=True,
@@ -652,7 +652,7 @@ class CLIPOnnxConfig:
         if task != "default":
             raise one_of("task", task, ("default",))
         if patching_specs:
-            raise bad_input("Nothing in these models is patched for an export", patching_specs, "Leave it out")
+            raise bad_input("These models need no patching for an export", patching_specs, "Leave it out")
         self.config = config
         self.task = task
 

@@ -50,7 +50,7 @@ class AdapterMixin(nn.Module):
             raise bad_input("Each adapter needs a name of its own", name, "Pass another adapter_name=")
         if not isinstance(adapter_config, _peft().PeftConfig):
             raise bad_input(
-                "An adapter is made from a config of peft",
+                "An adapter needs a peft config",
                 type(adapter_config).__name__,
                 "Pass one, such as peft.LoraConfig(…)",
                 TypeError,

@@ -68,7 +68,7 @@ def place(
         model.to(next(iter(device_map.values())))
         return
     if "disk" in places and offload_folder is None:
-        raise bad_input("What goes to disk needs a folder", device_map, "Pass offload_folder=")
+        raise bad_input("Offloading to disk needs a folder", device_map, "Pass offload_folder=")
     options: dict[str, Any] = {"offload_dir": offload_folder, "offload_buffers": offload_buffers}
     if not any(isinstance(value, int) or str(value) not in ("cpu", "disk") for value in device_map.values()):
         options["main_device"] = "cpu"

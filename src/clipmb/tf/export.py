@@ -59,7 +59,7 @@ class ExportMixin(KerasModel):
         """
         if signatures is not None and not saved_model:
             raise bad_input(
-                "signatures are those of a SavedModel", "saved_model=False", "Pass saved_model=True", shown=True
+                "signatures apply to a SavedModel only", "saved_model=False", "Pass saved_model=True", shown=True
             )
         if check_saving(options):
             with uploaded(self, save_directory, options):

@@ -295,12 +295,13 @@ def test_choices_are_those_of_the_tables():
     shown = {name: re.sub(r"\s+", " ", clipmb(name, "--help", COLUMNS="400").stdout) for name in commands()}
     assert f"Format to write: {', '.join(FORMATS)}." in shown["convert"]
     assert f"Contrastive loss: {', '.join(LOSSES)}." in shown["train"]
-    for name in ("classify", "encode", "evaluate", "train"):
+    assert f"train with: {', '.join(name for name, known in KNOWN.items() if known.trains)}." in shown["train"]
+    for name in ("classify", "encode", "evaluate"):
         assert f"compute with: {', '.join(KNOWN)}." in shown[name]
     for name in ("demo", "doctor", "verify"):
         assert f"run (repeatable): {', '.join(KNOWN)}." in shown[name]
     for name in ("classify", "encode", "evaluate", "verify"):
-        assert f"compute in, int8 with onnx only: {', '.join(DTYPES)}, int8." in shown[name]
+        assert f"compute in (int8 with onnx only): {', '.join(DTYPES)}, int8." in shown[name]
 
 
 def test_train_passes_on_columns_and_the_recipe_that_is_given_only(monkeypatch):

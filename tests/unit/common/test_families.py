@@ -88,9 +88,9 @@ def test_metaclip_2_is_refused_by_name(tmp_path, kind):
     write_checkpoint(tmp_path, CONFIGS["plain"])
     fields = {**json.loads((tmp_path / "config.json").read_text()), "model_type": "metaclip_2"}
     (tmp_path / "config.json").write_text(json.dumps(fields))
-    with pytest.raises(ValueError, match="MetaCLIP 2 is no CLIP"):
+    with pytest.raises(ValueError, match="MetaCLIP 2 is not a CLIP model"):
         kind.from_pretrained(tmp_path)
-    with pytest.raises(ValueError, match="MetaCLIP 2 is no CLIP"):
+    with pytest.raises(ValueError, match="MetaCLIP 2 is not a CLIP model"):
         convert(tmp_path, tmp_path / "result")
 
 
@@ -100,7 +100,7 @@ def test_metaclip_2_is_refused_by_every_model(tmp_path):
     fields = {**json.loads((tmp_path / "config.json").read_text()), "model_type": "metaclip_2"}
     (tmp_path / "config.json").write_text(json.dumps(fields))
     for model in (CLIPModel, CLIPTextModel, CLIPVisionModel):
-        with pytest.raises(ValueError, match="MetaCLIP 2 is no CLIP"):
+        with pytest.raises(ValueError, match="MetaCLIP 2 is not a CLIP model"):
             model.from_pretrained(tmp_path)
 
 
