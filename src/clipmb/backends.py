@@ -72,7 +72,7 @@ class Engine(Protocol):
 
     @staticmethod
     def environment() -> dict[str, Any]:
-        """Returns what results depend on beside the checkpoint, without loading one.
+        """Returns what results depend on besides the checkpoint, without loading one.
 
         Returns:
             ``versions`` (package to version), ``device`` (the default one's name) and ``precision`` (of float32 matrix
@@ -117,7 +117,7 @@ class Engine(Protocol):
     def stages(
         self, input_ids: np.ndarray, attention_mask: np.ndarray | None, pixel_values: np.ndarray
     ) -> dict[str, np.ndarray]:
-        """Returns what the model computes on the way, with matrix products in the full precision of the dtype.
+        """Returns the intermediate results, with matrix products in the full precision of the dtype.
 
         Args:
             input_ids: (texts, seq) integers.
@@ -167,7 +167,7 @@ class Trainer(Protocol):
         device: Any = None,
         **options: Any,
     ) -> Self:
-        """Joins the other processes of the run, and loads a checkpoint onto the devices that the recipe uses.
+        """Joins the other processes of the run and loads a checkpoint onto the devices that the recipe uses.
 
         Args:
             name_or_path: As `Engine.load` takes it, and so are the options.

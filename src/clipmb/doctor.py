@@ -1,4 +1,4 @@
-"""Does the installation compute CLIP correctly on this machine?"""
+"""Checks that the installation computes CLIP correctly on this machine."""
 
 from __future__ import annotations
 

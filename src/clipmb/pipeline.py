@@ -226,7 +226,7 @@ class CLIPPipeline:
         progress: bool = False,
         long_text: str = "error",
     ) -> np.ndarray:
-        """Says which label fits each image.
+        """Returns how well each label fits each image.
 
         Args:
             images: As in `encode_image`.

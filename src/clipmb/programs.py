@@ -1,4 +1,4 @@
-"""Programs of others that know models by the tables of their own: what puts clipmb's classes into these tables."""
+"""Other programs that look models up in their own tables: adds clipmb's classes to these tables."""
 
 from __future__ import annotations
 

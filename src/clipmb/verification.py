@@ -1,4 +1,4 @@
-"""Do several backends, or two checkpoints, compute the same? They are compared stage by stage."""
+"""Whether several backends, or two checkpoints, compute the same: they are compared stage by stage."""
 
 from __future__ import annotations
 

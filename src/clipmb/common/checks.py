@@ -235,7 +235,7 @@ def _is_integer(array: Any) -> bool:
 
 
 def _fits(shape: Any, expected: tuple[int | None, ...]) -> bool:
-    """Whether two shapes are the same but for axes of length 1, as far as it is known before the call."""
+    """Whether two shapes are the same except for axes of length 1, as far as that is known before the call."""
     if getattr(shape, "rank", 0) is None or None in (*shape, *expected):
         return True
     return [size for size in shape if size != 1] == [size for size in expected if size != 1]

@@ -223,7 +223,7 @@ def _belongs(name: str) -> bool:
 
 
 def _counted(tensors: Mapping[str, Lazy], advance: Advance) -> Deferred:
-    """Returns arrays that move a progress bar on when they are made."""
+    """Returns arrays that advance a progress bar when they are made."""
 
     def counting(tensor: Lazy) -> Lazy:
         def make() -> Any:

@@ -156,7 +156,7 @@ def boolean(field: str, value: Any) -> bool:
 
 
 def warn_once(message: str, *, stacklevel: int = 3) -> None:
-    """Issues a ``UserWarning`` the first time that this message comes up in the process.
+    """Issues a ``UserWarning`` the first time this message occurs in the process.
 
     Args:
         message: The warning.
@@ -168,7 +168,7 @@ def warn_once(message: str, *, stacklevel: int = 3) -> None:
 
 
 def log_once(message: str) -> None:
-    """Logs a warning the first time that this message comes up in the process."""
+    """Logs a warning the first time this message occurs in the process."""
     if message not in _said:
         _said.add(message)
         logger.warning(message)

@@ -136,7 +136,7 @@ def content_of(origin: object, *, changed: object = None) -> Iterator[None]:
 
 
 class JsonSettings:
-    """What is described by a JSON object, in a file of its own: config and image processor."""
+    """Settings that are stored as a JSON object in a file of their own: config and image processor."""
 
     _kept: dict[str, Any]
 

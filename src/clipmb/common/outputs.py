@@ -179,7 +179,7 @@ class ImageClassifierOutput(ModelOutput[Array]):
 
 
 def stages(output: CLIPOutput[Array], text_features: Array, image_features: Array) -> dict[str, Array]:
-    """Lists what a full model computed on the way, in the order of computation, for comparison stage by stage.
+    """Lists the intermediate results of a full model in the order of computation, for comparison stage by stage.
 
     Args:
         output: Output of a `CLIPModel` called with ``output_hidden_states=True``.
@@ -208,7 +208,7 @@ def default(value: bool | None, otherwise: bool) -> bool:
 
 
 def returned(output: Output, return_dict: bool | None, otherwise: bool) -> Output | Any:
-    """Returns an output as the caller wants it: as it is, or as a tuple of what is not None.
+    """Returns an output in the form requested: as it is, or as a tuple of what is not None.
 
     The tuple is typed as Any, here and by the models, so that the fields of the output need no cast.
 

@@ -68,7 +68,7 @@ class PretrainedMixin(Uploadable):
         return cls(config, **options)  # pyright: ignore[reportCallIssue] - the constructors are those of the frameworks
 
     def set_attn_implementation(self, attn_implementation: str | dict[str, str]) -> None:
-        """Chooses "eager" or "sdpa" attention, for the whole or by tower."""
+        """Chooses "eager" or "sdpa" attention, for the full model or per tower."""
         self.config.attn_implementation = attn_implementation
 
     @classmethod
@@ -217,7 +217,7 @@ class PretrainedMixin(Uploadable):
         strict: bool,
         ignore_mismatched_sizes: bool,
     ) -> _Read:
-        """Reads config and weights and compares them: what is repeated when somebody saves meanwhile."""
+        """Reads config and weights and compares them: the part that is repeated if another process saves meanwhile."""
         origin = source or "state_dict"
         if config is None and tensors is None and source is not None and source.find(CONFIG_NAME) is None:
             loaded = load_weights(source, variant).of(cls.head)

@@ -9,7 +9,7 @@ from typing import Protocol
 
 
 class Advance(Protocol):
-    """Moves a progress bar on."""
+    """Advances a progress bar."""
 
     def __call__(self, count: int = 1, description: str | None = None) -> None:
         """Adds ``count`` finished items, and replaces the description when one is given."""

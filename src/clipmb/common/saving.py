@@ -1,4 +1,4 @@
-"""Files of one folder that are replaced together, whoever else reads or writes it, and whenever a process is killed.
+"""Files of one folder that are replaced together, even while others read or write it or a process is killed.
 
 A save is prepared in a hidden folder beside the files, and one rename commits it; then its files are moved into place.
 Readers change nothing and take no lock: until all files are moved, `current` finds the rest of them where they still
@@ -91,7 +91,7 @@ def read_whole(folder: Path | None, read: Callable[[], T]) -> T:
             if version(folder) == before:
                 return result
             del result  # before the next is made, which may be as large
-    with _locked(folder, shared=True):  # somebody saves faster than this can be read
+    with _locked(folder, shared=True):  # another process saves faster than this can be read
         return read()
 
 
@@ -249,7 +249,7 @@ def write_atomically(path: Path, content: bytes) -> None:
 
 
 def _repair(folder: Path) -> None:
-    """Finishes a save whose writer was killed after it was committed, and clears away those killed before.
+    """Finishes a save whose writer was killed after it was committed, and removes what those killed before it left.
 
     Raises:
         CheckpointError: The committed save is not one of clipmb's.

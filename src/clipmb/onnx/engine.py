@@ -1,4 +1,4 @@
-"""The ONNX graph behind numpy, run by onnxruntime."""
+"""The ONNX graph with numpy inputs and outputs, run by onnxruntime."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
 
 
 class ONNXModel(PretrainedMixin):
-    """A config and weights, of which graphs are made and run.
+    """A config and weights, from which graphs are built and run.
 
     Args:
         config: The model's config.
@@ -102,7 +102,7 @@ class ONNXModel(PretrainedMixin):
         return dict(zip(names, arrays, strict=True))
 
     def session(self, tower: str, hidden_states: bool = False) -> ort.InferenceSession:
-        """Returns what runs a graph; it is made once."""
+        """Returns the session that runs a graph; it is created once."""
         if (tower, hidden_states) not in self._sessions:
             graph = clip(
                 self.config, self.arrays, tower, dtype=self.dtype, quantised=self.quantised, hidden_states=hidden_states
@@ -222,7 +222,7 @@ class Engine:
     def stages(
         self, input_ids: np.ndarray, attention_mask: np.ndarray | None, pixel_values: np.ndarray
     ) -> dict[str, np.ndarray]:
-        """Returns what the model computes on the way.
+        """Returns the intermediate results.
 
         Args:
             input_ids: (texts, seq) integers.

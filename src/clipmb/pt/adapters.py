@@ -1,4 +1,4 @@
-"""Adapters of peft on our models, through the methods that transformers gives its own: add, load, choose, switch off.
+"""peft adapters on our models, through the methods that transformers' models have: add, load, choose, disable.
 
 The names and their meaning are those of transformers' ``PeftAdapterMixin``; peft does the work.
 """

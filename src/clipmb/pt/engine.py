@@ -1,4 +1,4 @@
-"""The PyTorch model behind numpy."""
+"""The PyTorch model with numpy inputs and outputs."""
 
 from __future__ import annotations
 
@@ -119,7 +119,7 @@ class Engine:
     def stages(
         self, input_ids: np.ndarray, attention_mask: np.ndarray | None, pixel_values: np.ndarray
     ) -> dict[str, np.ndarray]:
-        """Returns what the model computes on the way, with float32 products in float32.
+        """Returns the intermediate results, with float32 products in float32.
 
         Args:
             input_ids: (texts, seq) integers.

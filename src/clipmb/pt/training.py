@@ -1,4 +1,4 @@
-"""Contrastive training in PyTorch: one step over any number of devices and chunks, exactly that of the whole batch.
+"""Contrastive training in PyTorch: one step over any number of devices and chunks, equal to that of the full batch.
 
 A step has three parts. The towers encode the pairs of this process; the features of all processes are gathered, and on
 these small matrices the loss and its gradient with respect to every feature are computed; the gradient of the own
@@ -120,7 +120,7 @@ class Trainer:
         device: Any = None,
         **options: Any,
     ) -> Self:
-        """Joins the other processes of the run, and loads a checkpoint onto the devices that the recipe uses.
+        """Joins the other processes of the run and loads a checkpoint onto the devices that the recipe uses.
 
         Args:
             name_or_path: Folder, Hub id or opened source; None to take ``config`` and ``state_dict`` from the options.

@@ -122,7 +122,7 @@ class Linear(keras.layers.Dense):
         super().build((None, self.inputs))
 
     def quantize(self, mode: str | None = None, type_check: bool = True, config: Any = None) -> None:
-        """Quantizes like Keras' own dense layers, whose subclasses Keras would leave out without a word."""
+        """Quantizes like Keras' own dense layers, whose subclasses Keras would silently skip."""
         super().quantize(mode, type_check=False, config=config)
 
     def call(self, inputs: Tensor, training: bool | None = None) -> Tensor:
@@ -148,7 +148,7 @@ class Convolution(keras.layers.Layer):
         self.kernel = self.add_weight(shape=self.shape, initializer=self.kernel_initializer, name="kernel")
 
     def call(self, pixel_values: Tensor) -> Tensor:
-        """(batch, channels, height, width) to (batch, rows, columns, filters); what is left of a patch is not seen."""
+        """(batch, channels, height, width) to (batch, rows, columns, filters); the remainder of a patch is dropped."""
         size, _, channels, filters = self.shape
         batch, _, height, width = sizes(pixel_values)
         rows, columns = height // size, width // size

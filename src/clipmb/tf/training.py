@@ -1,4 +1,4 @@
-"""Contrastive training in TensorFlow: one step over any number of devices and chunks, exactly that of the whole batch.
+"""Contrastive training in TensorFlow: one step over any number of devices and chunks, equal to that of the full batch.
 
 A step has three parts. The towers encode the pairs of this device; the features of all devices are gathered, and on
 these small matrices the loss and its gradient with respect to every feature are computed; the gradient of the own
@@ -88,7 +88,7 @@ def _new_strategy(several_processes: bool) -> tf.distribute.Strategy:
 
 
 def scope() -> contextlib.AbstractContextManager:
-    """Inside what the model has to be made, to be on every device that `start_processes` chose."""
+    """Returns the scope to build the model in, so that it is on every device that `start_processes` chose."""
     return contextlib.nullcontext() if _strategy is None else _strategy.scope()
 
 
@@ -151,7 +151,7 @@ class Trainer:
         device: Any = None,
         **options: Any,
     ) -> Self:
-        """Joins the other processes of the run, and loads a checkpoint onto the devices that the recipe uses.
+        """Joins the other processes of the run and loads a checkpoint onto the devices that the recipe uses.
 
         Args:
             name_or_path: Folder, Hub id or opened source; None to take ``config`` and ``state_dict`` from the options.

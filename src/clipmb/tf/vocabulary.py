@@ -51,7 +51,7 @@ class VocabularyMixin(keras.Model):
     def resize_token_embeddings(
         self, new_num_tokens: int | None = None, pad_to_multiple_of: int | None = None, mean_resizing: bool = True
     ) -> keras.layers.Layer:
-        """Grows or shrinks the vocabulary. ``fit`` goes on with the new table, and with the moments of its rows.
+        """Grows or shrinks the vocabulary. ``fit`` continues with the new table and the moments of its rows.
 
         Args:
             new_num_tokens: The new number of tokens; None leaves it.

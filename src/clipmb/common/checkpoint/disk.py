@@ -1,4 +1,4 @@
-"""A file for libraries that cannot bear a full disk: HDF5 crashes in closing, PyTorch forgets why it failed."""
+"""A file for libraries that mishandle a full disk: HDF5 crashes on closing, PyTorch loses the cause."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The file formats by name: what each has to be able to do, and the table of those that there are."""
+"""The checkpoint formats: what each one must provide, and the table that lists them."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""HDF5 files, read as if they came from an enemy: nothing outside the file, nothing larger than it, no objects.
+"""HDF5 files, read as untrusted input: nothing outside the file, nothing larger than it, no objects.
 
 h5py is imported when the first file is opened. Its own reading would follow links and load plugins, so every object is
 looked at first. Arrays that lie in the file as they are, which is how Keras and transformers write them, are then

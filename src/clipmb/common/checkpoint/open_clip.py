@@ -219,7 +219,7 @@ def _read_config(
 
 
 def _foreign(given: dict[str, Any], own: set[str], prefix: str) -> list[str]:
-    """Lists the keys of a config that say something which no CLIP can have, or which nobody here knows."""
+    """Lists the keys of a config that no CLIP can have, or that clipmb does not know."""
     problems = []
     for key, value in given.items():
         if key in own or key in _SILENT:

@@ -1,4 +1,4 @@
-"""Weights that PyTorch pickled, inspected without running anything in them, and then loaded.
+"""Weights pickled by PyTorch, inspected without running anything in them and then loaded.
 
 A pickle is a program. Here it is read by an interpreter of its own, which knows the few operations that tensors need
 and can call nothing, and every claim of size is held against the bytes of the file, which takes 0.03 s for 605 MB. Only
@@ -354,7 +354,7 @@ def _to_numpy(torch: Any, tensor: Any) -> np.ndarray:
 
 
 def write_pickle(path: Path, tensors: Mapping[str, Lazy]) -> None:
-    """Writes a state dict with ``torch.save``, which wants all of it at once.
+    """Writes a state dict with ``torch.save``, which needs all of it at once.
 
     Raises:
         MissingBackendError: PyTorch is not installed.
@@ -375,7 +375,7 @@ def _to_torch(torch: Any, array: np.ndarray) -> Any:
 
 
 def import_torch() -> ModuleType:
-    """Imports PyTorch, which this package otherwise does without.
+    """Imports PyTorch, which the package does not otherwise need.
 
     Raises:
         MissingBackendError: It is not installed.

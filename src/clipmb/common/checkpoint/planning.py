@@ -1,4 +1,4 @@
-"""What a conversion is going to do: the head, the config, and every parameter's way from source to result."""
+"""What a conversion will do: the head, the config, and the path of every parameter from source to result."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _ABOUT_FILES = ("dialect", "encoder", "prefix", "wrapper")  # the decisions of a
 
 
 class Mapped(NamedTuple):
-    """One parameter on its way.
+    """One parameter of a conversion.
 
     Attributes:
         source: Its name in the source.

@@ -436,7 +436,7 @@ def distinct(path: Path, names: list[str]) -> None:
 
 
 def _cells(path: Path, columns: Columns) -> Iterator[tuple[int, dict[str, Any] | str]]:
-    """Yields the rows of a text table, whose first line holds the names. A broken row costs no other."""
+    """Yields the rows of a text table, whose first line holds the names. A broken row does not affect the others."""
     with Lines(path) as lines:
         separator = columns.separator or _separator(path, lines.first(), columns)
         plain = (

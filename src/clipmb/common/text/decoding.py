@@ -14,7 +14,7 @@ from clipmb.common.text.vocabulary import SUFFIX, symbol_bytes
 
 
 class DecodingTokens(Tokens):
-    """A tokenizer's way back: from ids and tokens to text."""
+    """The decoding half of a tokenizer: from ids and tokens to text."""
 
     def convert_tokens_to_string(self, tokens: Sequence[str]) -> str:
         """Joins tokens to text.

@@ -59,7 +59,7 @@ class _Cache(dict):
 
 
 class Engine:
-    """Text to ids. Immutable once built, but for its caches, so that threads may share it.
+    """Text to ids. Immutable once built, except for its caches, so that threads may share it.
 
     Args:
         vocabulary: Tokens and merges.

@@ -1,4 +1,4 @@
-"""The settings of one call of a tokenizer: what is allowed, and what holds where nothing was said."""
+"""The settings of one call of a tokenizer: what is allowed, and the defaults."""
 
 from __future__ import annotations
 

@@ -442,7 +442,7 @@ class _Tokenizer(SavedTokens):
         return_tensors: str | None = None,
         verbose: bool = True,
     ) -> BatchEncoding:
-        """Pads rows that are already there.
+        """Pads rows that are already tokenized.
 
         Args:
             encoded_inputs: A dict with "input_ids", a row or a list of rows, or a list of such dicts.
