@@ -12,6 +12,7 @@ import numpy as np
 
 from clipmb import backends
 from clipmb.backends import Engine
+from clipmb.common.checkpoint.tensors import not_finite
 from clipmb.common.config import CLIPConfig
 from clipmb.common.errors import CheckpointError, bad_input, logger, one_of, whole_number
 from clipmb.common.hub import Source
@@ -278,8 +279,7 @@ class CLIPPipeline:
         if good.all():
             return
         row = int(np.argmin(good))
-        broken = [name for name, array in self.engine.weights().items() if not np.isfinite(array).all()]
-        if broken:
+        if broken := not_finite(self.engine.weights()):
             raise CheckpointError(
                 f"The weights of a model must be finite. Received: {len(broken)} with NaN or infinity, such as "
                 f"{broken[0]}. Repair or replace the checkpoint."

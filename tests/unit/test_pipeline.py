@@ -285,9 +285,13 @@ def broken_pipeline(folder, backend, name, value, tmp_path):
 
 @pytest.mark.parametrize("backend", ENGINES)
 @pytest.mark.parametrize("value", [np.nan, np.inf])
-def test_weights_that_are_no_numbers_are_reported(folder, tmp_path, backend, value):
+def test_weights_that_are_no_numbers_are_reported(folder, tmp_path, backend, value, caplog):
+    """At loading, and with the first result."""
     name = "vision_model.post_layernorm.bias"
+    CLIPPipeline.from_pretrained(folder, backend=backend)
+    assert "NaN or infinity" not in caplog.text
     found = broken_pipeline(folder, backend, name, value, tmp_path)
+    assert [name in record.message for record in caplog.records if "1 weights have NaN" in record.message] == [True]
     for call in (found.encode_image, lambda images: found.classify(images, ["cat", "dog"])):
         with pytest.raises(CheckpointError, match=name):
             call(pictures())

@@ -10,7 +10,7 @@ import numpy as np
 
 from clipmb.common.checkpoint import LoadingInfo, OwnArrays, fit, formats, write_safetensors
 from clipmb.common.checkpoint.fitting import mapped
-from clipmb.common.checkpoint.tensors import Deferred, Loaded
+from clipmb.common.checkpoint.tensors import Deferred, Loaded, not_finite
 from clipmb.common.config import CONFIG_NAME, BaseConfig
 from clipmb.common.dtypes import DTYPES, dtype_name
 from clipmb.common.errors import bad_input, log_once, logger, one_of
@@ -200,6 +200,12 @@ class PretrainedMixin(Uploadable):
         arrays = found.arrays
         if dtype == "auto":
             dtype = found.config.dtype or next((array.dtype.name for array in arrays.values()), None)
+        if broken := not_finite(arrays, dtype):
+            logger.warning(
+                "%s: %d weights have NaN or infinity%s. Repair or replace the checkpoint: %s%s",
+                source or "state_dict", len(broken), " in float16" if dtype == "float16" else "",
+                ", ".join(broken[:5]), ", …" if len(broken) > 5 else "",
+            )  # fmt: skip
         if state_dict is None:
             arrays = OwnArrays(arrays)
         model = cls.from_arrays(found.config, arrays, found.initialised, dtype, **found.options)

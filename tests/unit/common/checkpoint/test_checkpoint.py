@@ -17,6 +17,8 @@ from safetensors.numpy import load_file, save_file
 from clipmb import CheckpointError, CLIPConfig
 from clipmb.common.checkpoint import fit, safetensors, write_safetensors
 from clipmb.common.checkpoint.sharding import parse_size
+from clipmb.common.checkpoint.tensors import is_finite
+from clipmb.common.dtypes import BFLOAT16
 from clipmb.common.hub import Source
 from clipmb.common.parameters import KINDS, specs
 from clipmb.common.saving import Transaction
@@ -399,3 +401,36 @@ def test_a_kill_at_any_file_operation_leaves_the_old_checkpoint_or_the_new_one(t
     assert seen == sorted(seen)
     assert {0, 1} == set(seen)
     assert seen.count(1) > 5  # some kills came after the commit and before every file was in place
+
+
+# -- values -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [np.float16, BFLOAT16])
+def test_every_value_of_16_bits_is_known_to_be_finite_or_not(dtype):
+    values = np.arange(2**16, dtype=np.uint16).view(dtype)
+    finite = np.isfinite(values.astype(np.float32))
+    assert [is_finite(values[k : k + 1]) for k in range(len(values))] == finite.tolist()
+    assert is_finite(values[finite])
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64, np.float16, BFLOAT16])
+@pytest.mark.parametrize("value", [np.nan, -np.nan, np.inf, -np.inf])
+def test_one_value_in_any_place_makes_an_array_not_finite(dtype, value):
+    ordinary = np.linspace(-3e4, 3e4, 200_000).astype(dtype).reshape(400, 500)
+    for place in (0, 65_535, 65_536, 199_999):
+        array = ordinary.copy()
+        array.flat[place] = value
+        for view in (array, array.T, array[::-1]):
+            assert not is_finite(view)
+    assert is_finite(ordinary)
+    assert is_finite(np.zeros((0, 3), dtype))
+    assert not is_finite(np.asarray(value, dtype))
+
+
+@pytest.mark.parametrize("value", [65_519, -65_519, 65_520, -65_520, 1e30])
+def test_what_float16_cannot_hold_is_not_finite_in_it(value):
+    for dtype in (np.float32, np.float64):
+        assert is_finite(np.full(3, value, dtype))
+        with np.errstate(over="ignore"):
+            assert is_finite(np.full(3, value, dtype), "float16") == np.isfinite(np.float16(value))
