@@ -23,6 +23,9 @@ if TYPE_CHECKING:
         evaluation as evaluation,
     )
     from clipmb import (
+        exporting as exporting,
+    )
+    from clipmb import (
         flax as flax,
     )
     from clipmb import (
@@ -77,6 +80,7 @@ if TYPE_CHECKING:
     from clipmb.common.training.recipe import Recipe
     from clipmb.common.zero_shot import TEMPLATES, class_embeddings
     from clipmb.evaluation import Evaluation, evaluate
+    from clipmb.exporting import export
     from clipmb.flax import (
         FlaxCLIPForImageClassification as FlaxCLIPForImageClassification,
     )
@@ -190,6 +194,7 @@ __all__ = [
     "class_embeddings",
     "convert",
     "evaluate",
+    "export",
     "held_out_pictures",
     "register",
     "small_labels",
@@ -218,6 +223,7 @@ _PUBLIC = {
     "clipmb.common.training.recipe": ("Recipe",),
     "clipmb.common.zero_shot": ("TEMPLATES", "class_embeddings"),
     "clipmb.evaluation": ("Evaluation", "evaluate"),
+    "clipmb.exporting": ("export",),
     "clipmb.flax": (
         "FlaxCLIPForImageClassification", "FlaxCLIPModel", "FlaxCLIPPreTrainedModel", "FlaxCLIPTextModel",
         "FlaxCLIPTextModelWithProjection", "FlaxCLIPTextPreTrainedModel", "FlaxCLIPVisionModel",
@@ -237,8 +243,8 @@ _PUBLIC = {
 }  # fmt: skip
 _MODULE_OF = {name: module for module, names in _PUBLIC.items() for name in names}
 _SUBMODULES = (
-    "backends", "common", "doctor", "evaluation", "flax", "onnx", "pipeline", "programs", "pt", "testing", "tf",
-    "training", "verification",
+    "backends", "common", "doctor", "evaluation", "exporting", "flax", "onnx", "pipeline", "programs", "pt",
+    "testing", "tf", "training", "verification",
 )  # fmt: skip
 
 if not TYPE_CHECKING:  # a type checker would take any name for one that exists

@@ -11,12 +11,12 @@ from typing import Any
 import numpy as np
 
 from clipmb import backends as known
-from clipmb.common.config import CLIPConfig, CLIPTextConfig
+from clipmb.common.config import CLIPConfig
 from clipmb.common.dtypes import numpy_dtype
 from clipmb.common.errors import CheckpointError, bad_input, one_of
 from clipmb.common.hub import Source
 from clipmb.common.pretrained import normal_dtype
-from clipmb.common.processor import has_tokenizer, image_processor_of, tokenizer_of
+from clipmb.common.processor import can_tokenize, image_processor_of, tokenizer_of
 
 # Largest relative difference, max|a - b| / max|b|, by dtype: of projected and pooled vectors, and of everything else.
 # float64 shows whether two implementations are the same function; the others allow for rounding in another order.
@@ -206,7 +206,7 @@ def demo_photos() -> list[str]:
 def _run(source: Source, backend: str, dtype: str, texts: Sequence[str], images: Sequence[Any]) -> dict[str, Any]:
     engine = known.engine(backend).load(source, dtype=dtype)
     try:
-        ids, mask, pixels = _inputs(source, engine.config, texts, images)
+        ids, mask, pixels = inputs_of(source, engine.config, texts, images)
         # A framework may keep its parameters in the dtype of the file and cast them where it uses them.
         weights = {name: array.astype(numpy_dtype(dtype)) for name, array in engine.weights().items()}
         stages = engine.stages(ids, mask, pixels.astype(np.float64) if dtype == "float64" else pixels)
@@ -215,12 +215,22 @@ def _run(source: Source, backend: str, dtype: str, texts: Sequence[str], images:
         engine.free()
 
 
-def _inputs(
+def inputs_of(
     source: Source, config: CLIPConfig, texts: Sequence[str], images: Sequence[Any]
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Returns ids, mask and pixels; a checkpoint whose tokenizer is missing gets random ids of its vocabulary."""
+    """Returns ids, mask and pixels; a checkpoint whose tokenizer is missing gets random ids of its vocabulary.
+
+    Args:
+        source: The checkpoint.
+        config: Its config.
+        texts: Texts to tokenize, at most as long as the model takes.
+        images: Images as `CLIPImageProcessor` takes them.
+
+    Returns:
+        (texts, seq) ids, (texts, seq) mask, and (images, channels, height, width) float32.
+    """
     limit = config.text_config.max_position_embeddings
-    if has_tokenizer(source) or config.text_config.vocab_size == CLIPTextConfig().vocab_size:
+    if can_tokenize(source, config.text_config):
         tokenizer = tokenizer_of(source, config.text_config)
         tokens = tokenizer(list(texts), padding=True, truncation=True, max_length=limit, return_tensors="np")
         ids, mask = tokens["input_ids"], tokens["attention_mask"]

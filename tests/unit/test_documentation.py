@@ -29,6 +29,7 @@ BLOCK = re.compile(
 NEEDS = {
     "pt": r"\bCLIP(Model|Text|Vision|For|Pipeline)|clipmb\.pt|\"pt\"|torch",
     "tf": r"\bTFCLIP|clipmb\.tf|\"tf\"|tensorflow|keras",
+    "onnx": r"clipmb\.export|onnxruntime",
     "flax": r"\bFlaxCLIP|clipmb\.flax|\"flax\"|\bjax\b",
 }
 SESSION = """

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import typer
 
-from clipmb.cli import classify, convert, demo, doctor, encode, evaluate, info, train, verify
+from clipmb.cli import classify, convert, demo, doctor, encode, evaluate, export, info, train, verify
 from clipmb.cli.common import guarded, set_debug
 
 app = typer.Typer(
@@ -33,7 +33,7 @@ def _options(
     set_debug(debug)
 
 
-for _module in (classify, convert, demo, doctor, encode, evaluate, info, train, verify):
+for _module in (classify, convert, demo, doctor, encode, evaluate, export, info, train, verify):
     app.command(_module.__name__.rpartition(".")[2])(guarded(_module.run))
 
 

@@ -253,7 +253,7 @@ def tokenizer_of(source: Source, config: CLIPTextConfig) -> CLIPTokenizerFast:
     """
     if has_tokenizer(source):
         return CLIPTokenizerFast.from_pretrained(source)
-    if config.vocab_size == CLIPTextConfig().vocab_size:
+    if can_tokenize(source, config):
         return CLIPTokenizerFast()
     raise CheckpointError(
         f"{source} has no tokenizer, and its vocabulary of {config.vocab_size} tokens is not CLIP's own. "
@@ -281,6 +281,11 @@ def image_processor_of(source: Source, config: CLIPVisionConfig) -> CLIPImagePro
 def has_tokenizer(source: Source) -> bool:
     """Whether a checkpoint has the files of a tokenizer."""
     return any(source.find(name) for name in ("tokenizer.json", "vocab.json"))
+
+
+def can_tokenize(source: Source, config: CLIPTextConfig) -> bool:
+    """Whether `tokenizer_of` has a tokenizer for a checkpoint: its own, or CLIP's."""
+    return has_tokenizer(source) or config.vocab_size == CLIPTextConfig().vocab_size
 
 
 def has_image_processor(source: Source) -> bool:

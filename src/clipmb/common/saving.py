@@ -218,7 +218,7 @@ class Transaction:
                                 "Move that folder away", shown=True)  # fmt: skip
         now = time.time_ns()  # finer than the file system's own clock, so that two saves never look alike
         for name in written:
-            self._staging.joinpath(name).chmod(0o666 & ~_umask())
+            self._staging.joinpath(name).chmod(0o666 & ~umask())
             os.utime(self._staging / name, ns=(now, now))
             _sync(self._staging / name)
         self.path(_PLAN).write_text(json.dumps({"written": written, "removed": removed}))
@@ -330,7 +330,8 @@ def _sync(path: Path) -> None:
         os.close(handle)
 
 
-def _umask() -> int:
+def umask() -> int:
+    """Returns the permissions that new files are without."""
     mask = os.umask(0)
     os.umask(mask)
     return mask

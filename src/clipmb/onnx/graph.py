@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Collection, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -21,6 +22,7 @@ from clipmb.common.config import CLIPConfig, CLIPTextConfig, CLIPVisionConfig
 from clipmb.common.errors import one_of
 
 OPSET, IR_VERSION = 20, 9
+LARGEST = 1_900_000_000  # bytes of constants in one file; protobuf ends at 2 GiB
 TOWERS = ("image", "text", "both")
 _MOST_INT8 = 127
 
@@ -102,26 +104,50 @@ class Graph:
         )
         self._outputs.append(helper.make_tensor_value_info(name, helper.np_dtype_to_tensor_dtype(wide), shape))
 
-    def model(self, *, embedded: bool) -> onnx.ModelProto:
+    def model(self, *, embedded: bool, location: str = "memory") -> onnx.ModelProto:
         """Returns the graph as a model.
 
         Args:
-            embedded: With the constants inside, which a model of at most 2 GB can hold; otherwise the large ones are
-                only named, for the runtime to be given `tensors`.
+            embedded: With the constants inside, which a model of at most 2 GB can hold; otherwise the large ones lie
+                in a file, or with the runtime, which is given `tensors`.
+            location: The name of that file, in which they follow each other.
         """
-        constants = []
+        constants, offset = [], 0
         for name, array in self.tensors.items():
             if embedded or not self.is_large(array):
                 constants.append(numpy_helper.from_array(array, name))
                 continue
             kind = helper.np_dtype_to_tensor_dtype(array.dtype)
             named = TensorProto(name=name, data_type=kind, dims=array.shape, data_location=TensorProto.EXTERNAL)
-            named.external_data.add(key="location", value="memory")
+            for key, value in (("location", location), ("offset", offset), ("length", array.nbytes)):
+                named.external_data.add(key=key, value=str(value))
+            offset += array.nbytes
             constants.append(named)
         graph = helper.make_graph(self._nodes, "clip", self._inputs, self._outputs, constants)
         return helper.make_model(
             graph, opset_imports=[helper.make_opsetid("", OPSET)], ir_version=IR_VERSION, producer_name="clipmb"
         )
+
+    def save(self, path: Path, largest: int = LARGEST) -> list[Path]:
+        """Writes the graph, with its large constants in a second file, ``….onnx_data``, where one would be too large.
+
+        Args:
+            path: The file, ``….onnx``.
+            largest: Bytes of constants in one file.
+
+        Returns:
+            The files written.
+        """
+        large = [array for array in self.tensors.values() if self.is_large(array)]
+        if sum(array.nbytes for array in large) <= largest:
+            path.write_bytes(self.model(embedded=True).SerializeToString())
+            return [path]
+        beside = path.with_name(f"{path.name}_data")
+        path.write_bytes(self.model(embedded=False, location=beside.name).SerializeToString())
+        with open(beside, "wb") as file:
+            for array in large:
+                file.write(array.data)
+        return [path, beside]
 
     @staticmethod
     def is_large(array: np.ndarray) -> bool:
@@ -390,6 +416,8 @@ def clip(
     keep: Collection[str] = (),
     normalized: bool = False,
     hidden_states: bool = False,
+    ids: str = "int64",
+    length: int | None = None,
 ) -> Graph:
     """Builds the graph of a model, or of one tower with its projection.
 
@@ -406,6 +434,8 @@ def clip(
         normalized: Return embeddings of length 1, which those of "both" always are, as in transformers.
         hidden_states: Also return, for each tower, what `clipmb.common.outputs.stages` lists, under those names;
             ``….projected`` is the embedding before its length is made 1.
+        ids: "int64" or "int32": the dtype of ``input_ids`` and ``attention_mask``.
+        length: What seq is; any when None.
 
     Raises:
         ValueError: There is no such tower.
@@ -419,8 +449,11 @@ def clip(
     proj, embeds = config.projection_dim, {}
     if tower != "image":
         batch = "text_batch" if both else "batch"
-        input_ids = graph.input("input_ids", np.int64, [batch, "seq"])
-        attention_mask = graph.input("attention_mask", np.int64, [batch, "seq"])
+        shape = [batch, length or "seq"]
+        input_ids = graph.input("input_ids", ids, shape)
+        attention_mask = graph.input("attention_mask", ids, shape)
+        if ids != "int64":
+            input_ids, attention_mask = (graph.cast(value, np.int64) for value in (input_ids, attention_mask))
         parts = text_transformer(graph, input_ids, attention_mask, config.text_config)
         embeds["text"] = _projected(graph, "text", "text_projection", parts, config, batch, hidden_states)
     if tower != "text":

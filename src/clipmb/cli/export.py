@@ -1,0 +1,72 @@
+"""``clipmb export``: a checkpoint for another runtime, compared with it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from clipmb.cli import common
+from clipmb.exporting import IDS, RECORD_NAME, TARGETS, TOWERS, export
+
+_DTYPES = list(dict.fromkeys(dtype for target in TARGETS.values() for dtype in target.dtypes))
+
+
+def run(
+    context: typer.Context,
+    model: Annotated[str, typer.Argument(metavar="MODEL", help="Folder, weights file or Hub id, in any format.")],
+    out: Annotated[str, typer.Option("--out", "-o", metavar="DIR", help="Folder to write; new or empty.")],
+    to: Annotated[str, common.choice("--to", values=TARGETS, metavar="TARGET", help="Kind of file")] = "onnx",
+    tower: Annotated[str, common.choice("--tower", values=(*TOWERS, "all"), help="What to write")] = "all",
+    dtype: Annotated[str, common.choice("--dtype", values=_DTYPES, help="What is computed in")] = "float32",
+    normalize: Annotated[bool, typer.Option("--normalize", help="Embeddings of length 1 from each tower.")] = False,
+    ids: Annotated[str, common.choice("--ids", values=IDS, help="Type of token ids and masks")] = "int64",
+    length: Annotated[
+        int | None, typer.Option(metavar="N", min=1, help="Tokens of every text.", show_default="any number")
+    ] = None,
+    keep: Annotated[
+        list[str] | None,
+        typer.Option(metavar="NAME", help="Weight that int8 leaves in float32; repeatable.", show_default="none"),
+    ] = None,
+    min_cosine: Annotated[
+        float, typer.Option(metavar="X", min=0, max=1, help="Smallest cosine of embeddings in int8 and float16.")
+    ] = 0.99,
+    subfolder: common.Subfolder = "",
+    revision: common.Revision = None,
+    as_json: common.Json = False,
+) -> None:
+    """Write a checkpoint for another runtime and compare the results.
+
+    The written files are run in a process without PyTorch, TensorFlow and Flax. If their results differ from the
+    checkpoint's, the exit code is 1 and nothing is written.
+    """
+    if Path(model).exists():
+        common.refuse(context, {"revision"}, "has no effect on local files.")
+    common.load_framework(TARGETS[to].backend)
+    with common.quiet():
+        record = export(
+            model,
+            out,
+            to,
+            tower=tower,
+            dtype=dtype,
+            normalize=normalize,
+            ids=ids,
+            length=length,
+            keep=keep or (),
+            min_cosine=min_cosine,
+            subfolder=subfolder,
+            revision=revision,
+        )
+    if as_json:
+        common.print_json(record)
+        return
+    rows = [
+        [file, f"{entry['bytes']:,}", output, f"{found['difference']:.1e}", f"{found['cosine']:.6f}"]
+        for file, entry in record["files"].items()
+        for output, found in entry.get("outputs", {"": {"difference": 0.0, "cosine": 1.0}}).items()
+    ]
+    title = f"{out}: compared with {record['compared_with']} at batches of {', '.join(map(str, record['batches']))}"
+    common.table(title, ["file", "bytes", "output", "max|a-b|/max|b|", "cosine"], rows, right=(1, 3, 4))
+    typer.echo(f"{RECORD_NAME} has the hashes and versions.")

@@ -1,0 +1,336 @@
+"""A checkpoint as files that another runtime loads, compared with the checkpoint before they stay.
+
+The folder has the layout of transformers.js and Optimum: ``onnx/model.onnx``, ``onnx/text_model.onnx`` and
+``onnx/vision_model.onnx`` beside config, tokenizer and image processor.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Collection
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+
+from clipmb import __version__, backends
+from clipmb.common.config import CONFIG_NAME, CLIPConfig
+from clipmb.common.errors import CheckpointError, ClipmbError, bad_input, one_of, whole_number
+from clipmb.common.hub import Source
+from clipmb.common.json_files import json_text
+from clipmb.common.pretrained import config_text
+from clipmb.common.processor import can_tokenize, image_processor_of, tokenizer_of
+from clipmb.common.saving import umask
+from clipmb.verification import TEXTS, demo_photos, inputs_of, relative_difference
+
+TOWERS = {"both": "model", "text": "text_model", "image": "vision_model"}
+IDS = ("int64", "int32")
+RECORD_NAME = "export.json"
+BOUND = 1e-5  # of float32: max|a - b| / max|b|
+BATCHES = (1, 3, 16)
+
+
+@dataclass(frozen=True)
+class Target:
+    """What can be exported to.
+
+    Attributes:
+        backend: Key of `clipmb.backends.BACKENDS`: whose model is written.
+        module: Has the `Writer`.
+        dtypes: Dtype to the end of the file's name.
+    """
+
+    backend: str
+    module: str
+    dtypes: dict[str, str]
+
+
+TARGETS = {"onnx": Target("onnx", "clipmb.onnx.export", {"float32": "", "float16": "_fp16", "int8": "_int8"})}
+
+
+@dataclass(frozen=True)
+class Form:
+    """How a tower is written; the attributes are arguments of `export`."""
+
+    dtype: str = "float32"
+    normalize: bool = False
+    ids: str = "int64"
+    length: int | None = None
+    keep: frozenset[str] = frozenset()
+
+
+class Writer(Protocol):
+    """What the module of a target has."""
+
+    RUN: Path
+    """A script that takes a written file, an npz file of inputs called ``NAME.BATCH``, and the npz file to write, of
+    outputs called likewise. It runs in a process of its own and lets nothing be imported that the runtime can do
+    without."""
+
+    @staticmethod
+    def write(
+        model: Any,
+        tower: str,
+        path: Path,
+        *,
+        dtype: str,
+        normalize: bool,
+        ids: str,
+        length: int | None,
+        keep: Collection[str],
+    ) -> list[Path]:
+        """Writes a tower.
+
+        Args:
+            model: ``engine.model`` of the backend.
+            tower: "image", "text" or "both".
+            path: The file without its ending.
+            dtype: As in `export`, and so are the others.
+            normalize: Embeddings of length 1, also from a single tower.
+            ids: dtype of ``input_ids`` and ``attention_mask``.
+            length: Tokens of each text, or None.
+            keep: Weights that are not quantised.
+
+        Returns:
+            The files written, the one to load first.
+        """
+        ...
+
+
+def export(
+    checkpoint: str | os.PathLike[str],
+    out: str | os.PathLike[str],
+    to: str = "onnx",
+    *,
+    tower: str = "all",
+    dtype: str = "float32",
+    normalize: bool = False,
+    ids: str = "int64",
+    length: int | None = None,
+    keep: Collection[str] = (),
+    min_cosine: float = 0.99,
+    **options: Any,
+) -> dict[str, Any]:
+    """Writes a checkpoint for another runtime, and compares what that computes with what the checkpoint computes.
+
+    The comparison loads the files in a process of its own, in which no framework can be imported, over the photographs
+    of the package and texts of several lengths, at batches of 1, 3 and 16.
+
+    Args:
+        checkpoint: Folder, file of weights or Hub id of a full CLIP model, in any format.
+        out: A folder; new or empty.
+        to: "onnx": what onnxruntime, transformers.js and others load.
+        tower: "image", "text", "both" in one file, or "all" three of them. The tokenizer and the image processor are
+            written where a tower needs them; a checkpoint without a tokenizer has none here either.
+        dtype: "float32"; "float16", with inputs and outputs in float32; or "int8": the weights of the blocks in 8 bits,
+            what they multiply quantised when it is known.
+        normalize: Return embeddings of length 1 from a single tower; "both" always does.
+        ids: "int64" or "int32": the dtype of ``input_ids`` and ``attention_mask``.
+        length: Tokens of every text, which are padded to it; any number up to the model's context when None.
+        keep: Canonical names of weights that "int8" leaves in float32.
+        min_cosine: Of "float16" and "int8": the smallest cosine of an embedding to the checkpoint's own.
+        **options: ``subfolder``, ``revision``, ``cache_dir``, ``token``, ``local_files_only``, ``force_download``.
+
+    Returns:
+        The record, which is also written to export.json: what was compared, and for each file ``sha256``, ``bytes``
+        and, for each output, the largest relative ``difference`` and the smallest ``cosine`` of a row.
+
+    Raises:
+        CheckpointError: The checkpoint cannot be read, or a file computes something else. Nothing is written then.
+        MissingBackendError: onnx or onnxruntime is not installed.
+        ValueError: An argument is impossible, or the folder is not empty.
+        TypeError: An option is unknown.
+    """
+    if to not in TARGETS:
+        raise one_of("to", to, tuple(TARGETS))
+    target = TARGETS[to]
+    if tower not in (*TOWERS, "all"):
+        raise one_of("tower", tower, (*TOWERS, "all"))
+    if dtype not in target.dtypes:
+        raise one_of(f"dtype of {to}", dtype, tuple(target.dtypes))
+    if ids not in IDS:
+        raise one_of("ids", ids, IDS)
+    if keep and dtype != "int8":
+        raise bad_input("keep= needs something that it is kept from", dtype, 'Pass dtype="int8", or no keep=')
+    if not 0 <= min_cosine <= 1:
+        raise bad_input("min_cosine must be from 0 to 1", min_cosine, "Pass such a number")
+    source = Source.of(checkpoint, options)
+    if options:
+        raise bad_input("export has no such options", sorted(options), "Remove them", TypeError)
+    folder = Path(out)
+    _require_free(folder)
+    engine = backends.engine(target.backend).load(source, compile=False)
+    try:
+        context = engine.config.text_config.max_position_embeddings
+        if length is not None and whole_number("length", length) > context:
+            raise bad_input(f"length must be at most the model's context, {context}", length, "Pass fewer tokens")
+        if unknown := frozenset(keep) - engine.weights().keys():
+            raise bad_input(
+                "keep= must hold names of weights", sorted(unknown), "`clipmb convert --dry-run` lists them"
+            )
+        form = Form(dtype, normalize, ids, length, frozenset(keep))
+        return _written(folder, source, engine, to, tower, form, min_cosine)
+    finally:
+        engine.free()
+
+
+def _written(
+    folder: Path, source: Source, engine: Any, to: str, tower: str, form: Form, min_cosine: float
+) -> dict[str, Any]:
+    target = TARGETS[to]
+    writer: Writer | Any = importlib.import_module(target.module)
+    expected = _expected(source, engine, form)
+    standard = expected.pop("standard")
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    staging = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
+    try:
+        files: dict[str, dict[str, Any]] = {}
+        for part in TOWERS if tower == "all" else (tower,):
+            stem = staging / to / f"{TOWERS[part]}{target.dtypes[form.dtype]}"
+            stem.parent.mkdir(exist_ok=True)
+            written = writer.write(engine.model, part, stem, **asdict(form))
+            outputs = _compared(writer.RUN, written[0], part, expected, form)
+            _require_agreement(written[0].name, outputs, form.dtype, min_cosine)
+            for path in written:
+                files[f"{to}/{path.name}"] = {"sha256": _sha256(path), "bytes": path.stat().st_size}
+            files[f"{to}/{written[0].name}"]["outputs"] = outputs
+        (staging / CONFIG_NAME).write_text(config_text(engine.config, "CLIPModel", {"float32"}), encoding="utf-8")
+        if tower != "image" and can_tokenize(source, engine.config.text_config):
+            tokenizer_of(source, engine.config.text_config).save_pretrained(staging)
+        if tower != "text":
+            image_processor_of(source, engine.config.vision_config).save_pretrained(staging)
+        record = {
+            "clipmb": __version__,
+            "source": str(source),
+            "commit": source.commit(),
+            "to": to,
+            "tower": tower,
+            "dtype": form.dtype,
+            "normalize": form.normalize,
+            "ids": form.ids,
+            "length": form.length,
+            "keep": sorted(form.keep),
+            "compared_with": standard,
+            "batches": list(BATCHES),
+            "versions": engine.environment()["versions"],
+            "files": files,
+        }
+        (staging / RECORD_NAME).write_text(json_text(record), encoding="utf-8")
+        staging.chmod(0o777 & ~umask())
+        _require_free(folder)
+        if folder.exists():
+            folder.rmdir()
+        os.rename(staging, folder)
+    except ClipmbError:  # which is an OSError too
+        raise
+    except OSError as error:
+        raise OSError(error.errno, f"The export could not be written: {error.strerror}", str(folder)) from error
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)
+    return record
+
+
+def _require_free(folder: Path) -> None:
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise bad_input("out must be a new or empty folder", str(folder), "Pass another", shown=True)
+
+
+# -- comparison -------------------------------------------------------------------------------------------------------
+
+
+def _expected(source: Source, engine: Any, form: Form) -> dict[str, Any]:
+    """Returns inputs and features of all batches, and which engine is the standard: a framework's where there is one.
+
+    The arrays are called ``input_ids.3``, ``attention_mask.3``, ``pixel_values.3``, ``text.3`` and ``image.3`` for the
+    batch of 3.
+    """
+    config: CLIPConfig = engine.config
+    others = [name for name in backends.installed("float32") if name != engine.backend]
+    standard = backends.engine(others[0]).load(source) if others else engine
+    found: dict[str, Any] = {"standard": others[0] if others else f"{engine.backend}, not optimised"}
+    ids, mask, pixels = inputs_of(source, config, TEXTS, demo_photos())
+    for batch, share in zip(BATCHES, (2, 1, 1), strict=True):
+        texts, pictures = (np.arange(batch) % len(array) for array in (ids, pixels))
+        seq = -(-ids.shape[1] // share)
+        rows, looked = _fitted(ids[texts, :seq], mask[texts, :seq], form.length)
+        light = np.linspace(1, 0.5, batch, dtype=np.float32)[:, None, None, None]
+        found[f"input_ids.{batch}"], found[f"attention_mask.{batch}"] = rows.astype(form.ids), looked.astype(form.ids)
+        found[f"pixel_values.{batch}"] = pixels[pictures] * light
+        found[f"text.{batch}"] = standard.text_features(rows, looked)
+        found[f"image.{batch}"] = standard.image_features(found[f"pixel_values.{batch}"])
+    found["scale"] = np.asarray(standard.logit_scale)
+    if others:
+        standard.free()
+    return found
+
+
+def _fitted(ids: np.ndarray, mask: np.ndarray, length: int | None) -> tuple[np.ndarray, np.ndarray]:
+    """Cuts texts to a length, or pads them with their last id and a mask of 0."""
+    if length is None:
+        return ids, mask
+    more = ((0, 0), (0, max(length - ids.shape[1], 0)))
+    return np.pad(ids[:, :length], more, mode="edge"), np.pad(mask[:, :length], more)
+
+
+def _compared(run: Path, path: Path, tower: str, expected: dict[str, Any], form: Form) -> dict[str, dict[str, float]]:
+    """Returns the difference and the cosine of each output of a file, the worst of all batches."""
+    computed = _computed(run, path, expected)
+    worst: dict[str, dict[str, float]] = {}
+    for batch in BATCHES:
+        features = {name: expected[f"{name}.{batch}"] for name in ("text", "image")}
+        unit = {name: array / np.linalg.norm(array, axis=1, keepdims=True) for name, array in features.items()}
+        shown = unit if form.normalize or tower == "both" else features
+        right = {f"{name}_embeds": array for name, array in shown.items()}
+        right["logits_per_image"] = unit["image"] @ unit["text"].T * expected["scale"]
+        right["logits_per_text"] = right["logits_per_image"].T
+        for name in {key.rpartition(".")[0] for key in computed}:
+            mine, wanted = computed[f"{name}.{batch}"], right[name]
+            lengths = np.linalg.norm(mine, axis=1) * np.linalg.norm(wanted, axis=1)
+            entry = worst.setdefault(name, {"difference": 0.0, "cosine": 1.0})
+            entry["difference"] = max(entry["difference"], relative_difference(mine, wanted))
+            entry["cosine"] = min(entry["cosine"], float(((mine * wanted).sum(1) / lengths).min()))
+    return dict(sorted(worst.items()))
+
+
+def _require_agreement(file: str, outputs: dict[str, dict[str, float]], dtype: str, min_cosine: float) -> None:
+    for name, entry in outputs.items():
+        exact = dtype == "float32"
+        if entry["difference"] <= BOUND if exact else entry["cosine"] >= min_cosine:
+            continue
+        bound = f"differ by at most {BOUND:g}" if exact else f"have a cosine of at least {min_cosine:g}"
+        fix = (
+            "Report this, and use the checkpoint itself"
+            if exact
+            else "Pass another dtype, keep= or a lower min_cosine="
+        )
+        raise CheckpointError(
+            f"{name} of {file} must {bound} to the checkpoint's own. Received: a difference of "
+            f"{entry['difference']:.1e}, a cosine of {entry['cosine']:.6f}. Nothing was written. {fix}."
+        )
+
+
+def _computed(run: Path, path: Path, arrays: dict[str, Any]) -> dict[str, np.ndarray]:
+    """Runs a file in a process of its own; returns its outputs, called ``image_embeds.3`` for the batch of 3."""
+    with tempfile.TemporaryDirectory() as folder:
+        given, found = Path(folder) / "given.npz", Path(folder) / "found.npz"
+        np.savez(given, allow_pickle=False, **arrays)
+        done = subprocess.run(
+            [sys.executable, "-P", run, path, given, found], capture_output=True, text=True, check=False
+        )
+        if done.returncode:
+            reason = (done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1]
+            raise CheckpointError(f"{path.name} cannot be run, so nothing was written: {reason[:500]}")
+        with np.load(found) as file:
+            return dict(file)
+
+
+def _sha256(path: Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
