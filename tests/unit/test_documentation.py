@@ -83,6 +83,20 @@ def test_python_blocks_run_and_print_what_is_below_them(page, tmp_path):
         assert re.fullmatch(expected, printed, re.DOTALL), f"{block['code']}\nprints\n{printed}"
 
 
+@pytest.mark.backend("pt")
+def test_the_second_command_prints_what_is_below_it(tmp_path):
+    """The one block of the README that shows what a command prints."""
+    above, expected = re.search(r"```sh\n([^`]*)```\n\nThe second command prints:\n\n```text\n(.*?)```",
+                                PAGES[0].read_text("utf-8"), re.DOTALL).groups()  # fmt: skip
+    images, names = clipmb.held_out_pictures()
+    images[names.index("rocket")].save(tmp_path / "rocket.png")
+    script = "import os, sys; os.chdir(sys.argv.pop(1)); from clipmb.cli import main; main()"
+    _, *arguments = shlex.split(commands(above)[1], comments=True)
+    done = python("-c", script, tmp_path, *arguments, PYTHONUTF8="1")
+    assert done.returncode == 0, done.stderr
+    assert re.fullmatch(re.escape(expected).replace("…", ".*"), done.stdout), done.stdout
+
+
 @pytest.mark.parametrize("page", [*PAGES, ROOT / "CONTRIBUTING.md"], ids=lambda page: str(page.relative_to(ROOT)))
 def test_commands_are_accepted(page):
     group = typer.main.get_command(app)
