@@ -6,9 +6,10 @@ import copy
 import json
 import math
 import os
+import sys
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, ClassVar, Self, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, Self, TypeVar
 
 import numpy as np
 
@@ -69,7 +70,7 @@ class BaseConfig(JsonSettings, Uploadable):
 
     def __init__(self, /, **extra: Any) -> None:
         legacy_dtype = extra.pop("torch_dtype", None)
-        self.dtype: str | None = _dtype(extra.pop("dtype", None) or legacy_dtype)
+        self._dtype = _dtype(extra.pop("dtype", None) or legacy_dtype)
         self.return_dict: bool = boolean("return_dict", extra.pop("return_dict", True))
         self.torchscript: bool = boolean("torchscript", extra.pop("torchscript", False))
         self.output_attentions: bool = boolean("output_attentions", extra.pop("output_attentions", False))
@@ -81,7 +82,10 @@ class BaseConfig(JsonSettings, Uploadable):
         self._name_or_path: str = str(extra.pop("_name_or_path", None) or extra.pop("name_or_path", ""))
         self._commit_hash: str | None = extra.pop("_commit_hash", None)
         private = extra.pop("_attn_implementation", None)
-        self.attn_implementation = extra.pop("attn_implementation", None) or private
+        self._attn_implementation_internal: str | None = None
+        attention = extra.pop("attn_implementation", None) or private
+        if attention is not None:  # otherwise towers keep their own
+            self.attn_implementation = attention
         self._set_labels(extra.pop("id2label", None), extra.pop("label2id", None), extra.pop("num_labels", None))
         extra.pop("model_type", None)
         self._keep(extra)
@@ -114,33 +118,67 @@ class BaseConfig(JsonSettings, Uploadable):
         if value != self.num_labels:
             self._set_labels(None, None, value)
 
+    if not TYPE_CHECKING:  # which goes on finding misspelt names
+
+        def __getattr__(self, name: str) -> Any:
+            if name in _OF_OTHER_MODELS:
+                return copy.copy(_OF_OTHER_MODELS[name])
+            raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
+
     @property
-    def torch_dtype(self) -> str | None:
+    def dtype(self) -> Any:
+        """Dtype of the saved weights, or None: PyTorch's own where PyTorch is in use, otherwise its name."""
+        return None if self._dtype is None else getattr(sys.modules.get("torch"), self._dtype, self._dtype)
+
+    @dtype.setter
+    def dtype(self, value: Any) -> None:
+        self._dtype = _dtype(value)
+
+    @property
+    def torch_dtype(self) -> Any:
         """``dtype``, by its name in transformers 4."""
         return self.dtype
 
     @torch_dtype.setter
     def torch_dtype(self, value: Any) -> None:
-        self.dtype = dtype_name(value)
+        self.dtype = value
 
     @property
     def attn_implementation(self) -> str | None:
         """How attention is computed: "eager", "sdpa" (fused), or None for the default.
 
+        The full model's is set in its towers too, or one by one: {"text_config": …, "vision_config": …}.
+
         Raises:
-            ValueError: Something else is assigned.
+            ValueError: Something else is assigned, or for something that is not a tower.
         """
-        return self._attn_implementation
+        return self._attn_implementation_internal
 
     @attn_implementation.setter
-    def attn_implementation(self, value: str | None) -> None:
-        if value not in (None, *_ATTENTIONS):
-            raise one_of("attn_implementation", value, _ATTENTIONS)
-        self._attn_implementation = value
+    def attn_implementation(self, value: str | dict[str, str | None] | None) -> None:
+        parts = ("", *self.sub_configs)
+        choices = value if isinstance(value, dict) else dict.fromkeys(parts, value)
+        for part, choice in choices.items():
+            if part not in parts:
+                raise one_of("A key of attn_implementation", part, parts)
+            if choice not in (None, *_ATTENTIONS):
+                raise one_of("attn_implementation", choice, _ATTENTIONS)
+        for part, choice in choices.items():
+            (getattr(self, part) if part else self)._attn_implementation_internal = choice
 
-    def attn_choices(self) -> str | dict[str, str | None] | None:
-        """Returns what `attn_implementation` can be set to in another config to choose the same."""
-        return self._attn_implementation
+    @property
+    def _attn_implementation(self) -> str | None:
+        """``attn_implementation``, by its name in transformers 4."""
+        return self.attn_implementation
+
+    @_attn_implementation.setter
+    def _attn_implementation(self, value: str | dict[str, str | None] | None) -> None:
+        self.attn_implementation = value
+
+    def attn_choices(self) -> dict[str, str | None]:
+        """Returns the choices by tower, to be assigned to another config's `attn_implementation`."""
+        parts = {"": self, **{name: getattr(self, name) for name in self.sub_configs}}
+        return {name: part.attn_implementation for name, part in parts.items()}
 
     @property
     def use_return_dict(self) -> bool:
@@ -159,6 +197,7 @@ class BaseConfig(JsonSettings, Uploadable):
     def to_dict(self) -> dict[str, Any]:
         """Returns every field, with ``model_type``, as JSON values; the generic ones only where they deviate."""
         fields = {key: copy.deepcopy(value) for key, value in self.__dict__.items() if not key.startswith("_")}
+        fields["dtype"] = self._dtype
         for key, default in _GENERIC_DEFAULTS.items():
             if key in fields and fields[key] == default:
                 del fields[key]
@@ -192,7 +231,7 @@ class BaseConfig(JsonSettings, Uploadable):
         fields = cls._own_part(copy.deepcopy(dict(entries)))
         unused = {}
         if return_unused:
-            known = set(cls().__dict__) | set(fields) | {"torch_dtype", "num_labels", "attn_implementation"}
+            known = set(cls()) | set(fields) | {"torch_dtype", "num_labels", "attn_implementation"}
             unused = {key: changes[key] for key in changes if key not in known}
         changes = {key: value for key, value in changes.items() if key not in unused}
         for key, value in changes.items():
@@ -274,7 +313,7 @@ class BaseConfig(JsonSettings, Uploadable):
         changes = {}
         for part in update_str.split(","):
             name, equals, value = part.partition("=")
-            if not equals or name not in self.__dict__:
+            if not equals or name not in set(self):
                 raise bad_input(
                     "Fields are given as name=value, separated by commas", part, "Name fields of the config"
                 )
@@ -297,7 +336,7 @@ class BaseConfig(JsonSettings, Uploadable):
     __hash__ = None  # type: ignore[assignment]
 
     def __iter__(self) -> Iterator[str]:
-        return iter(key for key in self.__dict__ if not key.startswith("_"))
+        return iter(["dtype", *(key for key in self.__dict__ if not key.startswith("_"))])
 
     def __repr__(self) -> str:
         return f"{type(self).__name__} {self.to_json_string()}"
@@ -311,6 +350,21 @@ _GENERIC_DEFAULTS = {
     "output_hidden_states": False,
     "architectures": None,
     "problem_type": None,
+}
+
+
+# Fields of other models that configs of transformers 4 have too; written only where a file or the caller has them.
+_OF_OTHER_MODELS = {
+    **dict.fromkeys(
+        ("is_encoder_decoder", "is_decoder", "add_cross_attention", "output_scores", "has_no_defaults_at_init"), False
+    ),
+    **dict.fromkeys(("pad_token_id", "bos_token_id", "eos_token_id", "sep_token_id", "decoder_start_token_id"), None),
+    **dict.fromkeys(
+        ("tokenizer_class", "prefix", "task_specific_params", "finetuning_task", "transformers_version"), None
+    ),
+    "tie_word_embeddings": True,
+    "chunk_size_feed_forward": 0,
+    "pruned_heads": {},
 }
 
 
@@ -527,34 +581,6 @@ class CLIPConfig(BaseConfig):
         self.logit_scale_init_value = logit_scale_init_value
         self.initializer_factor = 1.0
         _require_number("logit_scale_init_value", logit_scale_init_value, above=-math.inf)
-
-    @BaseConfig.attn_implementation.setter
-    def attn_implementation(self, value: str | dict[str, str] | None) -> None:
-        """Sets one choice for the full model, or one per tower: {"text_config": …, "vision_config": …}.
-
-        Raises:
-            ValueError: It is another choice, or for something that is not a tower.
-        """
-        if isinstance(value, dict):
-            for key in value:
-                if key not in ("text_config", "vision_config", ""):
-                    raise one_of("A key of attn_implementation", key, ("text_config", "vision_config", ""))
-            parts = value
-        else:
-            parts = {} if value is None else {"text_config": value, "vision_config": value, "": value}
-        self._attn_implementation = None
-        for key, choice in parts.items():
-            if choice not in (None, *_ATTENTIONS):
-                raise one_of("attn_implementation", choice, _ATTENTIONS)
-            if key:
-                getattr(self, key).attn_implementation = choice
-            else:
-                self._attn_implementation = choice
-
-    def attn_choices(self) -> dict[str, str | None]:
-        """Returns the choices by tower; see `BaseConfig.attn_choices`."""
-        parts = {"": self, "text_config": self.text_config, "vision_config": self.vision_config}
-        return {key: part._attn_implementation for key, part in parts.items()}
 
     @classmethod
     def from_text_vision_configs(

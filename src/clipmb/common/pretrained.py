@@ -199,7 +199,7 @@ class PretrainedMixin(Uploadable):
         _check_pooling(found.config, cls.head)
         arrays = found.arrays
         if dtype == "auto":
-            dtype = found.config.dtype or next((array.dtype.name for array in arrays.values()), None)
+            dtype = found.config.to_dict().get("dtype") or next((array.dtype.name for array in arrays.values()), None)
         if broken := not_finite(arrays, dtype):
             logger.warning(
                 "%s: %d weights have NaN or infinity%s. Repair or replace the checkpoint: %s%s",

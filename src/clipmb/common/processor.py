@@ -7,7 +7,7 @@ import json
 import os
 import warnings
 from pathlib import Path
-from typing import Any, NoReturn, Self
+from typing import Any, ClassVar, NoReturn, Self
 
 from PIL import Image
 
@@ -56,9 +56,13 @@ class CLIPProcessor(Uploadable):
         TypeError: The two are swapped or of other kinds, or a keyword argument is unknown.
     """
 
-    attributes = ("image_processor", "tokenizer")
-    image_processor_class = "CLIPImageProcessor"
-    tokenizer_class = "CLIPTokenizerFast"
+    # As transformers 4 has them: lists of the parts, and what it looks for.
+    attributes: ClassVar[list[str]] = ["image_processor", "tokenizer"]
+    optional_attributes: ClassVar[list[str]] = ["chat_template", "audio_tokenizer"]
+    optional_call_args: ClassVar[list[str]] = []
+    image_processor_class = ("CLIPImageProcessor", "CLIPImageProcessorFast")
+    tokenizer_class = "AutoTokenizer"
+    chat_template = None
 
     def __init__(self, image_processor: Any = None, tokenizer: Any = None, **kwargs: Any) -> None:
         if "feature_extractor" in kwargs:
@@ -91,7 +95,7 @@ class CLIPProcessor(Uploadable):
         return self.image_processor
 
     @property
-    def feature_extractor_class(self) -> str:
+    def feature_extractor_class(self) -> tuple[str, ...]:
         """The deprecated name of ``image_processor_class``."""
         warnings.warn("feature_extractor_class is deprecated. Use image_processor_class.", FutureWarning, stacklevel=2)
         return self.image_processor_class

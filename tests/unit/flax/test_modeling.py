@@ -114,7 +114,7 @@ def test_save_and_load_bit_for_bit_in_the_dtype_of_the_file(tmp_path, head, dtyp
     again = type(model).from_pretrained(tmp_path / "again", param_dtype="auto")
     assert same_tree(again.params, params)
     assert again.config.architectures == [head]
-    assert again.config.dtype == dtype
+    assert again.config.to_dict()["dtype"] == dtype
     assert again.dtype == jnp.float32  # what is computed in, whatever the parameters are
     assert jax.eval_shape(lambda: again(**inputs_of(head, CONFIG)))[0].dtype == jnp.float32
     assert type(model).from_pretrained(tmp_path / "again", dtype="auto").dtype == jnp.dtype(dtype)

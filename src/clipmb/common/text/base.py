@@ -104,6 +104,10 @@ class Tokens:
         "tokenizer_file": "tokenizer.json",
     }
     is_fast: ClassVar[bool] = False
+    slow_tokenizer_class: ClassVar[type[Tokens] | None] = None
+    SPECIAL_TOKENS_ATTRIBUTES: ClassVar[list[str]] = [*SPECIAL, "additional_special_tokens"]
+    chat_template = None
+    verbose = False
     _default_cleaning: ClassVar[str] = "basic"
     _prefers: ClassVar[str] = "vocab.json"
 
@@ -161,7 +165,6 @@ class Tokens:
         )
         self.model_input_names = _names("model_input_names", kwargs.pop("model_input_names", None) or INPUT_NAMES)
         self.name_or_path = str(kwargs.pop("name_or_path", ""))
-        self.init_kwargs: dict[str, Any] = kwargs
         self.text_cleaning = self._default_cleaning if text_cleaning is None else text_cleaning
 
         special: dict[str, Any] = {
@@ -177,6 +180,11 @@ class Tokens:
         if not isinstance(additional_special_tokens, list | tuple | None):
             raise _no_list(additional_special_tokens)
         extra = [AddedToken.of(token, special=True) for token in additional_special_tokens or ()]
+        kwargs.pop("tokenizer_class", None)
+        self.init_kwargs: dict[str, Any] = {
+            **kwargs, **tokens, "clean_up_tokenization_spaces": self.clean_up_tokenization_spaces, "errors": errors,
+            "model_max_length": self.model_max_length, "name_or_path": self.name_or_path,
+        }  # fmt: skip
         self._special: dict[str, str] = {name: token.content for name, token in tokens.items()}
         self._additional = [token.content for token in extra]
         self._vocabulary = vocabulary

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from itertools import chain
 from typing import Any
 
 import numpy as np
@@ -23,23 +24,30 @@ class DecodingTokens(Tokens):
             tokens: Tokens as the vocabulary has them: bytes as printable characters, ``</w>`` at the end of words.
 
         Returns:
-            The text, with a space after each word.
+            CLIPTokenizer: the text, with a space after each word. CLIPTokenizerFast: the tokens' bytes as text, as in
+            transformers; `decode` makes words of them.
 
         Raises:
-            UnicodeDecodeError: The bytes are not UTF-8, and the tokenizer's ``errors`` is "strict".
+            UnicodeDecodeError: The bytes are not UTF-8, and ``errors`` of a CLIPTokenizer is "strict".
         """
+        if self.is_fast:
+            return self._content(tokens).decode("utf-8", errors="replace")
+        return self._words(tokens)
+
+    def _words(self, tokens: Sequence[str]) -> str:
+        parts = ((token[: -len(SUFFIX)], " ") if token.endswith(SUFFIX) else (token,) for token in tokens)
+        return self._content(chain.from_iterable(parts)).decode("utf-8", errors=self.errors).strip()
+
+    @staticmethod
+    def _content(tokens: Iterable[str]) -> bytes:
         symbol = symbol_bytes()
         content = bytearray()
         for token in tokens:
-            whole = not token.endswith(SUFFIX)
-            part = token if whole else token[: -len(SUFFIX)]
-            if all(char in symbol for char in part):
-                content.extend(symbol[char] for char in part)
+            if all(char in symbol for char in token):
+                content.extend(symbol[char] for char in token)
             else:
-                content.extend(part.encode("utf-8", errors="replace"))
-            if not whole:
-                content.extend(b" ")
-        return content.decode("utf-8", errors=self.errors).strip()
+                content.extend(token.encode("utf-8", errors="replace"))
+        return bytes(content)
 
     def decode(
         self,
@@ -82,13 +90,13 @@ class DecodingTokens(Tokens):
             if index in skipped or index not in known:
                 continue
             if index in apart:
-                parts.extend([self.convert_tokens_to_string(run)] if run else [])
+                parts.extend([self._words(run)] if run else [])
                 parts.append(known[index])
                 run = []
             else:
                 run.append(known[index])
         if run:
-            parts.append(self.convert_tokens_to_string(run))
+            parts.append(self._words(run))
         text = (" " if spaces_between_special_tokens else "").join(part for part in parts if part)
         clean = (
             self.clean_up_tokenization_spaces if clean_up_tokenization_spaces is None else clean_up_tokenization_spaces

@@ -90,7 +90,7 @@ class SavedTokens(DecodingTokens, Uploadable):
 
     def _config(self) -> dict[str, Any]:
         config = {
-            **self.init_kwargs,
+            **{name: value for name, value in self.init_kwargs.items() if name not in (*SPECIAL, "name_or_path")},
             **self._special,
             "added_tokens_decoder": {str(i): token.flags() for i, token in self.added_tokens_decoder.items()},
             "clean_up_tokenization_spaces": self.clean_up_tokenization_spaces,
