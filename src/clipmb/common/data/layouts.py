@@ -30,6 +30,7 @@ from clipmb.common.errors import bad_input
 
 PICTURES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")
 _TEXTS = (".txt", ".json", ".cls")
+_SPLITS = ("train", "training", "val", "valid", "validation", "dev", "test", "testing")
 
 
 def open_coco(path: Path, name: str, columns: Columns, *, prefix: bool = False) -> Table:
@@ -116,7 +117,7 @@ def open_folder(folder: Path, name: str, columns: Columns, *, prefix: bool = Fal
         prefix: Begin all ids with ``name``.
 
     Raises:
-        ValueError: There is no image.
+        ValueError: The folders of classes lie in folders of splits.
     """
     found: dict[Path, set[str]] = {}
     pictures: list[Path] = []
@@ -129,6 +130,15 @@ def open_folder(folder: Path, name: str, columns: Columns, *, prefix: bool = Fal
             elif path.suffix in _TEXTS:
                 found.setdefault(path.with_suffix(""), set()).add(path.suffix)
     beside = any(path.with_suffix("") in found for path in pictures)
+    parts = [path.relative_to(folder).parts for path in pictures]
+    splits = sorted({part[0] for part in parts if len(part) > 2})
+    if not beside and splits and all(split.lower() in _SPLITS for split in splits):
+        raise bad_input(
+            "A folder must hold one split",
+            f"{', '.join(splits)} in {folder}",
+            f"Pass one of them, for example {folder / splits[0]}",
+            shown=True,
+        )
 
     def rows() -> Iterator[Row]:
         for path in pictures:

@@ -27,7 +27,7 @@ from clipmb.common.image.resampling import as_image
 _OPENED = {
     **dict.fromkeys(SUFFIXES, open_table), ".json": layouts.open_coco, ".token": layouts.open_token, ".tar": Shard,
 }  # fmt: skip
-_SPLIT = re.compile(r"(.+)-\d+-of-\d+")  # the parts of a split of Hugging Face's data sets
+_SPLIT = re.compile(r"(.+?)-\d+-of-\d+(?:-[0-9a-f]+)?")  # the parts of a split of Hugging Face's data sets
 _MOST_FILES = 1_000_000
 _BRACES = re.compile(r"\{([^{}]*)\}")
 

@@ -158,6 +158,16 @@ def test_class_folders(tmp_path):
     assert pairs.fingerprint == Pairs.open(tmp_path).fingerprint
 
 
+def test_splits_are_no_classes(tmp_path):
+    for name in ("train/cats/1.png", "train/dogs/2.png", "Val/cats/3.png"):
+        write(tmp_path / name, encoded(1))
+    with pytest.raises(ValueError, match=r"must hold one split. Received: Val, train in .*Pass one of them, .*Val"):
+        Pairs.open(tmp_path)
+    assert [Pairs.open(tmp_path / "train").label(i) for i in range(2)] == ["cats", "dogs"]
+    write(tmp_path / "cats" / "deep" / "4.png", encoded(4))  # where not all are splits, they are classes
+    assert [Pairs.open(tmp_path).label(i) for i in range(4)] == ["Val", "cats", "train", "train"]
+
+
 def test_files_of_img2dataset(tmp_path):
     for shard, key, number in (("00000", "000000000", 1), ("00001", "000010000", 2)):
         write(tmp_path / shard / f"{key}.jpg", encoded(number, "JPEG"))
@@ -187,7 +197,14 @@ def test_texts_beside_pictures(tmp_path):
 
 
 @pytest.mark.parametrize("place", [".", "data"])
-@pytest.mark.parametrize("stems", [("train-00000-of-00002", "train-00001-of-00002"), ("00000", "00001")])
+@pytest.mark.parametrize(
+    "stems",
+    [
+        ("train-00000-of-00002", "train-00001-of-00002"),
+        ("train-00000-of-00002-b513d9e388d56453", "train-00001-of-00002-6242383510343be0"),
+        ("00000", "00001"),
+    ],
+)
 def test_folders_of_parquet_files(tmp_path, place, stems):
     """As Hugging Face's data sets and img2dataset's "parquet" output are written."""
     for number, stem in enumerate(stems):
