@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
@@ -52,7 +53,7 @@ def run(
     The config, tokenizer and image processor are converted too, and conversion.json records what was done. If the
     process is killed, the disk fills up or verification fails, DST is left untouched.
     """
-    if Path(src).exists():
+    if os.path.exists(src):
         common.refuse(context, {"revision"}, "has no effect on local files.")
     if dry_run:
         common.refuse(context, {"verify"}, "needs a result, and --dry-run writes none.")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any
@@ -105,7 +106,7 @@ def _report(found: Mapping[str, Any], title: str) -> list[tuple[str, list[str], 
 
 
 def _classes(labels: str) -> list[str] | Path:
-    if Path(labels).is_file():
+    if os.path.isfile(labels):  # also where the names are longer than those of files
         return Path(labels)
     if "," not in labels:
         raise bad_input("--labels must be a file or names separated by commas", labels, "Pass at least two names")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -30,7 +31,7 @@ def run(
     as_json: common.Json = False,
 ) -> None:
     """Show the config, parameters, files and sizes of a checkpoint."""
-    if Path(model).exists():
+    if os.path.exists(model):
         common.refuse(context, {"revision"}, "has no effect on local files.")
     source = Source(model, subfolder=subfolder, revision=revision)
     found = read_whole(source.folder, lambda: describe(source))

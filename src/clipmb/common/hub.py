@@ -18,6 +18,7 @@ _REFUSALS: dict[int | None, str] = {
     403: "the Hub forbids it (403). Ask its owner for access, or pass the token= of somebody who has it.",
     404: "there is no such page (404), and not the answer of a Hub. Check HF_ENDPOINT.",
 }
+_LONGEST = 96  # characters of each half of a Hub id
 _ATTEMPTS = 4  # of a download whose connection breaks
 _OR_OFFLINE = " (or local_files_only or HF_HUB_OFFLINE is set). Connect once, or pass a local folder."
 
@@ -93,13 +94,13 @@ class Source:
     def file(self) -> Path | None:
         """The local file, when the source is a single file instead of a folder; else None."""
         path = Path(self.name_or_path)
-        return path if not self.subfolder and path.is_file() else None
+        return path if not self.subfolder and os.path.isfile(path) else None
 
     @property
     def folder(self) -> Path | None:
         """The local folder, the folder of a single file, or None when the source is on the Hub."""
         path = Path(self.name_or_path)
-        if path.is_dir():
+        if os.path.isdir(path):
             return path / self.subfolder
         return path.parent if self.file else None
 
@@ -174,12 +175,14 @@ class Source:
     def _require_hub_id(self) -> None:
         name = self.name_or_path
         parts = name.split("/")
-        plausible = len(parts) <= 2 and all(parts) and not name.startswith((".", "~", "/")) and "\\" not in name
-        if Path(name).is_file() or not plausible:
-            exists = "is a file" if Path(name).is_file() else "is neither a folder nor a file of data"
-            what = exists if Path(name).exists() else "does not exist"
+        plausible = len(parts) <= 2 and all(0 < len(part) <= _LONGEST for part in parts)
+        plausible = plausible and not name.startswith((".", "~", "/")) and "\\" not in name
+        if os.path.isfile(name) or not plausible:
+            exists = "is a file" if os.path.isfile(name) else "is neither a folder nor a file of data"
+            what = exists if os.path.exists(name) else "does not exist"
+            shown = name if len(name) < 500 else f"{name[:500]}…"
             raise CheckpointError(
-                f"{name} {what}. Pass an existing folder, or a Hub id like 'openai/clip-vit-base-patch32'."
+                f"{shown} {what}. Pass an existing folder, or a Hub id like 'openai/clip-vit-base-patch32'."
             )
 
     def _download(self, name: str) -> Path | None:

@@ -58,7 +58,7 @@ def current(folder: Path, name: str) -> Path | None:
     if plan is not None and name in plan.written and _is_plain_file(folder / _COMMITTED / name):
         return folder / _COMMITTED / name
     path = folder / name
-    return path if path.is_file() else None
+    return path if os.path.isfile(path) else None  # which is false, too, for names longer than a file system takes
 
 
 def names(folder: Path) -> list[str]:
@@ -186,7 +186,8 @@ class Transaction:
             OSError: There is not.
         """
         if (free := shutil.disk_usage(self.folder).free) < size:
-            raise OSError(errno.ENOSPC, f"The save needs {size:,} bytes, and the disk has {free:,} left", self.folder)
+            rule = f"The save needs {size:,} bytes, and the disk has {free:,} left"
+            raise OSError(errno.ENOSPC, rule, str(self.folder))
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
@@ -194,10 +195,10 @@ class Transaction:
         try:
             if error is None:
                 self._commit()
-            elif isinstance(error, OSError) and error.errno in _NO_ROOM and error.filename != self.folder:
+            elif isinstance(error, OSError) and error.errno in _NO_ROOM and error.filename != str(self.folder):
                 raise self._no_room(error) from error
         except OSError as failure:
-            if failure.errno in _NO_ROOM and failure.filename != self.folder:
+            if failure.errno in _NO_ROOM and failure.filename != str(self.folder):
                 raise self._no_room(failure) from failure
             raise
         finally:
@@ -232,7 +233,7 @@ class Transaction:
         size = sum(path.stat().st_size for path in self._staging.iterdir()) if self._staging.is_dir() else 0
         free = shutil.disk_usage(self.folder).free
         rule = f"There is no room for the save: more than {size:,} bytes are needed beside the files that are there"
-        return OSError(error.errno, f"{rule}, and {free:,} are free", self.folder)
+        return OSError(error.errno, f"{rule}, and {free:,} are free", str(self.folder))
 
 
 def write_atomically(path: Path, content: bytes) -> None:

@@ -222,6 +222,10 @@ def test_info_of_a_tower(tmp_path):
         (["classify", "PHOTO", "--labels", "a", "--model", "FOLDER", "--template", "x"], 1, "template"),
         (["classify", "PHOTO", "--labels", "a", "--model", "/no/such/folder"], 1, "does not exist"),
         (["info", "/no/such/folder"], 1, "does not exist"),
+        (["info", "x" * 5000], 1, "does not exist"),
+        (["convert", "x" * 5000, "FOLDER"], 1, "must be new or empty"),
+        (["evaluate", "x" * 5000, "--model", "FOLDER"], 1, "must match at least one file"),
+        (["evaluate", "PHOTO", "--labels", "panda," * 60 + "cat", "--model", "FOLDER"], 1, "Expected a"),
     ],
 )
 def test_errors(folder, photos, arguments, code, words):

@@ -12,6 +12,11 @@ def test_damaged_files_give_an_object_or_one_clear_error():
     assert fuzz_json.work(0, 300) == []
 
 
+@pytest.mark.parametrize("number", [6983, 14668])  # a shard with a name of 100,000 characters, a token that is a list
+def test_what_the_fuzzer_found_once(number):
+    assert fuzz_json.work(number, 1) == []
+
+
 @pytest.mark.parametrize(
     ("fault", "found"),
     [

@@ -31,3 +31,11 @@ def test_a_file_has_no_subfolder(tmp_path):
     (tmp_path / "a.pt").write_bytes(b"")
     with pytest.raises(CheckpointError, match="is a file"):
         Source(str(tmp_path / "a.pt"), subfolder="b").find("a.pt")
+
+
+@pytest.mark.parametrize("name", ["x" * 5000, "owner/" + "x" * 300, "/" + "x" * 300])
+def test_a_name_that_is_too_long_for_a_file_is_no_source(name):
+    with pytest.raises(CheckpointError, match="does not exist") as caught:
+        Source(name).find("config.json")
+    assert len(str(caught.value)) < 700
+    assert Source(name).file is Source(name).folder is None

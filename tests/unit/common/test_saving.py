@@ -247,7 +247,7 @@ def test_a_full_disk_names_the_folder_and_the_room_that_is_needed(tmp_path, monk
     needs = "needs 1,000,000,000,000,000 bytes, and the disk has"
     with pytest.raises(OSError, match=needs) as caught, Transaction(tmp_path) as opened:
         opened.reserve(10**15)
-    assert (caught.value.errno, caught.value.filename) == (errno.ENOSPC, tmp_path)
+    assert (caught.value.errno, caught.value.filename) == (errno.ENOSPC, str(tmp_path))
 
     def full(handle: int) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
@@ -255,7 +255,7 @@ def test_a_full_disk_names_the_folder_and_the_room_that_is_needed(tmp_path, monk
     monkeypatch.setattr(os, "fsync", full)
     with pytest.raises(OSError, match="no room for the save: more than 9 bytes are needed") as caught:
         save(tmp_path, NEW)
-    assert (caught.value.errno, caught.value.filename) == (errno.ENOSPC, tmp_path)
+    assert (caught.value.errno, caught.value.filename) == (errno.ENOSPC, str(tmp_path))
     assert plain(tmp_path) == OLD
 
 
@@ -401,5 +401,5 @@ def test_a_model_is_not_saved_where_there_is_no_room_for_it(tmp_path, monkeypatc
     monkeypatch.setattr(shutil, "disk_usage", lambda _: free)
     with pytest.raises(OSError, match=r"The save needs [\d,]{7,} bytes, and the disk has 10,000 left") as caught:
         model.save_arrays(weights, tmp_path / "to")
-    assert (caught.value.errno, caught.value.filename) == (errno.ENOSPC, tmp_path / "to")
+    assert (caught.value.errno, caught.value.filename) == (errno.ENOSPC, str(tmp_path / "to"))
     assert not (tmp_path / "to").exists()

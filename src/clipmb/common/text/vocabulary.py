@@ -10,7 +10,7 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
-from clipmb.common.errors import CheckpointError
+from clipmb.common.errors import CheckpointError, bounded_repr
 from clipmb.common.json_files import json_text, read_json, read_text
 
 SUFFIX = "</w>"
@@ -145,8 +145,9 @@ def read_tokenizer_json(path: str | Path) -> TokenizerFile:
     if not isinstance(added, list):
         raise CheckpointError(f"{path}: added_tokens must be a list.")
     for token in added:
-        if not isinstance(token, dict) or type(token.get("id")) is not int or not token.get("content"):
-            raise CheckpointError(f"{path} has an added token without id or content: {repr(token)[:200]}.")
+        known = isinstance(token, dict) and type(token.get("id")) is int and isinstance(token.get("content"), str)
+        if not known or not token["content"]:
+            raise CheckpointError(f"{path} has an added token without id or content: {bounded_repr(token)}.")
     special = {}
     for name, place in (("bos_token", "cls"), ("eos_token", "sep")):
         end = _inside(content, "post_processor", place)
