@@ -202,9 +202,9 @@ class PretrainedMixin(Uploadable):
             dtype = found.config.to_dict().get("dtype") or next((array.dtype.name for array in arrays.values()), None)
         if broken := not_finite(arrays, dtype):
             logger.warning(
-                "%s: %d weights have NaN or infinity%s. Repair or replace the checkpoint: %s%s",
-                source or "state_dict", len(broken), " in float16" if dtype == "float16" else "",
-                ", ".join(broken[:5]), ", …" if len(broken) > 5 else "",
+                "%s: NaN or infinity%s in %s%s. Repair or replace the checkpoint.",
+                source or "state_dict", " in float16" if dtype == "float16" else "",
+                ", ".join(broken[:5]), f" and {len(broken) - 5} more weights" if len(broken) > 5 else "",
             )  # fmt: skip
         if state_dict is None:
             arrays = OwnArrays(arrays)
