@@ -20,7 +20,7 @@ export CLIPMB_REQUIRE_KERNEL      ?= 1
 export CLIPMB_TRANSFORMERS5_PYTHON ?= $(CURDIR)/$(V5)/bin/python
 export TF_CPP_MIN_LOG_LEVEL       ?= 3
 
-.PHONY: demo test test-without-compiler clients newest oldest fuzz lint format bench docs clean
+.PHONY: demo test test-without-compiler clients javascript newest oldest fuzz lint format bench docs clean
 
 demo: $(VENV)/.installed
 	$(BIN)/python -m clipmb demo --out build/demo.png
@@ -41,6 +41,11 @@ test-without-compiler: $(VENV)/.installed
 clients: $(CLIENTS)/.installed $(VENV)/.installed
 	CLIPMB_TEST_BACKENDS=pt $(CLIENTS)/bin/python -m pytest -q $(or $(ARGS),tests/clients/torch)
 	$(if $(ARGS),,$(BIN)/python -m pytest -q -n 2 --dist loadfile tests/clients/keras tests/clients/flax)
+	$(if $(ARGS),,$(if $(shell command -v npm),$(MAKE) --no-print-directory javascript,@echo "clients: there is no npm, so transformers.js did not run"))
+
+# transformers.js, in Node and in a browser where there is Chromium. Its packages' own scripts fetch what nothing here needs.
+javascript: $(VENV)/.installed build/javascript/.installed
+	$(BIN)/python -m pytest -q tests/clients/javascript
 
 # The newest versions of everything but PyTorch and TensorFlow, on each of these Pythons that is there.
 NEWEST := flax,onnx
@@ -110,6 +115,12 @@ $(OLDEST)/.installed: constraints-oldest.txt setup.py src/clipmb/common/image/_r
 	$(PYTHON) -m venv $(OLDEST)
 	$(OLDEST)/bin/python -m pip install --quiet "pip>=25.1"
 	$(OLDEST)/bin/python -m pip install --quiet -c constraints-oldest.txt -e ".[onnx,convert,train,fast]" $(TESTING)
+	@touch $@
+
+build/javascript/.installed: tests/clients/javascript/package.json
+	mkdir -p build/javascript
+	cp tests/clients/javascript/package.json build/javascript
+	npm install --prefix build/javascript --ignore-scripts --silent
 	@touch $@
 
 clean:
