@@ -116,3 +116,53 @@ def test_attributes_of_a_processor():
     ):  # fmt: skip
         with pytest.warns(FutureWarning) if field == "feature_extractor_class" else pytest.MonkeyPatch.context():
             assert getattr(ours, field) == getattr(theirs, field), field
+
+
+HEADS = {
+    "CLIPModel": "CLIPConfig", "CLIPTextModel": "CLIPTextConfig", "CLIPTextModelWithProjection": "CLIPTextConfig",
+    "CLIPVisionModel": "CLIPVisionConfig", "CLIPVisionModelWithProjection": "CLIPVisionConfig",
+    "CLIPForImageClassification": "CLIPConfig",
+}  # fmt: skip
+
+
+@pytest.mark.backend("pt")
+@pytest.mark.parametrize("head", HEADS)
+def test_attributes_of_a_model(head):
+    theirs, ours = (getattr(package, head)(config(package, HEADS[head])) for package in PACKAGES)
+    for field in (
+        "projection_dim", "text_embed_dim", "vision_embed_dim", "is_parallelizable", "_supports_sdpa",
+        "_tied_weights_keys", "_keys_to_ignore_on_save", "_keys_to_ignore_on_load_missing",
+        "_keys_to_ignore_on_load_unexpected", "_keep_in_fp32_modules",
+    ):  # fmt: skip
+        assert getattr(ours, field, "none") == getattr(theirs, field, "none"), field
+    assert ours.tie_weights() is theirs.tie_weights() is None
+    assert not ours._supports_flash_attn  # transformers says so of text only; here it is refused for all
+
+
+@pytest.mark.backend("pt")
+@pytest.mark.parametrize("head", HEADS)
+@pytest.mark.parametrize(
+    ("own", "options"),
+    [
+        (None, {}), ("float16", {}), (None, {"torch_dtype": torch.bfloat16}), (None, {"dtype": torch.float64}),
+        (None, {"attn_implementation": "eager"}),
+    ],
+)  # fmt: skip
+def test_a_model_from_a_config(head, own, options):
+    made = []
+    for package in PACKAGES:
+        given = config(package, HEADS[head], dtype=own)
+        model = getattr(package, head)._from_config(given, **options)
+        made.append((model.dtype, [part._attn_implementation for part in towers(model.config)]))
+    assert {part._attn_implementation for part in towers(given)} == {None}  # ours, which transformers' is not left as
+    assert made[1][0] == made[0][0]
+    if "attn_implementation" in options:
+        assert made[1][1] == made[0][1]
+
+
+@pytest.mark.parametrize("name", ["TFCLIPTextModel", "FlaxCLIPTextModel"])
+def test_a_model_of_another_framework_from_a_config(name):
+    given = config(clipmb, "CLIPTextConfig")
+    model = getattr(clipmb, name)._from_config(given, torch_dtype="float16", attn_implementation="eager")
+    assert str(model.dtype) == "float16"
+    assert (given.attn_implementation, model.config.attn_implementation) == (None, "eager")

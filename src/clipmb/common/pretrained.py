@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import os
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, ClassVar, Literal, NamedTuple, Self, TypeVar, Unpack, overload
@@ -64,7 +65,15 @@ class PretrainedMixin(Uploadable):
     config: Any
 
     @classmethod
-    def _from_config(cls, config: BaseConfig, **options: Any) -> Self:  # the name that transformers' Auto classes call
+    def _from_config(  # the name that transformers' Auto classes call
+        cls, config: Any, *, attn_implementation: Any = None, dtype: Any = None, torch_dtype: Any = None, **options: Any
+    ) -> Self:
+        """Builds a model with new weights from a config, which stays as it is, with another attention or dtype."""
+        config = copy.deepcopy(config)
+        if attn_implementation is not None:
+            config._attn_implementation = attn_implementation  # the name that transformers' configs have too
+        if (chosen := torch_dtype if dtype is None else dtype) is not None:
+            options["dtype"] = chosen
         return cls(config, **options)  # pyright: ignore[reportCallIssue] - the constructors are those of the frameworks
 
     def set_attn_implementation(self, attn_implementation: str | dict[str, str]) -> None:

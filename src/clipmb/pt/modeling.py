@@ -384,6 +384,8 @@ class CLIPModel(CLIPPreTrainedModel):
         super().__init__(config)
         config = self.config
         text, vision = config.text_config, config.vision_config
+        self.projection_dim, self.text_embed_dim = config.projection_dim, text.hidden_size
+        self.vision_embed_dim = vision.hidden_size
         self.text_model = CLIPTextTransformer(text)
         self.vision_model = CLIPVisionTransformer(vision)
         self.visual_projection = nn.Linear(vision.hidden_size, config.projection_dim, bias=False)

@@ -16,7 +16,7 @@ from clipmb.common.config import BaseConfig
 from clipmb.common.errors import bad_input
 from clipmb.common.former import SavingOptions, check_saving
 from clipmb.common.parameters import Spec, specs
-from clipmb.common.pretrained import PretrainedMixin, dummy_arrays
+from clipmb.common.pretrained import PretrainedMixin, dummy_arrays, normal_dtype
 from clipmb.common.uploading import uploaded
 from clipmb.pt.adapters import AdapterMixin
 from clipmb.pt.layers import Uninitialised
@@ -33,10 +33,25 @@ class TorchModel(PretrainedMixin, AdapterMixin, nn.Module):
     )  # fmt: skip
     _no_split_modules: ClassVar[list[str]] = []
 
+    # What programs ask of transformers' models before they treat them in a way of their own.
+    is_parallelizable = False
+    _supports_sdpa = True
+    _supports_flash_attn = _supports_flex_attn = False
+    _tied_weights_keys = _keys_to_ignore_on_save = _keep_in_fp32_modules = None
+    _keys_to_ignore_on_load_missing = _keys_to_ignore_on_load_unexpected = None
+
     def __init__(self, config: BaseConfig) -> None:
         super().__init__()
         self.config: Any = checks.config_of(type(self).__name__, self.config_class, config)
         self._require_grads_hooks: list[Any] = []
+
+    @classmethod
+    def _from_config(cls, config: Any, *, dtype: Any = None, torch_dtype: Any = None, **options: Any) -> Self:
+        """As in `PretrainedMixin`; the config's own dtype counts too, as in transformers."""
+        chosen = next((value for value in (dtype, torch_dtype, config.dtype) if value is not None), None)
+        name = normal_dtype(chosen, cls.__name__)
+        model = super()._from_config(config, **options)
+        return model if name in (None, "auto") else model.to(getattr(torch, name))
 
     @classmethod
     def from_arrays(
@@ -162,6 +177,9 @@ class TorchModel(PretrainedMixin, AdapterMixin, nn.Module):
     def dtype(self) -> torch.dtype:
         """The dtype of the parameters."""
         return next(self.parameters()).dtype
+
+    def tie_weights(self) -> None:
+        """Does nothing: no weights are tied."""
 
     @property
     def base_model(self) -> Self:
