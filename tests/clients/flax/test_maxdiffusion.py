@@ -68,6 +68,7 @@ def test_states_are_made_from_shapes_and_without_computing(pipeline):
     model, params = FlaxCLIPTextModel.from_pretrained(pipeline, subfolder="text_encoder", _do_init=False)
     shapes = model.init_weights(rng=jax.random.key(0), input_shape=(1, 77), eval_only=True)
     drawn = jax.eval_shape(functools.partial(model.init_weights, input_shape=(1, 77)), jax.random.key(0))
+    assert all(isinstance(leaf, jax.ShapeDtypeStruct) for leaf in jax.tree.leaves(shapes))
     for tree in (shapes, drawn):
         assert jax.tree.all(jax.tree.map(lambda a, b: (a.shape, a.dtype) == (b.shape, b.dtype), tree, params))
     cast = jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), params)
