@@ -17,20 +17,25 @@ def run(
     context: typer.Context,
     model: Annotated[str, typer.Argument(metavar="MODEL", help="Folder, weights file or Hub id, in any format.")],
     out: Annotated[str, typer.Option("--out", "-o", metavar="DIR", help="Folder to write; new or empty.")],
-    to: Annotated[str, common.choice("--to", values=TARGETS, metavar="TARGET", help="Kind of file")] = "onnx",
-    tower: Annotated[str, common.choice("--tower", values=(*TOWERS, "all"), help="What to write")] = "all",
-    dtype: Annotated[str, common.choice("--dtype", values=_DTYPES, help="What is computed in")] = "float32",
-    normalize: Annotated[bool, typer.Option("--normalize", help="Embeddings of length 1 from each tower.")] = False,
-    ids: Annotated[str, common.choice("--ids", values=IDS, help="Type of token ids and masks")] = "int64",
+    to: Annotated[str, common.choice("--to", values=TARGETS, metavar="TARGET", help="Format to write")] = "onnx",
+    tower: Annotated[str, common.choice("--tower", values=(*TOWERS, "all"), help="Part of the model")] = "all",
+    dtype: Annotated[
+        str, common.choice("--dtype", values=_DTYPES, help="Precision of the weights and of what is computed")
+    ] = "float32",
+    normalize: Annotated[
+        bool, typer.Option("--normalize", help="Scale the embeddings of each tower to length 1.")
+    ] = False,
+    ids: Annotated[str, common.choice("--ids", values=IDS, help="Dtype of token ids and masks")] = "int64",
     length: Annotated[
-        int | None, typer.Option(metavar="N", min=1, help="Tokens of every text.", show_default="any number")
+        int | None, typer.Option(metavar="N", min=1, help="Fixed number of tokens per text.", show_default="any number")
     ] = None,
     keep: Annotated[
         list[str] | None,
-        typer.Option(metavar="NAME", help="Weight that int8 leaves in float32; repeatable.", show_default="none"),
+        typer.Option(metavar="NAME", help="Weight to leave in float32 with int8; repeatable.", show_default="none"),
     ] = None,
     min_cosine: Annotated[
-        float, typer.Option(metavar="X", min=0, max=1, help="Smallest cosine of embeddings in int8 and float16.")
+        float,
+        typer.Option(metavar="X", min=0, max=1, help="Least cosine of embeddings that int8 and float16 may have."),
     ] = 0.99,
     subfolder: common.Subfolder = "",
     revision: common.Revision = None,
