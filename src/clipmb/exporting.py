@@ -238,6 +238,10 @@ def _written(
 
 
 def _require_free(folder: Path) -> None:
+    if folder == Path():
+        raise bad_input(
+            "out must be a folder other than the working directory", str(folder), "Pass its path", shown=True
+        )
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise bad_input("out must be a new or empty folder", str(folder), "Pass another", shown=True)
 

@@ -234,6 +234,8 @@ def test_folders_and_options(folder, tmp_path):
             clipmb.export(folder["plain"], tmp_path / name)
     with pytest.raises(TypeError, match="export has no such options"):
         clipmb.export(folder["plain"], tmp_path / "out", opset=17)
+    with pytest.raises(ValueError, match="other than the working directory"):
+        clipmb.export(folder["plain"], "")
     (tmp_path / "empty").mkdir()
     clipmb.export(folder["plain"], tmp_path / "empty", tower="image")
     assert left(tmp_path) == ["empty", "file", "full"]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from pathlib import Path
+import os
 from typing import Annotated
 
 import typer
@@ -46,7 +46,7 @@ def run(
     The written files are run in a process without PyTorch, TensorFlow and Flax. If their results differ from the
     checkpoint's, the exit code is 1 and nothing is written.
     """
-    if Path(model).exists():
+    if os.path.exists(model):
         common.refuse(context, {"revision"}, "has no effect on local files.")
     common.load_framework(TARGETS[to].backend)
     with common.quiet():
