@@ -13,7 +13,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -52,7 +52,13 @@ class Target:
     dtypes: dict[str, str]
 
 
-TARGETS = {"onnx": Target("onnx", "clipmb.onnx.export", {"float32": "", "float16": "_fp16", "int8": "_int8"})}
+_HALVES = {"float32": "", "float16": "_fp16", "bfloat16": "_bf16"}
+TARGETS = {
+    "onnx": Target("onnx", "clipmb.onnx.export", {"float32": "", "float16": "_fp16", "int8": "_int8"}),
+    "torch-export": Target("pt", "clipmb.pt.export", _HALVES),
+    "saved-model": Target("tf", "clipmb.tf.saved_model", _HALVES),
+    "stablehlo": Target("flax", "clipmb.flax.export", _HALVES),
+}
 
 
 @dataclass(frozen=True)
@@ -99,7 +105,7 @@ class Writer(Protocol):
             keep: Weights that are not quantised.
 
         Returns:
-            The files written, the one to load first.
+            The files written, or the folder; the one to load first.
         """
         ...
 
@@ -126,25 +132,28 @@ def export(
     Args:
         checkpoint: Folder, file of weights or Hub id of a full CLIP model, in any format.
         out: A folder; new or empty.
-        to: "onnx": what onnxruntime, transformers.js and others load.
+        to: "onnx": what onnxruntime, transformers.js and others load. "torch-export": a program of ``torch.export``, by
+            the PyTorch model. "saved-model": a SavedModel, by the TensorFlow model. "stablehlo": a program of
+            ``jax.export``, by the Flax model.
         tower: "image", "text", "both" in one file, or "all" three of them. The tokenizer and the image processor are
             written where a tower needs them; a checkpoint without a tokenizer has none here either.
-        dtype: "float32"; "float16", with inputs and outputs in float32; or "int8": the weights of the blocks in 8 bits,
-            what they multiply quantised when it is known.
+        dtype: "float32", or "float16" with inputs and outputs in float32; "bfloat16", likewise, but not of "onnx";
+            "int8" of "onnx" alone: the weights of the blocks in 8 bits, what they multiply quantised when it is known.
         normalize: Return embeddings of length 1 from a single tower; "both" always does.
         ids: "int64" or "int32": the dtype of ``input_ids`` and ``attention_mask``.
         length: Tokens of every text, which are padded to it; any number up to the model's context when None.
         keep: Canonical names of weights that "int8" leaves in float32.
-        min_cosine: Of "float16" and "int8": the smallest cosine of an embedding to the checkpoint's own.
+        min_cosine: Of other dtypes than "float32": the smallest cosine of an embedding to the checkpoint's own.
         **options: ``subfolder``, ``revision``, ``cache_dir``, ``token``, ``local_files_only``, ``force_download``.
 
     Returns:
-        The record, which is also written to export.json: what was compared, and for each file ``sha256``, ``bytes``
-        and, for each output, the largest relative ``difference`` and the smallest ``cosine`` of a row.
+        The record, which is also written to export.json: the arguments, the versions, ``files`` with the ``sha256`` and
+        ``bytes`` of each, and ``towers``: what to ``load`` and, for each of its ``outputs``, the largest relative
+        ``difference`` and the smallest ``cosine`` of a row.
 
     Raises:
         CheckpointError: The checkpoint cannot be read, or a file computes something else. Nothing is written then.
-        MissingBackendError: onnx or onnxruntime is not installed.
+        MissingBackendError: The packages of the target's backend are not installed.
         ValueError: An argument is impossible, or the folder is not empty.
         TypeError: An option is unknown.
     """
@@ -166,7 +175,7 @@ def export(
         raise bad_input("export has no such options", sorted(options), "Remove them", TypeError)
     folder = Path(out)
     _require_free(folder)
-    engine = backends.engine(target.backend).load(source, compile=False)
+    engine = backends.engine(target.backend).load(source, dtype=dtype, compile=False)
     try:
         context = engine.config.text_config.max_position_embeddings
         if length is not None and whole_number("length", length) > context:
@@ -191,6 +200,7 @@ def _written(
     folder.parent.mkdir(parents=True, exist_ok=True)
     staging = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
     try:
+        towers: dict[str, dict[str, Any]] = {}
         files: dict[str, dict[str, Any]] = {}
         for part in TOWERS if tower == "all" else (tower,):
             stem = staging / to / f"{TOWERS[part]}{target.dtypes[form.dtype]}"
@@ -198,9 +208,16 @@ def _written(
             written = writer.write(engine.model, part, stem, **asdict(form))
             outputs = _compared(writer.RUN, written[0], part, expected, form)
             _require_agreement(written[0].name, outputs, form.dtype, min_cosine)
-            for path in written:
-                files[f"{to}/{path.name}"] = {"sha256": _sha256(path), "bytes": path.stat().st_size}
-            files[f"{to}/{written[0].name}"]["outputs"] = outputs
+            own = {
+                path.relative_to(staging).as_posix(): {"sha256": _sha256(path), "bytes": path.stat().st_size}
+                for path in (file for path in written for file in _files(path))
+            }
+            towers[part] = {
+                "load": written[0].relative_to(staging).as_posix(),
+                "files": sorted(own),
+                "outputs": outputs,
+            }
+            files |= own
         (staging / CONFIG_NAME).write_text(config_text(engine.config, "CLIPModel", {"float32"}), encoding="utf-8")
         if tower != "image" and can_tokenize(source, engine.config.text_config):
             tokenizer_of(source, engine.config.text_config).save_pretrained(staging)
@@ -220,6 +237,7 @@ def _written(
             "compared_with": standard,
             "batches": list(BATCHES),
             "versions": engine.environment()["versions"],
+            "towers": towers,
             "files": files,
         }
         (staging / RECORD_NAME).write_text(json_text(record), encoding="utf-8")
@@ -257,8 +275,9 @@ def _expected(source: Source, engine: Any, form: Form) -> dict[str, Any]:
     """
     config: CLIPConfig = engine.config
     others = [name for name in backends.installed("float32") if name != engine.backend]
-    standard = backends.engine(others[0]).load(source) if others else engine
-    found: dict[str, Any] = {"standard": others[0] if others else f"{engine.backend}, not optimised"}
+    name = others[0] if others else engine.backend
+    standard = backends.engine(name).load(source, compile=False)
+    found: dict[str, Any] = {"standard": name}
     ids, mask, pixels = inputs_of(source, config, TEXTS, demo_photos())
     for batch, share in zip(BATCHES, (2, 1, 1), strict=True):
         texts, pictures = (np.arange(batch) % len(array) for array in (ids, pixels))
@@ -270,8 +289,7 @@ def _expected(source: Source, engine: Any, form: Form) -> dict[str, Any]:
         found[f"text.{batch}"] = standard.text_features(rows, looked)
         found[f"image.{batch}"] = standard.image_features(found[f"pixel_values.{batch}"])
     found["scale"] = np.asarray(standard.logit_scale)
-    if others:
-        standard.free()
+    standard.free()
     return found
 
 
@@ -333,6 +351,11 @@ def _computed(run: Path, path: Path, arrays: dict[str, Any]) -> dict[str, np.nda
             raise CheckpointError(f"{path.name} cannot be run, so nothing was written: {reason[:500]}")
         with np.load(found) as file:
             return dict(file)
+
+
+def _files(path: Path) -> Iterator[Path]:
+    """Yields a file, or those in a folder."""
+    yield from [path] if path.is_file() else sorted(file for file in path.rglob("*") if file.is_file())
 
 
 def _sha256(path: Path) -> str:

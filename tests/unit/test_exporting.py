@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import importlib
 import json
 import subprocess
 import sys
@@ -11,22 +12,32 @@ import numpy as np
 import onnx
 import onnxruntime as ort
 import pytest
-from cases import CONFIGS, image_inputs, random_arrays, relative, text_inputs, write_checkpoint
+from cases import CONFIGS, STRESS, TEXT, VISION, image_inputs, random_arrays, relative, text_inputs, write_checkpoint
+from conftest import ENGINES
 from processes import clipmb as command
 
 import clipmb
-from clipmb import CheckpointError, CLIPImageProcessor, CLIPPipeline, CLIPTokenizerFast, backends, exporting
+from clipmb import CheckpointError, CLIPConfig, CLIPImageProcessor, CLIPPipeline, CLIPTokenizerFast, backends, exporting
 from clipmb.onnx import export as writer
 from clipmb.onnx.graph import clip
 
 pytestmark = pytest.mark.backend("onnx")
+TARGETS = [pytest.param(to, marks=pytest.mark.backend(row.backend)) for to, row in exporting.TARGETS.items()]
+CASES = {  # each pooling rule and each activation of published models
+    "plain": CONFIGS["plain"],
+    "legacy eos": CLIPConfig(
+        {**TEXT, **STRESS, "eos_token_id": 2}, {**VISION, **STRESS}, projection_dim=24, num_labels=7
+    ),
+}
+TAKES = {"text": ("input_ids", "attention_mask"), "image": ("pixel_values",)}
+TAKES["both"] = (*TAKES["text"], *TAKES["image"])
 FILES = {"both": "model", "text": "text_model", "image": "vision_model"}
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     """A checkpoint for each config, written once."""
-    return {name: write_checkpoint(tmp_path_factory.mktemp("checkpoint"), config) for name, config in CONFIGS.items()}
+    return {name: write_checkpoint(tmp_path_factory.mktemp("checkpoint"), config) for name, config in CASES.items()}
 
 
 def run(path, inputs):
@@ -37,6 +48,39 @@ def run(path, inputs):
     return dict(zip(names, values, strict=True))
 
 
+def run_torch(path, tower, inputs):
+    import torch
+
+    outputs = torch.export.load(path).module()(**{name: torch.from_numpy(inputs[name]) for name in TAKES[tower]})
+    return {name: value.detach().numpy() for name, value in outputs.items()}
+
+
+def run_tensorflow(path, tower, inputs):
+    import tensorflow as tf
+
+    loaded = tf.saved_model.load(str(path))
+    function = loaded.signatures["serving_default"]
+    return {
+        name: value.numpy() for name, value in function(**{n: tf.constant(inputs[n]) for n in TAKES[tower]}).items()
+    }
+
+
+def run_jax(path, tower, inputs):
+    import jax
+
+    program = jax.export.deserialize(bytearray(path.read_bytes()))
+    with jax.enable_x64(True):
+        return {k: np.asarray(v) for k, v in program.call(**{name: inputs[name] for name in TAKES[tower]}).items()}
+
+
+RUNS = {
+    "onnx": lambda path, tower, inputs: run(path, inputs),
+    "torch-export": run_torch,
+    "saved-model": run_tensorflow,
+    "stablehlo": run_jax,
+}
+
+
 def inputs_of(config, batch=5):
     return text_inputs(config, batch) | image_inputs(config, batch)
 
@@ -45,37 +89,63 @@ def left(folder):
     return sorted(path.name for path in folder.iterdir())
 
 
-@pytest.mark.parametrize("case", CONFIGS)
-def test_every_tower_computes_what_the_checkpoint_does(folder, tmp_path, case):
-    config = CONFIGS[case]
-    record = clipmb.export(folder[case], tmp_path / "out")
+@pytest.mark.parametrize("to", TARGETS)
+@pytest.mark.parametrize("case", CASES)
+def test_every_tower_computes_what_the_checkpoint_does(folder, tmp_path, case, to):
+    config = CASES[case]
+    record = clipmb.export(folder[case], tmp_path / "out", to)
     assert json.loads((tmp_path / "out/export.json").read_text()) == record
-    assert sorted(record["files"]) == [f"onnx/{name}.onnx" for name in sorted(FILES.values())]
-    engine = backends.engine(None).load(folder[case])
-    inputs = inputs_of(config)
-    expected = {
-        "text_embeds": engine.text_features(inputs["input_ids"], inputs["attention_mask"]),
-        "image_embeds": engine.image_features(inputs["pixel_values"]),
-    }
-    for tower, name in FILES.items():
-        path = tmp_path / "out/onnx" / f"{name}.onnx"
-        entry = record["files"][f"onnx/{path.name}"]
-        assert entry["sha256"] == hashlib.sha256(path.read_bytes()).hexdigest()
-        assert entry["bytes"] == path.stat().st_size
-        onnx.checker.check_model(onnx.load(path), full_check=True)
-        found = run(path, inputs)
-        assert found.keys() == entry["outputs"].keys()
-        if tower == "both":
-            unit = {key: value / np.linalg.norm(value, axis=1, keepdims=True) for key, value in expected.items()}
-            logits = unit["image_embeds"] @ unit["text_embeds"].T * engine.logit_scale
-            wanted = {"logits_per_image": logits, "logits_per_text": logits.T, **unit}
-        else:
-            wanted = {f"{tower}_embeds": expected[f"{tower}_embeds"]}
-        assert list(found) == list(wanted)
-        for key, value in wanted.items():
-            assert relative(found[key], value) <= 1e-5, (tower, key)
-            assert entry["outputs"][key]["difference"] <= 1e-5
-            assert entry["outputs"][key]["cosine"] == pytest.approx(1, abs=1e-6)
+    found = {path for path in (tmp_path / "out" / to).rglob("*") if path.is_file()}
+    assert {tmp_path / "out" / name for name in record["files"]} == found
+    for path in found:
+        entry = record["files"][path.relative_to(tmp_path / "out").as_posix()]
+        assert entry == {"sha256": hashlib.sha256(path.read_bytes()).hexdigest(), "bytes": path.stat().st_size}
+    engine = backends.engine(ENGINES[0]).load(folder[case])
+    assert list(record["towers"]) == list(FILES)
+    for batch, seq in ((1, 11), (5, 7)):
+        inputs = {name: array[:, :seq] if "pixel" not in name else array for name, array in inputs_of(config).items()}
+        inputs = {name: array[:batch] for name, array in inputs.items()}
+        expected = {
+            "text_embeds": engine.text_features(inputs["input_ids"], inputs["attention_mask"]),
+            "image_embeds": engine.image_features(inputs["pixel_values"]),
+        }
+        unit = {key: value / np.linalg.norm(value, axis=1, keepdims=True) for key, value in expected.items()}
+        logits = unit["image_embeds"] @ unit["text_embeds"].T * engine.logit_scale
+        whole = {"logits_per_image": logits, "logits_per_text": logits.T, **unit}
+        for tower, name in FILES.items():
+            entry = record["towers"][tower]
+            assert entry["load"].startswith(f"{to}/{name}")
+            wanted = whole if tower == "both" else {f"{tower}_embeds": expected[f"{tower}_embeds"]}
+            assert entry["outputs"].keys() == wanted.keys()
+            assert all(output["difference"] <= 1e-5 for output in entry["outputs"].values())
+            made = RUNS[to](tmp_path / "out" / entry["load"], tower, inputs)
+            assert made.keys() == wanted.keys()
+            for key, value in wanted.items():
+                assert relative(made[key], value) <= 1e-5, (tower, key, batch)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_onnx_files_pass_the_checker(folder, tmp_path, case):
+    clipmb.export(folder[case], tmp_path / "out")
+    for name in FILES.values():
+        model = onnx.load(tmp_path / f"out/onnx/{name}.onnx")
+        onnx.checker.check_model(model, full_check=True)
+    outputs = [output.name for output in onnx.load(tmp_path / "out/onnx/model.onnx").graph.output]
+    assert outputs == ["logits_per_image", "logits_per_text", "text_embeds", "image_embeds"]
+
+
+@pytest.mark.parametrize("to", [target for target in TARGETS if target.values != ("onnx",)])
+def test_half_precision_of_the_frameworks(tmp_path, to):
+    record = clipmb.export(clipmb.small_model(), tmp_path / "out", to, tower="image", dtype="bfloat16", normalize=True)
+    assert record["towers"]["image"]["load"].startswith(f"{to}/vision_model_bf16")
+    [output] = record["towers"]["image"]["outputs"].values()
+    assert output["difference"] > 1e-6
+    assert output["cosine"] > 0.999
+    pictures = clipmb.held_out_pictures()[0][:3]
+    pixels = CLIPImageProcessor.from_pretrained(clipmb.small_model())(pictures, return_tensors="np")["pixel_values"]
+    made = RUNS[to](tmp_path / "out" / record["towers"]["image"]["load"], "image", {"pixel_values": pixels})
+    assert made["image_embeds"].dtype == np.float32
+    assert np.linalg.norm(made["image_embeds"], axis=1) == pytest.approx(1, abs=1e-2)
 
 
 def test_the_folder_has_what_programs_load_beside(tmp_path):
@@ -100,7 +170,7 @@ def test_smaller_files(tmp_path, dtype, suffix, least):
     record = clipmb.export(model, tmp_path / "out", dtype=dtype, normalize=True)
     sizes = {name: entry["bytes"] for name, entry in record["files"].items()}
     assert sorted(sizes) == [f"onnx/{name}{suffix}.onnx" for name in sorted(FILES.values())]
-    cosines = [found["cosine"] for entry in record["files"].values() for found in entry["outputs"].values()]
+    cosines = [found["cosine"] for entry in record["towers"].values() for found in entry["outputs"].values()]
     assert min(cosines) >= least
     pictures, _labels = clipmb.held_out_pictures()
     pixels = CLIPImageProcessor.from_pretrained(model)(pictures[:16], return_tensors="np")["pixel_values"]
@@ -124,21 +194,21 @@ def test_weights_that_are_kept(folder, tmp_path):
     )
 
 
-def test_int32_ids_of_one_length(folder, tmp_path):
-    config = CONFIGS["plain"]
-    clipmb.export(folder["plain"], tmp_path / "out", tower="text", ids="int32", length=7)
-    session = ort.InferenceSession(tmp_path / "out/onnx/text_model.onnx", providers=["CPUExecutionProvider"])
-    assert [(entry.name, entry.type, entry.shape[1]) for entry in session.get_inputs()] == [
-        ("input_ids", "tensor(int32)", 7), ("attention_mask", "tensor(int32)", 7)
-    ]  # fmt: skip
-    inputs = {name: array[:, :7].astype(np.int32) for name, array in text_inputs(config, 3, 11).items()}
+@pytest.mark.parametrize("to", TARGETS)
+def test_int32_ids_of_one_length(folder, tmp_path, to):
+    record = clipmb.export(folder["plain"], tmp_path / "out", to, tower="text", ids="int32", length=7)
+    path = tmp_path / "out" / record["towers"]["text"]["load"]
+    inputs = {name: array[:, :7].astype(np.int32) for name, array in text_inputs(CASES["plain"], 3, 11).items()}
     engine = backends.engine("onnx").load(folder["plain"])
     expected = engine.text_features(inputs["input_ids"], inputs["attention_mask"])
-    assert relative(run(tmp_path / "out/onnx/text_model.onnx", inputs)["text_embeds"], expected) <= 1e-5
+    assert relative(RUNS[to](path, "text", inputs)["text_embeds"], expected) <= 1e-5
+    if to == "onnx":  # the other runtimes do not say
+        takes = [(entry.name, entry.type, entry.shape[1]) for entry in ort.InferenceSession(path).get_inputs()]
+        assert takes == [("input_ids", "tensor(int32)", 7), ("attention_mask", "tensor(int32)", 7)]
 
 
 def test_large_weights_lie_in_a_second_file(tmp_path):
-    config = CONFIGS["plain"]
+    config = CASES["plain"]
     graph = clip(config, random_arrays(config, "CLIPModel"), "both")
     inputs = inputs_of(config)
     one, two = tmp_path / "one/model.onnx", tmp_path / "two/model.onnx"
@@ -211,6 +281,7 @@ class TestNothingStays:
         ({"to": "coreml"}, r"to must be .*onnx.*Received: 'coreml'"),
         ({"tower": "vision"}, r"tower must be .*image.*Received: 'vision'"),
         ({"dtype": "bfloat16"}, r"dtype of onnx must be .*Received: 'bfloat16'"),
+        ({"to": "stablehlo", "dtype": "int8"}, r"dtype of stablehlo must be .*Received: 'int8'"),
         ({"ids": "int16"}, r"ids must be .*Received: 'int16'"),
         ({"length": 0}, r"length must be a whole number.*Received: 0"),
         ({"length": 1000}, r"length must be at most the model's context, 13"),
@@ -241,15 +312,40 @@ def test_folders_and_options(folder, tmp_path):
     assert left(tmp_path) == ["empty", "file", "full"]
 
 
-def test_files_run_where_no_framework_can_be_imported(tmp_path):
-    """A stand-in for onnxruntime tries to import each."""
-    names = ["torch", "tensorflow", "keras", "jax", "flax", "clipmb"]
-    (tmp_path / "onnxruntime.py").write_text(
-        f"import importlib\nfor name in {names}:\n    try:\n        importlib.import_module(name)\n"
+@pytest.mark.parametrize(
+    ("module", "runtime", "blocked"),
+    [
+        pytest.param(
+            "clipmb.onnx.export",
+            "onnxruntime",
+            ("torch", "tensorflow", "keras", "jax", "flax", "clipmb"),
+            marks=pytest.mark.backend("onnx"),
+        ),
+        pytest.param(
+            "clipmb.pt.export",
+            "torch",
+            ("tensorflow", "keras", "jax", "flax", "clipmb"),
+            marks=pytest.mark.backend("pt"),
+        ),
+        pytest.param(
+            "clipmb.tf.saved_model", "tensorflow", ("torch", "jax", "flax", "clipmb"), marks=pytest.mark.backend("tf")
+        ),
+        pytest.param(
+            "clipmb.flax.export",
+            "jax",
+            ("torch", "tensorflow", "keras", "flax", "clipmb"),
+            marks=pytest.mark.backend("flax"),
+        ),
+    ],
+)
+def test_files_run_where_only_their_runtime_can_be_imported(tmp_path, module, runtime, blocked):
+    """A stand-in for the runtime tries to import the others."""
+    (tmp_path / f"{runtime}.py").write_text(
+        f"import importlib\nfor name in {blocked}:\n    try:\n        importlib.import_module(name)\n"
         "    except ImportError:\n        continue\n    raise SystemExit(f'{name} was imported')\nraise SystemExit(7)\n"
     )
     script = f"import sys, runpy; sys.path.insert(0, {str(tmp_path)!r}); sys.argv = ['run', 'a', 'b', 'c']\n"
-    script += f"runpy.run_path({str(writer.RUN)!r}, run_name='__main__')"
+    script += f"runpy.run_path({str(importlib.import_module(module).RUN)!r}, run_name='__main__')"
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
     assert done.returncode == 7, done.stderr
 

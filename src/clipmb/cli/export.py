@@ -43,8 +43,8 @@ def run(
 ) -> None:
     """Write a checkpoint for another runtime and compare the results.
 
-    The written files are run in a process without PyTorch, TensorFlow and Flax. If their results differ from the
-    checkpoint's, the exit code is 1 and nothing is written.
+    The written files are run in a process in which clipmb, and every framework but their own runtime, cannot be
+    imported. If their results differ from the checkpoint's, the exit code is 1 and nothing is written.
     """
     if os.path.exists(model):
         common.refuse(context, {"revision"}, "has no effect on local files.")
@@ -67,11 +67,11 @@ def run(
     if as_json:
         common.print_json(record)
         return
-    rows = [
-        [file, f"{entry['bytes']:,}", output, f"{found['difference']:.1e}", f"{found['cosine']:.6f}"]
-        for file, entry in record["files"].items()
-        for output, found in entry.get("outputs", {"": {"difference": 0.0, "cosine": 1.0}}).items()
-    ]
+    rows = []
+    for entry in record["towers"].values():
+        size = sum(record["files"][name]["bytes"] for name in entry["files"])
+        for output, found in entry["outputs"].items():
+            rows.append([entry["load"], f"{size:,}", output, f"{found['difference']:.1e}", f"{found['cosine']:.6f}"])
     title = f"{out}: compared with {record['compared_with']} at batches of {', '.join(map(str, record['batches']))}"
-    common.table(title, ["file", "bytes", "output", "max|a-b|/max|b|", "cosine"], rows, right=(1, 3, 4))
+    common.table(title, ["file or folder", "bytes", "output", "max|a-b|/max|b|", "cosine"], rows, right=(1, 3, 4))
     typer.echo(f"{RECORD_NAME} has the hashes and versions.")
