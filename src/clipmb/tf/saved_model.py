@@ -42,9 +42,11 @@ def write(
     """
     del dtype, keep
 
+    whole: Any = model  # type checkers know calls by keyword only
+
     def compute(**inputs: Any) -> dict[str, Any]:
         if tower == "both":
-            output: Any = model(inputs, return_dict=True)
+            output = whole(inputs, return_dict=True)
             names = ("logits_per_image", "logits_per_text", "text_embeds", "image_embeds")
             return {name: tf.cast(output[name], tf.float32) for name in names}
         features: Any = model.get_text_features if tower == "text" else model.get_image_features
