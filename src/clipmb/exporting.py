@@ -314,10 +314,12 @@ def _compared(run: Path, path: Path, tower: str, expected: dict[str, Any], form:
         right["logits_per_text"] = right["logits_per_image"].T
         for name in {key.rpartition(".")[0] for key in computed}:
             mine, wanted = computed[f"{name}.{batch}"], right[name]
-            lengths = np.linalg.norm(mine, axis=1) * np.linalg.norm(wanted, axis=1)
+            with np.errstate(all="ignore"):
+                lengths = np.linalg.norm(mine, axis=1) * np.linalg.norm(wanted, axis=1)
+                cosines = np.nan_to_num((mine * wanted).sum(1) / lengths, nan=-1)  # nothing finite is near to that
             entry = worst.setdefault(name, {"difference": 0.0, "cosine": 1.0})
             entry["difference"] = max(entry["difference"], relative_difference(mine, wanted))
-            entry["cosine"] = min(entry["cosine"], float(((mine * wanted).sum(1) / lengths).min()))
+            entry["cosine"] = min(entry["cosine"], float(cosines.min()))
     return dict(sorted(worst.items()))
 
 

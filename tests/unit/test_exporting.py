@@ -18,6 +18,8 @@ from processes import clipmb as command
 
 import clipmb
 from clipmb import CheckpointError, CLIPConfig, CLIPImageProcessor, CLIPPipeline, CLIPTokenizerFast, backends, exporting
+from clipmb.common.checkpoint import write_safetensors
+from clipmb.common.saving import Transaction
 from clipmb.onnx import export as writer
 from clipmb.onnx.graph import clip
 
@@ -263,6 +265,17 @@ class TestNothingStays:
         ):
             clipmb.export(folder["plain"], tmp_path / "out", dtype=dtype, min_cosine=1)
         assert left(tmp_path) == []
+
+    def test_of_results_that_are_not_finite(self, tmp_path):
+        config = CASES["plain"]
+        arrays = random_arrays(config, "CLIPModel")
+        arrays["visual_projection.weight"] *= 1e5  # beyond float16
+        with Transaction(tmp_path / "model") as save:
+            save.write("config.json", config.to_json_string())
+            write_safetensors(save, arrays)
+        with pytest.raises(CheckpointError, match=r"image_embeds .*cosine of -1.000000"):
+            clipmb.export(tmp_path / "model", tmp_path / "out", tower="image", dtype="float16", min_cosine=0)
+        assert left(tmp_path) == ["model"]
 
     def test_where_no_room_is_left(self, folder, tmp_path, monkeypatch):
         def full(*args, **form):

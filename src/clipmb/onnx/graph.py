@@ -18,6 +18,7 @@ import numpy as np
 import onnx
 from onnx import TensorProto, helper, numpy_helper
 
+from clipmb.common.checkpoint.tensors import rounded
 from clipmb.common.config import CLIPConfig, CLIPTextConfig, CLIPVisionConfig
 from clipmb.common.errors import one_of
 
@@ -64,7 +65,8 @@ class Graph:
 
     def constant(self, value: Any, dtype: Any = None, name: str | None = None) -> str:
         """Adds a constant, of the graph's own dtype when none is given."""
-        array = np.asarray(value, self.dtype if dtype is None else dtype, order="C")
+        kind = self.dtype if dtype is None else np.dtype(dtype)
+        array = np.asarray(rounded(np.asarray(value), kind), order="C")
         name = name or f"constant_{len(self.tensors)}"
         self.tensors[name] = array
         return name
