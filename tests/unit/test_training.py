@@ -384,7 +384,7 @@ class TestRefusals:
             train(files / "held-out", out=done, resume=True, backend=BACKENDS[0])
 
     def test_no_model(self, files, tmp_path):
-        with pytest.raises(ValueError, match=r"needs a model to begin from"):
+        with pytest.raises(ValueError, match=r"needs a model to start from"):
             train(files / "pairs", out=tmp_path / "x", steps=1)
 
     def test_a_file_as_folder(self, files, tmp_path):

@@ -23,5 +23,5 @@ def test_dummy_inputs_are_those_that_it_names():
 def test_tasks_that_clip_does_not_have():
     with pytest.raises(ValueError, match="task must be one of 'default'"):
         CLIPOnnxConfig(CLIPConfig(), task="masked-lm")
-    with pytest.raises(ValueError, match="Nothing in these models is patched"):
+    with pytest.raises(ValueError, match="These models need no patching"):
         CLIPOnnxConfig(CLIPConfig(), patching_specs=[1])

@@ -138,7 +138,7 @@ def test_former_names_warn():
     with pytest.warns(FutureWarning, match="image_processor"):
         assert processor.feature_extractor is images
     with pytest.warns(FutureWarning, match="image_processor_class"):
-        assert processor.feature_extractor_class == "CLIPImageProcessor"
+        assert processor.feature_extractor_class == processor.image_processor_class
 
 
 def test_decoding(processor):
