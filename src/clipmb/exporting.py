@@ -22,9 +22,11 @@ import numpy as np
 
 from clipmb import __version__, backends
 from clipmb.common.config import CONFIG_NAME, CLIPConfig
-from clipmb.common.errors import CheckpointError, ClipmbError, bad_input, one_of, whole_number
+from clipmb.common.errors import CheckpointError, ClipmbError, bad_input, boolean, one_of, whole_number
 from clipmb.common.hub import Source
 from clipmb.common.json_files import json_text
+from clipmb.common.outputs import EXPORTED
+from clipmb.common.parameters import specs
 from clipmb.common.pretrained import config_text
 from clipmb.common.processor import can_tokenize, image_processor_of, tokenizer_of
 from clipmb.common.saving import umask
@@ -121,13 +123,14 @@ def export(
     ids: str = "int64",
     length: int | None = None,
     keep: Collection[str] = (),
-    min_cosine: float = 0.99,
+    min_cosine: float | None = None,
     **options: Any,
 ) -> dict[str, Any]:
     """Writes a checkpoint for another runtime, and compares what that computes with what the checkpoint computes.
 
-    The comparison loads the files in a process of its own, in which no framework can be imported, over the photographs
-    of the package and texts of several lengths, at batches of 1, 3 and 16.
+    The comparison loads the files in a process of its own, in which clipmb and the frameworks that the runtime can do
+    without cannot be imported, over the photographs of the package and texts of several lengths, at batches of 1, 3
+    and 16.
 
     Args:
         checkpoint: Folder, file of weights or Hub id of a full CLIP model, in any format.
@@ -140,10 +143,12 @@ def export(
         dtype: "float32", or "float16" with inputs and outputs in float32; "bfloat16", likewise, but not of "onnx";
             "int8" of "onnx" alone: the weights of the blocks in 8 bits, what they multiply quantised when it is known.
         normalize: Return embeddings of length 1 from a single tower; "both" always does.
-        ids: "int64" or "int32": the dtype of ``input_ids`` and ``attention_mask``.
-        length: Tokens of every text, which are padded to it; any number up to the model's context when None.
-        keep: Canonical names of weights that "int8" leaves in float32.
-        min_cosine: Of other dtypes than "float32": the smallest cosine of an embedding to the checkpoint's own.
+        ids: "int64" or "int32": the dtype of ``input_ids`` and ``attention_mask``. It needs a text tower.
+        length: Tokens of every text, which are padded to it; any number up to the model's context when None. It needs
+            a text tower.
+        keep: Canonical names of weights that "int8" leaves in float32, of matrices in the blocks of the chosen towers.
+        min_cosine: Of other dtypes than "float32": the smallest cosine of an output's rows to the checkpoint's own;
+            0.99 when None.
         **options: ``subfolder``, ``revision``, ``cache_dir``, ``token``, ``local_files_only``, ``force_download``.
 
     Returns:
@@ -166,10 +171,18 @@ def export(
         raise one_of(f"dtype of {to}", dtype, tuple(target.dtypes))
     if ids not in IDS:
         raise one_of("ids", ids, IDS)
+    if tower == "image" and (ids != "int64" or length is not None):
+        raise bad_input("ids= and length= are of texts", f"tower={tower!r}", "Leave them out", shown=True)
+    if isinstance(keep, str):
+        raise bad_input("keep must be a list of names", keep, "Pass a list")
     if keep and dtype != "int8":
-        raise bad_input("keep= needs something that it is kept from", dtype, 'Pass dtype="int8", or no keep=')
-    if not 0 <= min_cosine <= 1:
-        raise bad_input("min_cosine must be from 0 to 1", min_cosine, "Pass such a number")
+        raise bad_input("keep= applies to int8 only", dtype, 'Pass dtype="int8", or no keep=')
+    if min_cosine is not None and dtype == "float32":
+        raise bad_input(f"float32 is held to a difference of {BOUND:g}", f"min_cosine={min_cosine!r}", "Leave it out")
+    least = 0.99 if min_cosine is None else min_cosine
+    if not isinstance(least, int | float) or not 0 <= least <= 1:
+        raise bad_input("min_cosine must be a number from 0 to 1", min_cosine, "Correct it")
+    normalize = boolean("normalize", normalize)
     source = Source.of(checkpoint, options)
     if options:
         raise bad_input("export has no such options", sorted(options), "Remove them", TypeError)
@@ -180,14 +193,24 @@ def export(
         context = engine.config.text_config.max_position_embeddings
         if length is not None and whole_number("length", length) > context:
             raise bad_input(f"length must be at most the model's context, {context}", length, "Pass fewer tokens")
-        if unknown := frozenset(keep) - engine.weights().keys():
+        if unknown := sorted(frozenset(keep) - quantised(engine.config, tower)):
             raise bad_input(
-                "keep= must hold names of weights", sorted(unknown), "`clipmb convert --dry-run` lists them"
+                "keep= must hold names of weights that are quantised",
+                unknown,
+                "Pass names like 'vision_model.encoder.layers.0.mlp.fc1.weight', of the towers that are written",
             )
         form = Form(dtype, normalize, ids, length, frozenset(keep))
-        return _written(folder, source, engine, to, tower, form, min_cosine)
+        return _written(folder, source, engine, to, tower, form, least)
     finally:
         engine.free()
+
+
+def quantised(config: CLIPConfig, tower: str) -> set[str]:
+    """Returns the names of the weights that int8 has in 8 bits: those of products with a bias."""
+    names = {spec.name for spec in specs(config, "CLIPModel") if len(spec.shape) == 2}
+    biases = {spec.name for spec in specs(config, "CLIPModel") if spec.name.endswith(".bias")}
+    parts = {"text": ("text_model.",), "image": ("vision_model.",)}.get(tower, ("text_model.", "vision_model."))
+    return {name for name in names if f"{name.removesuffix('weight')}bias" in biases and name.startswith(parts)}
 
 
 def _written(
@@ -302,7 +325,11 @@ def _fitted(ids: np.ndarray, mask: np.ndarray, length: int | None) -> tuple[np.n
 
 
 def _compared(run: Path, path: Path, tower: str, expected: dict[str, Any], form: Form) -> dict[str, dict[str, float]]:
-    """Returns the difference and the cosine of each output of a file, the worst of all batches."""
+    """Returns the difference and the cosine of each output of a file, the worst of all batches.
+
+    Raises:
+        CheckpointError: The file cannot be run, or has other outputs.
+    """
     computed = _computed(run, path, expected)
     worst: dict[str, dict[str, float]] = {}
     for batch in BATCHES:
@@ -312,8 +339,14 @@ def _compared(run: Path, path: Path, tower: str, expected: dict[str, Any], form:
         right = {f"{name}_embeds": array for name, array in shown.items()}
         right["logits_per_image"] = unit["image"] @ unit["text"].T * expected["scale"]
         right["logits_per_text"] = right["logits_per_image"].T
-        for name in {key.rpartition(".")[0] for key in computed}:
-            mine, wanted = computed[f"{name}.{batch}"], right[name]
+        for name in EXPORTED[tower]:
+            mine, wanted = computed.get(f"{name}.{batch}"), right[name]
+            if mine is None or mine.shape != wanted.shape:
+                shape = "none" if mine is None else f"one of shape {mine.shape}"
+                raise CheckpointError(
+                    f"{path.name} must have an output {name} of shape {wanted.shape}. Received: {shape}. Nothing was "
+                    "written. Report this, and use the checkpoint itself."
+                )
             with np.errstate(all="ignore"):
                 lengths = np.linalg.norm(mine, axis=1) * np.linalg.norm(wanted, axis=1)
                 cosines = np.nan_to_num((mine * wanted).sum(1) / lengths, nan=-1)  # nothing finite is near to that

@@ -32,6 +32,7 @@ CASES = {  # each pooling rule and each activation of published models
     ),
 }
 TAKES = {"text": ("input_ids", "attention_mask"), "image": ("pixel_values",)}
+FC1 = "text_model.encoder.layers.0.mlp.fc1.weight"
 TAKES["both"] = (*TAKES["text"], *TAKES["image"])
 FILES = {"both": "model", "text": "text_model", "image": "vision_model"}
 
@@ -182,6 +183,15 @@ def test_smaller_files(tmp_path, dtype, suffix, least):
     assert (found * pipeline.encode_image(pictures[:16])).sum(1).min() >= least
 
 
+@pytest.mark.parametrize("tower", FILES)
+def test_which_weights_are_quantised(folder, tmp_path, tower):
+    clipmb.export(folder["plain"], tmp_path / "out", tower=tower, dtype="int8", min_cosine=0)
+    graph = onnx.load(tmp_path / f"out/onnx/{FILES[tower]}_int8.onnx").graph
+    names = {constant.name.removesuffix(".int8") for constant in graph.initializer if constant.name.endswith(".int8")}
+    assert names == exporting.quantised(CASES["plain"], tower)
+    assert len(names) == 6 * {"both": 5, "text": 3, "image": 2}[tower]
+
+
 def test_weights_that_are_kept(folder, tmp_path):
     names = [f"text_model.encoder.layers.{i}.mlp.fc1.weight" for i in range(2)]
     all_of_it = clipmb.export(folder["plain"], tmp_path / "a", tower="text", dtype="int8", min_cosine=0)
@@ -246,6 +256,23 @@ class TestNothingStays:
             clipmb.export(folder["plain"], tmp_path / "out", tower=tower)
         assert left(tmp_path) == []
 
+    def test_of_a_file_without_an_output(self, folder, tmp_path, monkeypatch):
+        def cut(*args, **form):
+            [path] = written(*args, **form)
+            model = onnx.load(path)
+            del model.graph.output[:]
+            model.graph.output.append(onnx.helper.make_tensor_value_info("other", onnx.TensorProto.FLOAT, None))
+            model.graph.node.append(onnx.helper.make_node("Identity", ["image_embeds"], ["other"]))
+            onnx.save(model, path)
+            return [path]
+
+        written = writer.write
+        monkeypatch.setattr(writer, "write", cut)
+        right = r"must have an output image_embeds of shape \(1, 24\). Received: none"
+        with pytest.raises(CheckpointError, match=right):
+            clipmb.export(folder["plain"], tmp_path / "out", tower="image")
+        assert left(tmp_path) == []
+
     def test_of_one_that_cannot_be_run(self, folder, tmp_path, monkeypatch):
         def cut(*args, **form):
             paths = written(*args, **form)
@@ -298,9 +325,18 @@ class TestNothingStays:
         ({"ids": "int16"}, r"ids must be .*Received: 'int16'"),
         ({"length": 0}, r"length must be a whole number.*Received: 0"),
         ({"length": 1000}, r"length must be at most the model's context, 13"),
-        ({"keep": ["logit_scale"]}, r"keep= needs something .*float32"),
-        ({"keep": ["no.weight"], "dtype": "int8"}, r"keep= must hold names of weights.*no.weight"),
-        ({"min_cosine": 2}, r"min_cosine must be from 0 to 1.*Received: 2"),
+        ({"tower": "image", "length": 7}, r"ids= and length= are of texts. Received: tower='image'"),
+        ({"tower": "image", "ids": "int32"}, r"ids= and length= are of texts"),
+        ({"normalize": "no"}, r"normalize must be True or False. Received: 'no'"),
+        ({"keep": [FC1]}, r"keep= applies to int8 only. Received: 'float32'"),
+        ({"keep": FC1, "dtype": "int8"}, r"keep must be a list of names"),
+        ({"keep": ["no.weight"], "dtype": "int8"}, r"keep= must hold names of weights that are quantised.*no.weight"),
+        ({"keep": ["text_projection.weight"], "dtype": "int8"}, r"names of weights that are quantised"),
+        ({"keep": ["text_model.embeddings.token_embedding.weight"], "dtype": "int8"}, r"weights that are quantised"),
+        ({"keep": [FC1], "dtype": "int8", "tower": "image"}, r"names of weights that are quantised"),
+        ({"min_cosine": 2, "dtype": "int8"}, r"min_cosine must be a number from 0 to 1.*Received: 2"),
+        ({"min_cosine": "high", "dtype": "int8"}, r"min_cosine must be a number from 0 to 1.*Received: 'high'"),
+        ({"min_cosine": 0.9}, r"float32 is held to a difference of 1e-05. Received: .*min_cosine=0.9"),
     ],
 )
 def test_arguments(folder, tmp_path, given, message):

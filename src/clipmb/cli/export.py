@@ -34,9 +34,11 @@ def run(
         typer.Option(metavar="NAME", help="Weight to leave in float32 with int8; repeatable.", show_default="none"),
     ] = None,
     min_cosine: Annotated[
-        float,
-        typer.Option(metavar="X", min=0, max=1, help="Least cosine of embeddings that int8 and float16 may have."),
-    ] = 0.99,
+        float | None,
+        typer.Option(
+            metavar="X", min=0, max=1, help="Least cosine of results in other dtypes than float32.", show_default="0.99"
+        ),
+    ] = None,
     subfolder: common.Subfolder = "",
     revision: common.Revision = None,
     as_json: common.Json = False,

@@ -162,6 +162,14 @@ class CLIPOutput(ModelOutput[Array]):
     vision_model_output: BaseModelOutputWithPooling[Array]
 
 
+# What an exported tower, or both of them, returns, in this order.
+EXPORTED = {
+    "both": ("logits_per_image", "logits_per_text", "text_embeds", "image_embeds"),
+    "text": ("text_embeds",),
+    "image": ("image_embeds",),
+}
+
+
 class ImageClassifierOutput(ModelOutput[Array]):
     """Output of image classification.
 

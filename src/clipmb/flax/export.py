@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 from jax import export
 
+from clipmb.common.outputs import EXPORTED
 from clipmb.flax.losses import normalize as normalized
 from clipmb.flax.modeling import FlaxCLIPModel
 
@@ -51,8 +52,7 @@ def write(
     def compute(**inputs: Any) -> dict[str, Any]:
         if tower == "both":
             output: Any = model(**inputs)
-            names = ("logits_per_image", "logits_per_text", "text_embeds", "image_embeds")
-            return {name: output[name].astype(jnp.float32) for name in names}
+            return {name: output[name].astype(jnp.float32) for name in EXPORTED[tower]}
         features = model.get_text_features if tower == "text" else model.get_image_features
         embeds = features(**inputs)
         return {f"{tower}_embeds": (normalized(embeds) if normalize else embeds).astype(jnp.float32)}

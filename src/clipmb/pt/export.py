@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.export import Dim
 
+from clipmb.common.outputs import EXPORTED
 from clipmb.pt.losses import normalize as normalized
 from clipmb.pt.modeling import CLIPModel, CLIPTextModelWithProjection, CLIPVisionModelWithProjection
 
@@ -31,8 +32,7 @@ class _Exported(nn.Module):
     ) -> dict[str, Tensor]:
         if self.tower == "both":
             output = self.model(input_ids, pixel_values, attention_mask)
-            names = ("logits_per_image", "logits_per_text", "text_embeds", "image_embeds")
-            return {name: output[name].float() for name in names}
+            return {name: output[name].float() for name in EXPORTED[self.tower]}
         text = self.tower == "text"
         embeds = (self.model(input_ids, attention_mask) if text else self.model(pixel_values))[0]
         return {f"{self.tower}_embeds": (normalized(embeds) if self.normalize else embeds).float()}
@@ -91,7 +91,6 @@ def write(
         inputs["pixel_values"] = torch.zeros(2, vision.num_channels, vision.image_size, vision.image_size)
         shapes["pixel_values"] = {0: Dim("image_batch" if both else "batch")}
     module = _Exported(model, tower, normalize).eval()
-    shapes = {name: shapes.get(name) for name in ("input_ids", "attention_mask", "pixel_values") if name in inputs}
     with torch.no_grad():
         program = torch.export.export(module, (), inputs, dynamic_shapes=shapes, strict=False)
     file = path.with_name(f"{path.name}.pt2")

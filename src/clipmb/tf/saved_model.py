@@ -8,6 +8,7 @@ from typing import Any
 
 import tensorflow as tf
 
+from clipmb.common.outputs import EXPORTED
 from clipmb.tf.losses import normalize as normalized
 from clipmb.tf.modeling import TFCLIPModel
 
@@ -47,8 +48,7 @@ def write(
     def compute(**inputs: Any) -> dict[str, Any]:
         if tower == "both":
             output = whole(inputs, return_dict=True)
-            names = ("logits_per_image", "logits_per_text", "text_embeds", "image_embeds")
-            return {name: tf.cast(output[name], tf.float32) for name in names}
+            return {name: tf.cast(output[name], tf.float32) for name in EXPORTED[tower]}
         features: Any = model.get_text_features if tower == "text" else model.get_image_features
         embeds = features(inputs)
         return {f"{tower}_embeds": tf.cast(normalized(embeds) if normalize else embeds, tf.float32)}
