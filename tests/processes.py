@@ -24,7 +24,12 @@ _JAX = {
 
 
 def _environment(added: Mapping[str, str]) -> dict[str, str]:
-    return {**os.environ, "TF_CPP_MIN_LOG_LEVEL": "3", **_JAX, **added}
+    return {**os.environ, "TF_CPP_MIN_LOG_LEVEL": "3", "PYTHONFAULTHANDLER": "1", **_JAX, **added}
+
+
+def excerpt(text: str) -> str:
+    """Both ends of what a program printed: the cause is at the top where several processes failed, else at the bottom."""
+    return text if len(text) <= 8000 else f"{text[:4000]}\n…\n{text[-4000:]}"
 
 
 def run(command: Iterable[object], env: Mapping[str, str] | None = None) -> subprocess.CompletedProcess[str]:
@@ -60,7 +65,7 @@ def start(*arguments: object, **env: str) -> subprocess.Popen[str]:
 def output(*arguments: object, **env: str) -> str:
     """Runs the interpreter of the tests, which must succeed, and returns what it printed."""
     done = python(*arguments, **env)
-    assert done.returncode == 0, done.stderr[-4000:]
+    assert done.returncode == 0, excerpt(done.stderr)
     return done.stdout
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 
 import pytest
+from processes import excerpt
 from processes import run as start
 
 
@@ -21,5 +22,5 @@ def run(script: str, *args: object) -> str:
             pytest.fail(reason)
         pytest.skip(reason)
     done = start([python, "-c", script, *args], {"HF_HUB_OFFLINE": "1", "PYTHONIOENCODING": "utf-8"})
-    assert done.returncode == 0, done.stderr[-4000:]
+    assert done.returncode == 0, excerpt(done.stderr)
     return done.stdout

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from cases import CONFIGS, VISION, write_checkpoint
 from conftest import BACKENDS, ENGINES
-from processes import python
+from processes import excerpt, python
 
 import clipmb
 from clipmb import CLIPConfig
@@ -135,7 +135,7 @@ clip = CLIPPipeline.from_pretrained(sys.argv[2], backend=sys.argv[3])
 assert clip.classify(np.zeros((30, 40, 3), np.uint8), ["a", "b"]).shape == (1, 2)
 """
     done = python("-c", BLOCKED + script, ",".join(sorted(blocked)), tmp_path, backend)
-    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.returncode == 0, excerpt(done.stderr)
 
 
 @pytest.mark.parametrize(
@@ -156,7 +156,7 @@ for what in (lambda: getattr(clipmb, name), lambda: clipmb.backends.engine({back
         raise SystemExit("no error")
 """
     done = python("-c", BLOCKED + script, package)
-    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.returncode == 0, excerpt(done.stderr)
 
 
 def test_public_names():

@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 import typer
-from processes import python
+from processes import excerpt, python
 
 import clipmb
 from clipmb.cli import app
@@ -77,7 +77,7 @@ def test_python_blocks_run_and_print_what_is_below_them(page, tmp_path):
         json.dumps([[block["code"], start] for block, start in zip(found, starts, strict=True)]), "utf-8"
     )
     done = python("-c", SESSION, session, page.name)
-    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.returncode == 0, excerpt(done.stderr)
     for block, printed in zip(found, json.loads(done.stdout.splitlines()[-1]), strict=True):
         expected = ".*".join(map(re.escape, (block["output"] or "").split("…")))
         assert re.fullmatch(expected, printed, re.DOTALL), f"{block['code']}\nprints\n{printed}"

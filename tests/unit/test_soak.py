@@ -13,7 +13,7 @@ import pytest
 from cases import write_checkpoint
 from conftest import BACKENDS
 from format_cases import EVERYWHERE
-from processes import HANG, python, start
+from processes import HANG, excerpt, python, start
 from training_cases import small_model, small_pairs
 
 from clipmb import CLIPConfig
@@ -127,7 +127,7 @@ def test_training_with_a_poller(tmp_path, backend):
     trained = python("-m", "clipmb", "train", data, "--model", model, "--out", out, *options)
     (out / "done").touch()
     polled, errors = poller.communicate(timeout=HANG)
-    assert trained.returncode == 0, trained.stderr[-3000:]
+    assert trained.returncode == 0, excerpt(trained.stderr)
     assert poller.returncode == 0, errors[-3000:]
     count, different = map(int, polled.split()[1:])
     print("counts", count, different)
@@ -163,6 +163,6 @@ for k in range(25):
 
 def test_of_two_conversions_into_a_new_folder_one_wins_and_the_other_refuses(tmp_path, sources):
     done = python("-c", RACE, sources[0], tmp_path)
-    assert done.stdout.splitlines() == ["0 2"] * 25, done.stderr[-2000:]
+    assert done.stdout.splitlines() == ["0 2"] * 25, excerpt(done.stderr)
     for folder in Path(tmp_path).iterdir():
         assert check_record(folder) == []

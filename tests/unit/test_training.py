@@ -15,7 +15,7 @@ import pytest
 from cases import equal, random_arrays
 from conftest import BACKENDS
 from PIL import Image
-from processes import HANG, invoke, python, run, start
+from processes import HANG, excerpt, invoke, python, run, start
 from training_cases import small_model, small_pairs
 
 import clipmb
@@ -178,9 +178,9 @@ def test_twenty_kills_at_random_moments_change_no_bit(files, tmp_path, backend):
     script += "from clipmb.training import train; import sys; train"
     whole = [files / "pairs", files / "model", tmp_path / "a"]
     done = python("-c", f"{script}(*sys.argv[1:], **{options})", *whole)
-    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.returncode == 0, excerpt(done.stderr)
     done = python("-c", KILLED, files / "pairs", files / "model", tmp_path / "b", backend, "7")
-    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.returncode == 0, excerpt(done.stderr)
     codes = done.stdout.split()
     assert codes[-1] == "0"
     assert codes.count("-9") >= 15, codes  # the run may be over before the last of them
@@ -440,7 +440,7 @@ def test_two_processes_write_one_checkpoint(files, tmp_path):
     for name, launcher, more in (("one", [sys.executable, "-m"], []), ("two", torchrun, ["--distributed", "data"])):
         command = [*launcher, "clipmb", "train", str(files / "pairs"), "--out", str(tmp_path / name), *options, *more]
         done = run(command, {"OMP_NUM_THREADS": "1"})
-        assert done.returncode == 0, done.stderr[-3000:]
+        assert done.returncode == 0, excerpt(done.stderr)
     one, two = (lines(tmp_path / name) for name in ("one", "two"))
     np.testing.assert_allclose([line["loss"] for line in two], [line["loss"] for line in one], rtol=1e-5)
 

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 from cases import CONFIGS, random_arrays
-from processes import python
+from processes import excerpt, python
 
 from clipmb import CheckpointError, CLIPTextConfig
 from clipmb.common.checkpoint import write_safetensors
@@ -346,7 +346,7 @@ def test_readers_and_two_writers_in_processes_of_their_own(tmp_path):
     for thread in threads:
         thread.join()
     for role, done in results.items():
-        assert done.returncode == 0, f"{role}: {done.stderr[-2000:]}"
+        assert done.returncode == 0, f"{role}: {excerpt(done.stderr)}"
         assert int(done.stdout.split()[0]) > 3, role
     assert len(set(plain(tmp_path).values())) == 1
 

@@ -11,7 +11,7 @@ import pytest
 import torch
 from cases import random_arrays
 from conftest import TESTS
-from processes import run
+from processes import excerpt, run
 from training_cases import (
     CONFIG,
     VARIANTS,
@@ -97,7 +97,7 @@ def two_processes(request, tmp_path_factory):
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--rdzv-backend=c10d"]
     worker = ["--rdzv-endpoint=localhost:0", TESTS / "training_pt_worker.py", request.param, folder]
     done = run([*torchrun, *worker], environment)
-    assert done.returncode == 0, done.stderr[-4000:]
+    assert done.returncode == 0, excerpt(done.stderr)
     return [np.load(folder / f"{rank}.npz") for rank in range(2)]
 
 

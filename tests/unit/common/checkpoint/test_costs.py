@@ -11,7 +11,7 @@ import zipfile
 
 import pytest
 from cases import CONFIGS, config_of, random_arrays, write_checkpoint
-from processes import python
+from processes import excerpt, python
 from safetensors.numpy import save_file
 
 from clipmb import CheckpointError
@@ -150,7 +150,7 @@ def test_what_a_small_file_costs(tmp_path, make, suffix, words):
     path = tmp_path / f"pytorch_model.{suffix}"
     make(path)
     done = python("-c", READ, path)
-    assert done.returncode == 0, done.stderr[-2000:]
+    assert done.returncode == 0, excerpt(done.stderr)
     said, costs = done.stdout.splitlines()
     assert words in said
     assert int(said.split()[0]) < 5000
@@ -198,7 +198,7 @@ def test_counts_are_held_against_the_file_before_they_are_believed(tmp_path, hea
         fields[name] = {**fields[name], **value} if isinstance(value, dict) else value
     (tmp_path / "config.json").write_text(json.dumps(fields))
     done = python("-c", CLAIM, tmp_path, head, strict)
-    assert done.returncode == 0, done.stderr[-2000:]
+    assert done.returncode == 0, excerpt(done.stderr)
     *said, memory = done.stdout.splitlines()
     assert len(said) == 2
     assert all(words in line and int(line.split()[0]) < 5000 for line in said), said
@@ -255,7 +255,7 @@ def test_pipes_devices_and_folders_are_refused_at_once(tmp_path, kind):
         path = tmp_path / name
         {"pipe": os.mkfifo, "device": lambda path: path.symlink_to("/dev/zero"), "folder": os.mkdir}[kind](path)
     done = python("-c", NO_FILE, tmp_path / "picture.png", tmp_path)
-    assert done.returncode == 0, done.stderr[-2000:]
+    assert done.returncode == 0, excerpt(done.stderr)
     assert done.stdout.split() == ["CheckpointError"] * 4 + ["ValueError"] * 2
 
 
