@@ -28,7 +28,7 @@ def _environment(added: Mapping[str, str]) -> dict[str, str]:
 
 
 def excerpt(text: str) -> str:
-    """Both ends of what a program printed: the cause is at the top where several processes failed, else at the bottom."""
+    """Both ends of what a program printed: of several processes, the first to fail speaks at the top."""
     return text if len(text) <= 8000 else f"{text[:4000]}\n…\n{text[-4000:]}"
 
 
