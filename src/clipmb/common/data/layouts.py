@@ -21,10 +21,12 @@ from clipmb.common.data.tables import (
     class_names,
     holds_bytes,
     label_of,
+    others_of,
     picture_of,
     roots_of,
     rows_of,
     texts_of,
+    undecoded,
 )
 from clipmb.common.errors import bad_input
 
@@ -67,6 +69,11 @@ def open_coco(path: Path, name: str, columns: Columns, *, prefix: bool = False) 
                 files[image["id"]] = image["file_name"]
             except (TypeError, KeyError):
                 yield f"/images/{number}", "An image needs an id and a file_name."
+        if columns.partial:
+            described = {str(annotation.get("image_id")) for annotation in annotations if isinstance(annotation, dict)}
+            for key, file in files.items():
+                if str(key) not in described:
+                    yield "/images", {"image": file}
         for number, annotation in enumerate(annotations):
             where = f"/annotations/{number}"
             try:
@@ -74,7 +81,7 @@ def open_coco(path: Path, name: str, columns: Columns, *, prefix: bool = False) 
             except (TypeError, KeyError) as error:
                 yield where, f"An annotation needs the image_id of an image, and a caption; not found: {error}."
 
-    return Table(name, rows(), roots_of(path, columns), prefix=prefix)
+    return Table(name, rows(), roots_of(path, columns), prefix=prefix, partial=columns.partial)
 
 
 def open_token(path: Path, name: str, columns: Columns, *, prefix: bool = False) -> Table:
@@ -101,7 +108,44 @@ def open_token(path: Path, name: str, columns: Columns, *, prefix: bool = False)
                 elif line.strip():
                     yield f":{lines.number}", "A line must hold an image, a tab and a caption."
 
-    return Table(name, rows(), roots_of(path, columns), prefix=prefix)
+    return Table(name, rows(), roots_of(path, columns), prefix=prefix, partial=columns.partial)
+
+
+def open_texts(path: Path, name: str, columns: Columns, *, prefix: bool = False) -> Table:
+    """Opens a file with one text on each line; blank lines do not count.
+
+    Args:
+        path: The file.
+        name: Name of the file in ids and reasons.
+        columns: Without effect.
+        prefix: Without effect: all ids begin with ``name``.
+
+    Raises:
+        ValueError: The file is empty or not UTF-8.
+    """
+
+    def rows() -> Iterator[Row]:
+        with Lines(path) as lines:
+            lines.first()
+            for line in lines:
+                lines.done()
+                if text := line.strip():
+                    problem = undecoded(text)
+                    yield f":{lines.number}", problem or {"caption": text}
+
+    return Table(name, rows(), partial=True)
+
+
+def open_pictures(paths: Sequence[Path]) -> Table:
+    """Makes pairs without captions of paths of images.
+
+    Args:
+        paths: The paths, which are the ids too.
+
+    Raises:
+        ValueError: There are none.
+    """
+    return Table("images", (("", {"image": str(path)}) for path in paths), partial=True)
 
 
 def open_folder(folder: Path, name: str, columns: Columns, *, prefix: bool = False) -> Table:
@@ -132,7 +176,7 @@ def open_folder(folder: Path, name: str, columns: Columns, *, prefix: bool = Fal
     beside = any(path.with_suffix("") in found for path in pictures)
     parts = [path.relative_to(folder).parts for path in pictures]
     splits = sorted({part[0] for part in parts if len(part) > 2})
-    if not beside and splits and all(split.lower() in _SPLITS for split in splits):
+    if not beside and not columns.partial and splits and all(split.lower() in _SPLITS for split in splits):
         raise bad_input(
             "A folder must hold one split",
             f"{', '.join(splits)} in {folder}",
@@ -143,16 +187,18 @@ def open_folder(folder: Path, name: str, columns: Columns, *, prefix: bool = Fal
     def rows() -> Iterator[Row]:
         for path in pictures:
             shown = path.relative_to(folder).as_posix()
-            if not beside:
+            if texts := found.get(path.with_suffix("")):
+                row = _beside(path, texts, columns, shown)
+            elif columns.partial:
+                row = {"image": shown}
+            elif not beside:
                 inside = path.relative_to(folder).parts[:-1]
                 row = {"image": shown, "label": inside[0]} if inside else "It is not in the folder of a class."
-            elif texts := found.get(path.with_suffix("")):
-                row = _beside(path, texts, columns, shown)
             else:
                 row = "There is no text (.txt, .json or .cls) beside it."
             yield f"/{shown}", row
 
-    return Table(name, rows(), [folder], prefix=prefix)
+    return Table(name, rows(), [folder], prefix=prefix, partial=columns.partial)
 
 
 def _beside(path: Path, texts: set[str], columns: Columns, shown: str) -> dict[str, Any] | str:
@@ -165,7 +211,8 @@ def _beside(path: Path, texts: set[str], columns: Columns, shown: str) -> dict[s
                 raise bad_input("The .json file beside an image must hold an object", fields, "Rewrite it")
             for kind in ("caption", "label"):
                 if (field := columns.first(kind, fields)) is not None:
-                    row[kind] = fields[field]
+                    row[kind] = fields.pop(field)
+            row["fields"] = fields
         for kind, suffix in (("caption", ".txt"), ("label", ".cls")):
             if suffix in texts and (getattr(columns, kind) is None or kind not in row):
                 row[kind] = _file(path.with_suffix(suffix)).read_text("utf-8-sig").strip()
@@ -220,13 +267,15 @@ def open_saved(folder: Path, name: str, columns: Columns, *, prefix: bool = Fals
             shown=True,
         ) from error
     names = columns.find(folder, schema.names)
-    pictures = _Batches(batches, names.pop("image")) if holds_bytes(schema.field(names["image"]).type) else None
+    others = others_of(schema, tuple(names.values())) if columns.partial else []
+    embedded = "image" in names and holds_bytes(schema.field(names["image"]).type)
+    pictures = _Batches(batches, names.pop("image")) if embedded else None
     classes = class_names(metadata, names.get("label"))
-    every = (row for batch in batches for row in rows_of(batch, names, classes))
+    every = (row for batch in batches for row in rows_of(batch, names, classes, others))
     rows = ((f"/{number}", row) for number, row in enumerate(every))
     stamp = sha256(json.dumps([state.get("_fingerprint"), [batch.nbytes for batch in batches]]).encode()).hexdigest()
     roots = [Path(columns.root)] if columns.root is not None else [folder, folder.parent]
-    return Table(name, rows, roots, pictures=pictures, prefix=prefix, stamp=stamp)
+    return Table(name, rows, roots, pictures=pictures, prefix=prefix, stamp=stamp, partial=columns.partial)
 
 
 class _Batches:
@@ -268,24 +317,31 @@ class Rows:
             )
         self.name = f"dataset-{dataset.split}" if getattr(dataset, "split", None) else "dataset"
         self._names = columns.find(Path(self.name), dataset.column_names)
-        image = self._names["image"]
-        feature = dataset.features[image]
+        image = self._names.get("image")
+        feature: Any = dataset.features[image] if image else None
         if type(feature).__name__ == "Image":  # leave decoding to us, which turns images upright
             dataset = dataset.cast_column(image, type(feature)(decode=False))
-        self._pictures = dataset.select_columns([image])
-        self._texts = dataset.select_columns([name for kind, name in self._names.items() if kind != "image"])
+        self._pictures = dataset.select_columns([image]) if image else None
+        plain = [name for name, kind in dataset.features.items() if hasattr(kind, "dtype") and kind.dtype != "binary"]
+        self._others = [name for name in plain if name not in self._names.values()] if columns.partial else []
+        columns_of_text = [*(name for kind, name in self._names.items() if kind != "image"), *self._others]
+        self._texts = dataset.select_columns(columns_of_text) if columns_of_text else [{}] * len(dataset)
         names = getattr(dataset.features.get(self._names.get("label", "")), "names", None)
         self._classes: Sequence[str] = names or ()
         self._root = Path(columns.root or "")
         self.left_out: list[tuple[str, str]] = []
+        self.kinds: dict[str, set[str]] = {}
         kept = []
         for row, texts in enumerate(self._texts):
             try:
-                if not self._captions(texts) and self._label(texts) is None:
+                if not self._captions(texts) and self._label(texts) is None and not (columns.partial and image):
                     raise bad_input("A row needs a caption", None, "Fill it in, or remove the row")
                 kept.append(row)
             except ValueError as error:
                 self.left_out.append((f"{self.name}/{row}", str(error)))
+                continue
+            for name in self._others:
+                self.kinds.setdefault(name, set()).add(type(texts[name]).__name__)
         self._rows = np.array(kept, np.int64)
 
     def __len__(self) -> int:
@@ -303,9 +359,25 @@ class Rows:
         """The name of the row's class, or None."""
         return self._label(self._texts[int(self._rows[index])])
 
+    def fields(self, index: int) -> dict[str, Any]:
+        """The other columns, where rows may be partial."""
+        texts = self._texts[int(self._rows[index])] if self._others else {}
+        return {name: texts[name] for name in self._others}
+
+    def has_image(self, index: int) -> bool:
+        """Whether there is a column of images."""
+        return "image" in self._names
+
+    def file(self, index: int) -> Path | None:
+        """The path of an image that is a file of its own."""
+        picture = self.image(index) if self.has_image(index) else None
+        return picture if isinstance(picture, Path) else None
+
     def image(self, index: int) -> bytes | Path | Image.Image:
         """The bytes, the path or the object of the image."""
-        value = self._pictures[int(self._rows[index])][self._names["image"]]
+        value: Any = (
+            self._pictures[int(self._rows[index])][self._names["image"]] if self._pictures is not None else None
+        )
         if hasattr(value, "convert"):
             return value
         picture = picture_of(value)

@@ -25,7 +25,8 @@ from clipmb.common.image import pixels as px
 from clipmb.common.image.resampling import as_image
 
 _OPENED = {
-    **dict.fromkeys(SUFFIXES, open_table), ".json": layouts.open_coco, ".token": layouts.open_token, ".tar": Shard,
+    **dict.fromkeys(SUFFIXES, open_table), ".json": layouts.open_coco, ".token": layouts.open_token,
+    ".txt": layouts.open_texts, ".tar": Shard,
 }  # fmt: skip
 _SPLIT = re.compile(r"(.+?)-\d+-of-\d+(?:-[0-9a-f]+)?")  # the parts of a split of Hugging Face's data sets
 _MOST_FILES = 1_000_000
@@ -38,10 +39,15 @@ class _Source(Protocol):
     name: str
     left_out: list[tuple[str, str]]
 
+    @property
+    def kinds(self) -> dict[str, set[str]]: ...
     def __len__(self) -> int: ...
     def id(self, index: int) -> str: ...
     def captions(self, index: int) -> list[str]: ...
     def label(self, index: int) -> str | None: ...
+    def fields(self, index: int) -> dict[str, Any]: ...
+    def has_image(self, index: int) -> bool: ...
+    def file(self, index: int) -> Path | None: ...
     def image(self, index: int) -> bytes | Path | Image.Image: ...
     def digest(self) -> bytes: ...
 
@@ -73,6 +79,7 @@ class Pairs:
         separator: str | None = None,
         image_root: str | os.PathLike[str] | None = None,
         optional: Collection[str] = (),
+        partial: bool = False,
     ) -> Pairs:
         """Opens tables, shards and folders of images, and indexes what they hold.
 
@@ -99,6 +106,10 @@ class Pairs:
                 Flickr30k keep their images beside it.
             optional: Which of "image", "caption" and "label" may lack the column named for them; the default names
                 serve in such files.
+            partial: Take images without captions, and captions without images, too. Then ``path`` may also be an image
+                file, a text file (.txt) with one caption on each line, or a folder of images alone; other columns,
+                and the other fields of .json members, are kept (`fields`), and rows are one pair only where they agree
+                in these too.
 
         Returns:
             The pairs, in the order of the files.
@@ -111,23 +122,25 @@ class Pairs:
 
         Source: shards follow the layout of WebDataset, https://github.com/webdataset/webdataset.
         """
-        columns = Columns(image_column, caption_column, label_column, separator, image_root, tuple(optional))
+        columns = Columns(image_column, caption_column, label_column, separator, image_root, tuple(optional), partial)
         several_given = isinstance(path, Iterable) and not isinstance(path, str) and not layouts.is_dataset(path)
         given = list(path) if several_given else [path]
         sets = [layouts.Rows(each, columns) for each in given if layouts.is_dataset(each)]
-        files = [file for each in given if not layouts.is_dataset(each) for file in _files(cast("str", each))]
+        files = [file for each in given if not layouts.is_dataset(each) for file in _files(cast("str", each), partial)]
         if not files and not sets:
             raise bad_input("There must be at least one file of pairs", path, "Pass a path")
         twice = [str(file) for file, times in Counter(os.path.realpath(file) for file in files).items() if times > 1]
         if twice:
             raise bad_input("A file may be given only once", twice[0], "Remove the repetition", shown=True)
-        several = len(files) + len(sets) > 1
+        pictures = [file for file in files if partial and file.suffix.lower() in layouts.PICTURES and file.is_file()]
+        files = [file for file in files if file not in set(pictures)] if pictures else files
+        several = len(files) + len(sets) + bool(pictures) > 1
         opened = [
             _open_folder(file, name, columns, several) if file.is_dir()
             else _OPENED[file.suffix.lower()](file, name, columns, prefix=several)
             for file, name in zip(files, _names(files), strict=True)
         ]  # fmt: skip
-        pairs = cls([*opened, *sets])
+        pairs = cls([*([layouts.open_pictures(pictures)] if pictures else []), *opened, *sets])
         if pairs.left_out:
             count, (first, why) = len(pairs.left_out), pairs.left_out[0]
             if not len(pairs):
@@ -189,6 +202,52 @@ class Pairs:
         source, place = self._at(index)
         return source.label(place)
 
+    def fields(self, index: int) -> dict[str, Any]:
+        """Returns the values of the other columns, or fields of the .json member, of pairs opened as ``partial``.
+
+        Args:
+            index: The number of the pair, from 0.
+
+        Raises:
+            IndexError: There is no pair of this number.
+        """
+        source, place = self._at(index)
+        return source.fields(place)
+
+    @cached_property
+    def kinds(self) -> dict[str, set[str]]:
+        """The names of all other columns or fields, each with the names of the Python types of its values."""
+        kinds: dict[str, set[str]] = {}
+        for source in self._sources:
+            for name, found in source.kinds.items():
+                kinds.setdefault(name, set()).update(found)
+        return kinds
+
+    def has_image(self, index: int) -> bool:
+        """Whether a pair has an image; one opened as ``partial`` may have none.
+
+        Args:
+            index: The number of the pair, from 0.
+
+        Raises:
+            IndexError: There is no pair of this number.
+        """
+        source, place = self._at(index)
+        return source.has_image(place)
+
+    def path(self, index: int) -> str | None:
+        """Returns the absolute path of an image that is a file of its own, or None.
+
+        Args:
+            index: The number of the pair, from 0.
+
+        Raises:
+            IndexError: There is no pair of this number.
+        """
+        source, place = self._at(index)
+        file = source.file(place)
+        return None if file is None else os.path.abspath(file)
+
     def image(self, index: int) -> Image.Image:
         """Reads and decodes an image.
 
@@ -242,13 +301,13 @@ class Pairs:
         return self._sources[source], int(index - self._starts[source])
 
 
-def _files(path: str | os.PathLike[str]) -> list[Path]:
+def _files(path: str | os.PathLike[str], partial: bool = False) -> list[Path]:
     """Returns the files that a path names, a folder holds or a pattern matches."""
     if not isinstance(path, str | os.PathLike) or not os.fspath(path):
         raise bad_input("Files of pairs must be given as paths", path, "Pass a string or a path", TypeError)
     whole = os.fspath(path)
     if os.path.exists(whole):
-        return _in_folder(Path(whole)) if os.path.isdir(whole) else [_known(Path(whole))]
+        return _in_folder(Path(whole)) if os.path.isdir(whole) else [_known(Path(whole), partial)]
     found = []
     for name in _expanded(whole):
         matching = [name] if os.path.exists(name) else sorted(glob.glob(name, recursive=True))
@@ -261,13 +320,14 @@ def _files(path: str | os.PathLike[str]) -> list[Path]:
                 FileNotFoundError,
                 shown=True,
             )
-        found += [_known(Path(file)) for file in matching]
+        found += [_known(Path(file), partial) for file in matching]
     return found
 
 
-def _known(path: Path) -> Path:
-    if path.suffix.lower() not in _OPENED or not path.is_file():
-        *others, last = _OPENED
+def _known(path: Path, partial: bool) -> Path:
+    known = [*layouts.PICTURES, *_OPENED] if partial else [suffix for suffix in _OPENED if suffix != ".txt"]
+    if path.suffix.lower() not in known or not path.is_file():
+        *others, last = known
         rule = f"Expected a {', '.join(others)} or uncompressed {last} file"
         raise bad_input(rule, str(path), "Convert or unpack it", shown=True)
     return path

@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 from array import array
 from collections.abc import Iterator
+from functools import cached_property
 from hashlib import sha256
 from pathlib import Path
 from typing import Any, BinaryIO, NoReturn
@@ -56,7 +57,10 @@ class Shard:
         self.left_out: list[tuple[str, str]] = []
         keys, table, others = self._scan()
         self._join(keys, table)
-        complete = (table[:, 2 * _PICTURE] >= 0) & (table[:, 2 * _TXT :: 2] >= 0).any(axis=1)
+        has_text = (table[:, 2 * _TXT :: 2] >= 0).any(axis=1)
+        complete = (table[:, 2 * _PICTURE] >= 0) & has_text
+        if columns.partial:
+            complete = (table[:, 2 * _PICTURE] >= 0) | has_text
         for row in np.flatnonzero(~complete & (table[:, 0] != _USED)).tolist():
             missing = "image" if table[row, 2 * _PICTURE] < 0 else "text (.txt, .json or .cls)"
             beside = f"; they hold {others[row]}" if row in others else ""
@@ -95,6 +99,33 @@ class Shard:
             fields = fields or self._fields(index)
         name = self._columns.first("label", fields)
         return None if name is None else label_of(f"Field {name!r} of {self.id(index)}", fields[name])
+
+    def fields(self, index: int) -> dict[str, Any]:
+        """The other fields of the .json member, where pairs may be partial; none where it is not readable."""
+        if not self._columns.partial:
+            return {}
+        try:
+            fields = self._fields(index)
+        except ValueError:
+            return {}
+        used = {self._columns.first(kind, fields) for kind in ("caption", "label")}
+        return {name: value for name, value in fields.items() if name not in used}
+
+    @cached_property
+    def kinds(self) -> dict[str, set[str]]:
+        """The names of the other fields, each with the names of the Python types that it has; reads all of them."""
+        kinds: dict[str, set[str]] = {}
+        for index in np.flatnonzero(self._table[:, 2 * _JSON] >= 0).tolist():
+            for name, value in self.fields(index).items():
+                kinds.setdefault(name, set()).add(type(value).__name__)
+        return kinds
+
+    def has_image(self, index: int) -> bool:
+        """Whether the key has an image."""
+        return bool(self._table[index, 2 * _PICTURE] >= 0)
+
+    def file(self, index: int) -> None:
+        """None: images lie inside the shard."""
 
     def image(self, index: int) -> bytes:
         """The bytes of the image."""

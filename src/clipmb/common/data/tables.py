@@ -44,6 +44,7 @@ class Columns:
             names of columns out of the first line, which is a comma where none does.
         root: The folder that paths of images are relative to; None for the table's own, or a usual one beside it.
         optional: Which of "image", "caption" and "label" a file may lack under the name given; known names serve then.
+        partial: Take images without captions and captions without images too, and keep the other columns.
     """
 
     image: str | None = None
@@ -52,6 +53,7 @@ class Columns:
     separator: str | None = None
     root: str | os.PathLike[str] | None = None
     optional: tuple[str, ...] = ()
+    partial: bool = False
 
     def __post_init__(self) -> None:
         for name in ("image", "caption", "label"):
@@ -83,6 +85,8 @@ class Columns:
     def find(self, path: Path, available: Collection[str]) -> dict[str, str]:
         """Returns the names of the columns of a table; "caption" or "label" may be missing, but not both.
 
+        Where rows may be partial, images or captions are enough.
+
         Raises:
             ValueError: There is no column of images, or neither captions nor labels, or not the one asked for.
         """
@@ -94,6 +98,8 @@ class Columns:
                     f"{kind}_column must name a column", f"{getattr(self, kind)!r}; there are {shown}",
                     f"Correct {kind}_column= (--{kind}-column)", shown=True,
                 )  # fmt: skip
+        if self.partial and found.keys() & {"image", "caption"}:
+            return found
         if "image" not in found:
             if urls := [name for name in available if name.strip().lower() in ("url", "image_url")]:
                 raise bad_input(
@@ -113,7 +119,8 @@ class Columns:
         return found
 
 
-Row = tuple[str, dict[str, Any] | str]  # its place, and its image, caption and label, or why it is unusable
+# Its place, and its image, caption, label and other fields, or why it is unusable.
+Row = tuple[str, dict[str, Any] | str]
 
 
 class Pictures(Protocol):
@@ -134,9 +141,12 @@ class Table:
         pictures: The images by row, where they lie in the file itself.
         prefix: Begin all ids with ``name``, because there are several files.
         stamp: Identifies the version of the file, beside its rows.
+        partial: Take images without captions and captions without images too, and keep the other fields; only rows that
+            agree in those are one pair.
 
     Attributes:
         left_out: (id, reason) of the unusable rows.
+        kinds: The names of the other fields, each with the names of the Python types that it has.
 
     Raises:
         ValueError: There are no rows.
@@ -151,26 +161,31 @@ class Table:
         pictures: Pictures | None = None,
         prefix: bool = False,
         stamp: str = "",
+        partial: bool = False,
     ) -> None:
         self.name, self._prefix, self._embedded, self._stamp = name, prefix, pictures, stamp
+        self._partial = partial
         self.left_out: list[tuple[str, str]] = []
-        self._pictures, self._captions, self._labels = Strings(), Strings(), Strings()
-        self._rows = array("q")  # of embedded images: their numbers in the file
+        self.kinds: dict[str, set[str]] = {}
+        self._pictures, self._captions, self._labels, self._fields = Strings(), Strings(), Strings(), Strings()
+        self._rows = array("q")  # of embedded images and of partial pairs: their numbers in the file
         owners = array("q")  # the pair of each caption
-        pairs: dict[tuple[str, str], int] = {}
+        pairs: dict[tuple[str, str, bytes], int] = {}
         count = 0
         for count, (where, row) in enumerate(rows, 1):
             try:
-                picture, captions, label = self._checked(row)
+                picture, captions, label, fields = self._checked(row)
             except ValueError as error:
                 self.left_out.append((name + where, str(error)))
                 continue
             pair = len(self)
-            if self._embedded is None:
-                pair = pairs.setdefault((picture, label), pair)
-            else:
-                self._rows.append(count - 1)
+            if self._embedded is None and picture:
+                pair = pairs.setdefault((picture, label, fields), pair)
             if pair == len(self):
+                if self._embedded is not None or partial:
+                    self._rows.append(count - 1)
+                if partial:
+                    self._fields.append(fields)
                 self._pictures.append(_packed(picture))
                 self._labels.append(_packed(label))
             for caption in captions:
@@ -193,10 +208,10 @@ class Table:
         return len(self._labels)
 
     def id(self, index: int) -> str:
-        """The path of the image as the table has it; for images inside the file, its name and the row number."""
-        if self._embedded is not None:
-            return f"{self.name}/{self._rows[index]}"
+        """The path of the image as the table has it; without one, the name of the file and the number of the row."""
         picture = _unpacked(self._pictures[index])
+        if self._embedded is not None or not picture:
+            return f"{self.name}/{self._rows[index]}"
         return f"{self.name}/{picture}" if self._prefix else picture
 
     def captions(self, index: int) -> list[str]:
@@ -208,6 +223,19 @@ class Table:
         """The label, or None."""
         return _unpacked(self._labels[index]) or None
 
+    def fields(self, index: int) -> dict[str, Any]:
+        """The other fields, where rows may be partial."""
+        return json.loads(self._fields[index]) if self._partial else {}
+
+    def has_image(self, index: int) -> bool:
+        """Whether there is an image."""
+        return self._embedded is not None or bool(self._pictures[index])
+
+    def file(self, index: int) -> Path | None:
+        """The path of an image that is a file of its own."""
+        picture = _unpacked(self._pictures[index]) if self._embedded is None else ""
+        return _at(self._root, picture) if picture else None
+
     def image(self, index: int) -> bytes | Path:
         """The bytes or the path of the image."""
         picture = _unpacked(self._pictures[index]) if self._embedded is None else self._embedded[self._rows[index]]
@@ -217,17 +245,19 @@ class Table:
         """SHA-256 over images, captions and labels."""
         parts = (self._pictures, self._captions, self._labels)
         hashed = sha256(b"".join(part.digest() for part in parts))
+        if self._partial:
+            hashed.update(self._fields.digest())
         for numbers in (np.array(self._rows, "<i8"), self._order.astype("<i8"), self._starts.astype("<i8")):
             hashed.update(numbers.tobytes())
         hashed.update(self._stamp.encode())
         return hashed.digest()
 
-    def _checked(self, row: dict[str, Any] | str) -> tuple[str, list[str], str]:
-        """Returns image, captions and label of one row; "" for a missing image or label."""
+    def _checked(self, row: dict[str, Any] | str) -> tuple[str, list[str], str, bytes]:
+        """Returns image, captions, label and packed other fields of one row; "" for a missing image or label."""
         if isinstance(row, str):
             raise ValueError(row)
         picture = row.get("image")
-        if self._embedded is None:
+        if self._embedded is None and not (self._partial and not picture):
             if not isinstance(picture, str) or not picture.strip() or "\0" in picture:
                 raise bad_input("A row needs the path of an image", picture, "Fill it in, or remove the row")
             if picture.startswith(_REMOTE):
@@ -237,9 +267,15 @@ class Table:
                 )  # fmt: skip
         captions = texts_of("The caption", row.get("caption"))
         label = label_of("The label", row.get("label"))
-        if not captions and label is None:
-            raise bad_input("A row needs a caption", row.get("caption"), "Fill it in, or remove the row")
-        return picture or "", captions, label or ""
+        if not captions and (not picture and self._embedded is None if self._partial else label is None):
+            needed = "an image or a caption" if self._partial else "a caption"
+            raise bad_input(f"A row needs {needed}", row.get("caption"), "Fill it in, or remove the row")
+        return picture or "", captions, label or "", self._pack(row.get("fields", {})) if self._partial else b""
+
+    def _pack(self, fields: Mapping[str, Any]) -> bytes:
+        for name, value in fields.items():
+            self.kinds.setdefault(name, set()).add(type(value).__name__)
+        return json.dumps(fields, default=str).encode()
 
 
 def open_table(path: Path, name: str, columns: Columns, *, prefix: bool = False) -> Table:
@@ -259,9 +295,9 @@ def open_table(path: Path, name: str, columns: Columns, *, prefix: bool = False)
     if path.suffix.lower() == ".parquet":
         pictures, rows = _parquet_rows(path, columns)
         stamp = "" if pictures is None else str(path.stat().st_size)
-        return Table(name, rows, roots, pictures=pictures, prefix=prefix, stamp=stamp)
+        return Table(name, rows, roots, pictures=pictures, prefix=prefix, stamp=stamp, partial=columns.partial)
     lines = _json_lines(path) if path.suffix.lower() == ".jsonl" else _cells(path, columns)
-    return Table(name, _text_rows(path, lines, columns), roots, prefix=prefix)
+    return Table(name, _text_rows(path, lines, columns), roots, prefix=prefix, partial=columns.partial)
 
 
 def roots_of(path: Path, columns: Columns) -> list[Path]:
@@ -293,7 +329,10 @@ def _text_rows(path: Path, lines: Iterator[tuple[int, dict[str, Any] | str]], co
             elif keys != list(row):  # JSON objects need not be alike
                 names = {kind: name for kind in NAMES if (name := columns.first(kind, row)) is not None}
             keys = list(row)
-            row = {kind: row[name] for kind, name in names.items()}
+            found: dict[str, Any] = {kind: row[name] for kind, name in names.items()}
+            if columns.partial:
+                found["fields"] = {name: value for name, value in row.items() if name not in names.values()}
+            row = found
         yield f":{line}", row
 
 
@@ -302,30 +341,45 @@ def _parquet_rows(path: Path, columns: Columns) -> tuple[Pictures | None, Iterat
         schema, metadata = file.schema_arrow, file.metadata
     distinct(path, schema.names)
     names = columns.find(path, schema.names)
+    found = tuple(names.values())
     pictures = None
-    if holds_bytes(schema.field(names["image"]).type):
+    if "image" in names and holds_bytes(schema.field(names["image"]).type):
         pictures = _Embedded(path, names.pop("image"), metadata)
     classes = class_names(schema.metadata, names.get("label"))
+    others = others_of(schema, found) if columns.partial else []
 
     def rows() -> Iterator[Row]:
         with _parquet(path, metadata) as file:
             row = 0
-            for batch in file.iter_batches(batch_size=1 << 14, columns=list(names.values())):
-                for found in rows_of(batch, names, classes):
+            for batch in file.iter_batches(batch_size=1 << 14, columns=[*names.values(), *others]):
+                for found in rows_of(batch, names, classes, others):
                     yield f"/{row}", found
                     row += 1
 
     return pictures, rows()
 
 
-def rows_of(batch: Any, names: Mapping[str, str], classes: Sequence[str]) -> Iterator[dict[str, Any]]:
-    """Yields the rows of an Arrow record batch by kind of content, numbered labels by the names of their classes."""
+def others_of(schema: Any, names: Collection[str]) -> list[str]:
+    """Returns the names of the columns of an Arrow schema beside these, without those that hold bytes."""
+    return [field.name for field in schema if field.name not in names and not holds_bytes(field.type)]
+
+
+def rows_of(
+    batch: Any, names: Mapping[str, str], classes: Sequence[str], others: Sequence[str] = ()
+) -> Iterator[dict[str, Any]]:
+    """Yields the rows of an Arrow record batch by kind of content, numbered labels by the names of their classes.
+
+    Where other columns are asked for, they are the entries of "fields".
+    """
     values = {kind: batch.column(name).to_pylist() for kind, name in names.items()}
+    fields = {name: batch.column(name).to_pylist() for name in others}
     for i in range(batch.num_rows):
         found = {kind: value[i] for kind, value in values.items()}
         label = found.get("label")
         if isinstance(label, int) and 0 <= label < len(classes):
             found["label"] = classes[label]
+        if fields:
+            found["fields"] = {name: value[i] for name, value in fields.items()}
         yield found
 
 
@@ -463,7 +517,7 @@ def _cells(path: Path, columns: Columns) -> Iterator[tuple[int, dict[str, Any] |
                         rule = f"A row must have as many cells as the first line, {len(names)}"
                         fix = "Quote captions that contain a separator, or pass separator= (--separator)"
                         yield where, str(bad_input(rule, f"{len(cells)}: {cells}", fix, shown=True))
-                    elif problem := next(filter(None, map(_undecoded, cells)), None):
+                    elif problem := next(filter(None, map(undecoded, cells)), None):
                         yield where, problem
                     else:
                         yield where, dict(zip(names, cells, strict=True))
@@ -486,12 +540,14 @@ def _separator(path: Path, first: str, columns: Columns) -> str:
     usual = "\t" if path.suffix.lower() == ".tsv" else ","
     for separator in dict.fromkeys((usual, ",", "\t", "|", ";")):
         names = [name.strip().strip('"') for name in first.split(separator)]
-        if columns.first("image", names) and (columns.first("caption", names) or columns.first("label", names)):
+        found = {kind for kind in NAMES if columns.first(kind, names)}
+        enough = bool(found & {"image", "caption"}) if columns.partial else "image" in found and len(found) > 1
+        if enough and len(names) > 1:
             return separator
     return usual
 
 
-def _undecoded(text: str) -> str | None:
+def undecoded(text: str) -> str | None:
     """Returns what is wrong with a text whose bytes were not UTF-8; None where nothing is."""
     try:
         text.encode("utf-8")
@@ -523,7 +579,7 @@ class Lines:
         """
         line = next(self, "")
         if line:
-            if problem := _undecoded(line):
+            if problem := undecoded(line):
                 raise bad_input(f"{self._path} must be UTF-8", problem, "Save it as UTF-8", shown=True)
             self.again(1)
         return line.rstrip("\r\n")
@@ -567,7 +623,7 @@ def _json_lines(path: Path) -> Iterator[tuple[int, dict[str, Any] | str]]:
                 continue
             try:
                 row = json.loads(line.strip())
-                problem = _undecoded(line) or (None if isinstance(row, dict) else type(row).__name__)
+                problem = undecoded(line) or (None if isinstance(row, dict) else type(row).__name__)
             except (ValueError, RecursionError) as error:
                 row, problem = {}, str(error)
             if problem:

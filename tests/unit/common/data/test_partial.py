@@ -1,0 +1,143 @@
+"""Pairs of which either half may be missing, and the other columns of their files."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+from data_cases import jpeg, tar_of
+
+from clipmb import Pairs
+
+
+def found(pairs):
+    return [
+        (pairs.id(i), pairs.has_image(i), pairs.captions(i), pairs.label(i), pairs.fields(i)) for i in range(len(pairs))
+    ]
+
+
+def test_a_folder_of_images_alone(tmp_path):
+    (tmp_path / "trip" / "day 1").mkdir(parents=True)
+    for name in ("a.jpg", "trip/b.PNG", "trip/day 1/c.jpg"):
+        (tmp_path / name).write_bytes(jpeg())
+    (tmp_path / "a.txt").write_text("a caption", "utf-8")
+    pairs = Pairs.open(tmp_path, partial=True)
+    assert found(pairs) == [
+        ("a.jpg", True, ["a caption"], None, {}),
+        ("trip/b.PNG", True, [], None, {}),
+        ("trip/day 1/c.jpg", True, [], None, {}),
+    ]
+    assert pairs.path(1) == str(tmp_path / "trip" / "b.PNG")
+    with pytest.raises(ValueError, match="There must be at least one pair"):
+        Pairs.open(tmp_path / "trip" / "day 1")
+
+
+def test_image_files_and_text_files(tmp_path):
+    for name in ("b.jpg", "a.jpg", "c.jpg"):
+        (tmp_path / name).write_bytes(jpeg())
+    (tmp_path / "texts.txt").write_text("one\n\n two \n", "utf-8")
+    given = [tmp_path / "b.jpg", tmp_path / "texts.txt", tmp_path / "a.jpg"]
+    pairs = Pairs.open(given, partial=True)
+    assert found(pairs) == [
+        (str(tmp_path / "b.jpg"), True, [], None, {}),
+        (str(tmp_path / "a.jpg"), True, [], None, {}),
+        ("texts.txt/0", False, ["one"], None, {}),
+        ("texts.txt/1", False, ["two"], None, {}),
+    ]
+    assert pairs.path(2) is None
+    assert len(Pairs.open(str(tmp_path / "*.jpg"), partial=True)) == 3
+    for path in given[:2]:
+        with pytest.raises(ValueError, match=r"Expected a \.csv"):
+            Pairs.open(path)
+
+
+ROWS = [
+    {"image": "a.jpg", "caption": "one", "label": "x", "width": 7, "note": "first"},
+    {"image": "a.jpg", "caption": "two", "label": "x", "width": 7, "note": "first"},
+    {"image": "a.jpg", "caption": "three", "label": "x", "width": 8, "note": None},
+    {"image": "b.jpg", "caption": "", "label": None, "width": 9, "note": "alone"},
+    {"image": None, "caption": "no image", "label": None, "width": 10, "note": ""},
+    {"image": "", "caption": "no image", "label": None, "width": 10, "note": ""},
+    {"image": "", "caption": " ", "label": "x", "width": 0, "note": ""},
+]
+
+
+@pytest.mark.parametrize("suffix", [".jsonl", ".parquet", ".csv"])
+def test_the_other_columns_of_tables(tmp_path, suffix):
+    path = tmp_path / f"table{suffix}"
+    if suffix == ".jsonl":
+        path.write_text("\n".join(map(json.dumps, ROWS)), "utf-8")
+    elif suffix == ".csv":
+        lines = [",".join("" if value is None else str(value) for value in row.values()) for row in ROWS]
+        path.write_text("\n".join([",".join(ROWS[0]), *lines]), "utf-8")
+    else:
+        pyarrow = pytest.importorskip("pyarrow")
+        pytest.importorskip("pyarrow.parquet").write_table(pyarrow.Table.from_pylist(ROWS), path)
+    pairs = Pairs.open(path, partial=True)
+    number = str if suffix == ".csv" else int
+    none = "" if suffix == ".csv" else None
+    assert found(pairs) == [
+        ("a.jpg", True, ["one", "two"], "x", {"width": number(7), "note": "first"}),
+        ("a.jpg", True, ["three"], "x", {"width": number(8), "note": none}),
+        ("b.jpg", True, [], None, {"width": number(9), "note": "alone"}),
+        (f"table{suffix}/4", False, ["no image"], None, {"width": number(10), "note": ""}),
+        (f"table{suffix}/5", False, ["no image"], None, {"width": number(10), "note": ""}),
+    ]
+    assert len(pairs.left_out) == 1
+    assert "A row needs an image or a caption" in pairs.left_out[0][1]
+    kinds = {"width": {number.__name__}, "note": {"str"} if suffix == ".csv" else {"str", "NoneType"}}
+    assert pairs.kinds == kinds
+    whole = Pairs.open(path)
+    assert [whole.captions(i) for i in range(len(whole))] == [["one", "two", "three"]]
+    assert whole.kinds == {}
+    assert whole.fingerprint != pairs.fingerprint
+
+
+@pytest.mark.parametrize("only", ["image", "caption"])
+def test_tables_of_one_column(tmp_path, only):
+    (tmp_path / "table.csv").write_text(f"{only}\na.jpg\nb.jpg\n", "utf-8")
+    pairs = Pairs.open(tmp_path / "table.csv", partial=True)
+    assert [pairs.has_image(i) for i in range(2)] == [only == "image"] * 2
+    assert [pairs.captions(i) for i in range(2)] == ([[], []] if only == "image" else [["a.jpg"], ["b.jpg"]])
+    with pytest.raises(ValueError, match="A table needs a column of"):
+        Pairs.open(tmp_path / "table.csv")
+
+
+def test_shards(tmp_path):
+    about = json.dumps({"caption": "from json", "width": 5, "tags": ["a"]}).encode()
+    members = [
+        ("1.jpg", jpeg()), ("1.json", about), ("2.jpg", jpeg()), ("3.txt", b"text"), ("4.json", b"{"),
+        ("5.png", jpeg()),
+        ("5.json", b'{"width": 2.5}'), ("6.xml", b"neither"),
+    ]  # fmt: skip
+    pairs = Pairs.open(tar_of(tmp_path / "s.tar", members), partial=True)
+    shown = [(pairs.id(i), pairs.has_image(i), pairs.fields(i)) for i in range(len(pairs))]
+    assert shown == [
+        ("s.tar/1", True, {"width": 5, "tags": ["a"]}),
+        ("s.tar/2", True, {}),
+        ("s.tar/3", False, {}),
+        ("s.tar/4", False, {}),
+        ("s.tar/5", True, {"width": 2.5}),
+    ]
+    assert pairs.captions(0) == ["from json"]
+    assert pairs.kinds == {"width": {"int", "float"}, "tags": {"list"}}
+    assert [name for name, _ in pairs.left_out] == ["s.tar/6"]
+    assert pairs.path(0) is None
+
+
+def test_coco_without_captions(tmp_path):
+    images = [{"id": 1, "file_name": "a.jpg"}, {"id": "x", "file_name": "b.jpg"}]
+    content = {"images": images, "annotations": [{"image_id": 1, "caption": "one"}]}
+    (tmp_path / "captions_val.json").write_text(json.dumps(content), "utf-8")
+    pairs = Pairs.open(tmp_path / "captions_val.json", partial=True)
+    assert [(pairs.id(i), pairs.captions(i)) for i in range(2)] == [("b.jpg", []), ("a.jpg", ["one"])]
+
+
+def test_images_inside_a_parquet_file(tmp_path):
+    pyarrow = pytest.importorskip("pyarrow")
+    parquet = pytest.importorskip("pyarrow.parquet")
+    rows = [{"image": {"bytes": jpeg(i), "path": None}, "width": i} for i in range(3)]
+    parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "t.parquet")
+    pairs = Pairs.open(tmp_path / "t.parquet", partial=True)
+    assert found(pairs) == [(f"t.parquet/{i}", True, [], None, {"width": i}) for i in range(3)]
+    assert pairs.image(2).tobytes() == pairs.image(2).tobytes() != pairs.image(1).tobytes()
