@@ -108,6 +108,9 @@ if TYPE_CHECKING:
     from clipmb.flax import (
         FlaxCLIPVisionPreTrainedModel as FlaxCLIPVisionPreTrainedModel,
     )
+    from clipmb.flax import (
+        FlaxPreTrainedModel as FlaxPreTrainedModel,
+    )
     from clipmb.pipeline import CLIPPipeline
     from clipmb.programs import register as register
     from clipmb.pt import (
@@ -227,7 +230,7 @@ _PUBLIC = {
     "clipmb.flax": (
         "FlaxCLIPForImageClassification", "FlaxCLIPModel", "FlaxCLIPPreTrainedModel", "FlaxCLIPTextModel",
         "FlaxCLIPTextModelWithProjection", "FlaxCLIPTextPreTrainedModel", "FlaxCLIPVisionModel",
-        "FlaxCLIPVisionModelWithProjection", "FlaxCLIPVisionPreTrainedModel",
+        "FlaxCLIPVisionModelWithProjection", "FlaxCLIPVisionPreTrainedModel", "FlaxPreTrainedModel",
     ),
     "clipmb.pipeline": ("CLIPPipeline",),
     "clipmb.programs": ("register",),

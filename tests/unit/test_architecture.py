@@ -186,5 +186,5 @@ def test_every_public_model_can_be_had(backend):
     names = [name for name in dir(clipmb) if clipmb._MODULE_OF.get(name) == f"clipmb.{backend}"]
     assert len(names) >= 7
     for name in names:
-        assert name.startswith(prefix)
+        assert name.startswith(prefix) or name == "FlaxPreTrainedModel"
         assert getattr(clipmb, name) is getattr(getattr(clipmb, backend), name)

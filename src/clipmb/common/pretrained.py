@@ -60,6 +60,8 @@ class PretrainedMixin(Uploadable):
     base_model_prefix = "clip"
     main_input_name = "input_ids"
     supports_gradient_checkpointing = True
+    generation_config = None  # CLIP generates no text
+    _auto_class = None  # the Auto classes of transformers read the folders as they are
     load_options: ClassVar[tuple[str, ...]] = ()  # what `from_arrays` takes beyond the mixin's own options
     framework: ClassVar[str]  # "pt", "tf", "flax" or "onnx"
     config: Any
@@ -209,12 +211,7 @@ class PretrainedMixin(Uploadable):
         arrays = found.arrays
         if dtype == "auto":
             dtype = found.config.to_dict().get("dtype") or next((array.dtype.name for array in arrays.values()), None)
-        if broken := not_finite(arrays, dtype):
-            logger.warning(
-                "%s: NaN or infinity%s in %s%s. Repair or replace the checkpoint.",
-                source or "state_dict", " in float16" if dtype == "float16" else "",
-                ", ".join(broken[:5]), f" and {len(broken) - 5} more weights" if len(broken) > 5 else "",
-            )  # fmt: skip
+        warn_not_finite(source or "state_dict", arrays, dtype)
         if state_dict is None:
             arrays = OwnArrays(arrays)
         model = cls.from_arrays(found.config, arrays, found.initialised, dtype, **found.options)
@@ -311,30 +308,44 @@ class PretrainedMixin(Uploadable):
             with uploaded(self, save_directory, options):
                 self.save_arrays(self.to_arrays(), save_directory, max_shard_size=max_shard_size, variant=variant)
 
-    def save_arrays(
-        self,
-        arrays: Deferred,
-        save_directory: str | os.PathLike[str],
-        *,
-        max_shard_size: int | str = "5GB",
-        variant: str | None = None,
-    ) -> None:
-        """Writes the config and the weights given: the part of `save_pretrained` that all frameworks share.
+    def save_arrays(self, arrays: Deferred, save_directory: str | os.PathLike[str], **options: Any) -> None:
+        """Writes the config and the weights given.
 
         Args:
-            arrays: Canonical name to array.
-            save_directory: The folder; made when it is missing.
-            max_shard_size: As in `save_pretrained`.
-            variant: As in `save_pretrained`.
-
-        Raises:
-            ValueError: The folder is a file.
+            arrays: As in `save_model`.
+            save_directory: As in `save_model`.
+            **options: As in `save_model`.
         """
-        content = config_text(self.config, self.head, (tensor.dtype.name for tensor in arrays.lazy.values()))
-        with Transaction(save_directory) as save:
-            save.reserve(sum(tensor.nbytes for tensor in arrays.lazy.values()))
-            save.write(CONFIG_NAME, content)
-            write_safetensors(save, arrays, max_shard_size=max_shard_size, variant=variant)
+        save_model(self.config, self.head, arrays, save_directory, **options)
+
+
+def save_model(
+    config: Any,
+    architecture: str,
+    arrays: Deferred,
+    save_directory: str | os.PathLike[str],
+    *,
+    max_shard_size: int | str = "5GB",
+    variant: str | None = None,
+) -> None:
+    """Writes a config and weights.
+
+    Args:
+        config: The model's config.
+        architecture: What the config calls the model.
+        arrays: Canonical name to array.
+        save_directory: The folder; made when it is missing.
+        max_shard_size: As in `PretrainedMixin.save_pretrained`.
+        variant: As in `PretrainedMixin.save_pretrained`.
+
+    Raises:
+        ValueError: The folder is a file.
+    """
+    content = config_text(config, architecture, (tensor.dtype.name for tensor in arrays.lazy.values()))
+    with Transaction(save_directory) as save:
+        save.reserve(sum(tensor.nbytes for tensor in arrays.lazy.values()))
+        save.write(CONFIG_NAME, content)
+        write_safetensors(save, arrays, max_shard_size=max_shard_size, variant=variant)
 
 
 def read_weights(source: Source, variant: str | None = None) -> Mapping[str, np.ndarray]:
@@ -346,6 +357,22 @@ def read_weights(source: Source, variant: str | None = None) -> Mapping[str, np.
         CheckpointError: There are none, or they cannot be read.
     """
     return load_weights(source, variant).tensors
+
+
+def warn_not_finite(source: Any, arrays: Mapping[str, np.ndarray], dtype: str | None = None) -> None:
+    """Says which weights have NaN or infinity.
+
+    Args:
+        source: Where they are from.
+        arrays: Name to array.
+        dtype: What they will be rounded to, if not what they are in.
+    """
+    if broken := not_finite(arrays, dtype):
+        logger.warning(
+            "%s: NaN or infinity%s in %s%s. Repair or replace the checkpoint.",
+            source, " in float16" if dtype == "float16" else "",
+            ", ".join(broken[:5]), f" and {len(broken) - 5} more weights" if len(broken) > 5 else "",
+        )  # fmt: skip
 
 
 def _config_of(loaded: Loaded, source: Source) -> BaseConfig:
@@ -388,12 +415,12 @@ def dummy_arrays(config: Any, head: str) -> dict[str, np.ndarray]:
     return found
 
 
-def config_text(config: BaseConfig, head: str, dtypes: Iterable[str]) -> str:
+def config_text(config: Any, head: str, dtypes: Iterable[str]) -> str:
     """Returns the text of the ``config.json`` of saved weights.
 
     Args:
-        config: The head's config.
-        head: Key of `HEADS`, which becomes the architecture.
+        config: The model's config.
+        head: What becomes its architecture: a key of `HEADS`, or the name of a program's own model.
         dtypes: Names of the weights' dtypes; a single one becomes the config's, several leave the config's alone.
     """
     fields = config.to_dict()

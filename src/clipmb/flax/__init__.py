@@ -27,6 +27,7 @@ from clipmb.flax.modules import (
     FlaxCLIPVisionModelWithProjectionModule,
     FlaxCLIPVisionModule,
 )
+from clipmb.flax.pretrained import FlaxPreTrainedModel
 
 __all__ = [
     "FlaxCLIPForImageClassification",
@@ -44,4 +45,5 @@ __all__ = [
     "FlaxCLIPVisionModelWithProjectionModule",
     "FlaxCLIPVisionModule",
     "FlaxCLIPVisionPreTrainedModel",
+    "FlaxPreTrainedModel",
 ]

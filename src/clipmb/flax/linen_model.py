@@ -1,4 +1,4 @@
-"""What linen asks of a model and the other frameworks do not: parameters outside the module, and their dtypes."""
+"""What CLIP's Flax models have in common: parameters by the weight table, their dtypes, calls of the module."""
 
 from __future__ import annotations
 
@@ -6,34 +6,30 @@ import os
 import zlib
 from collections.abc import Mapping
 from functools import partial
-from typing import Any, ClassVar, Self, Unpack, cast
+from typing import Any, ClassVar, Self
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax.core import unfreeze
 from flax.linen import Module
-from flax.traverse_util import flatten_dict, unflatten_dict
+from flax.traverse_util import unflatten_dict
 from jax import Array
 
 from clipmb.common import checks
-from clipmb.common.checkpoint import LoadingInfo
 from clipmb.common.checkpoint.tensors import Deferred
 from clipmb.common.config import BaseConfig
 from clipmb.common.errors import bad_input
-from clipmb.common.former import SavingOptions, check_saving
-from clipmb.common.parameters import KINDS, Spec, specs
+from clipmb.common.parameters import HEADS, Spec, specs
 from clipmb.common.pretrained import PretrainedMixin, normal_dtype
-from clipmb.common.uploading import uploaded
-from clipmb.flax.tensors import from_numpy, lazy_numpy, to_numpy
-
-Params = Mapping[str, Any]
+from clipmb.flax.pretrained import FlaxPreTrainedModel, Params, cast_leaves, leaves_of, linen_shape, plain
+from clipmb.flax.tensors import from_numpy, to_numpy
 
 
-class LinenModel(PretrainedMixin):
+class LinenModel(PretrainedMixin, FlaxPreTrainedModel):
     """A linen module with its config and its parameters; arguments as in `FlaxCLIPPreTrainedModel`."""
 
     framework = "flax"
+    config: Any
     module_class: ClassVar[type[Module]]
     load_options: ClassVar[tuple[str, ...]] = (
         "seed",
@@ -53,14 +49,12 @@ class LinenModel(PretrainedMixin):
         *,
         gradient_checkpointing: bool = False,
     ) -> None:
-        self.config: Any = checks.config_of(type(self).__name__, self.config_class, config)
-        self.key = jax.random.PRNGKey(seed)
-        self.dtype = compute_dtype(dtype, type(self).__name__)
-        self.input_shape = input_shape
-        checkpointing = gradient_checkpointing or getattr(self.config, "gradient_checkpointing", False)
-        self.module: Any = self.module_class(self.config, self.dtype, bool(checkpointing))
-        self._is_initialized = _do_init
-        self._params: dict[str, Any] = self.init_weights(self.key) if _do_init else {}
+        config = checks.config_of(type(self).__name__, self.config_class, config)
+        dtype = compute_dtype(dtype, type(self).__name__)
+        checkpointing = gradient_checkpointing or getattr(config, "gradient_checkpointing", False)
+        module = self.module_class(config, dtype, bool(checkpointing))
+        input_shape = _input_shape(config, self.head) if input_shape is None else input_shape
+        super().__init__(config, module, input_shape, seed, dtype, _do_init)
 
     @classmethod
     def from_arrays(
@@ -98,7 +92,7 @@ class LinenModel(PretrainedMixin):
         if initialised:
             params = model.init_weights(model.key, params=params)
         if param_dtype not in (None, "auto"):
-            params = _plain(_cast(params, compute_dtype(param_dtype, f"A parameter of {cls.__name__}"), None))
+            params = plain(cast_leaves(params, compute_dtype(param_dtype, f"A parameter of {cls.__name__}"), None))
         if not _do_init:
             return model, params
         model._is_initialized = True
@@ -112,45 +106,26 @@ class LinenModel(PretrainedMixin):
 
     def to_arrays(self, params: Params | None = None) -> Deferred:
         """Returns every parameter by its canonical name, in canonical layout, each made when it is asked for."""
-        leaves = self._checked(self.params if params is None else params)
-        table = specs(self.config, self.head)
-        return Deferred({spec.name: lazy_numpy(leaves[spec.path("flax")], spec) for spec in table})
+        return FlaxPreTrainedModel.to_arrays(self, params)
 
     def save_pretrained(
-        self,
-        save_directory: str | os.PathLike[str],
-        params: Params | None = None,
-        *,
-        max_shard_size: int | str = "5GB",
-        variant: str | None = None,
-        **options: Unpack[SavingOptions],
+        self, save_directory: str | os.PathLike[str], params: Params | None = None, **options: Any
     ) -> None:
         """Writes ``config.json`` and ``model.safetensors``: `PretrainedMixin.save_pretrained` for a tree of parameters.
 
         Args:
             save_directory: The folder; made when it is missing.
             params: The parameters to save; the model's own when None.
-            max_shard_size: Files larger than this are split and given an index.
-            variant: Write ``model.<variant>.safetensors``.
-            **options: The arguments of transformers 4's `save_pretrained`.
+            **options: As in `PretrainedMixin.save_pretrained`.
 
         Raises:
-            ValueError: ``params`` do not fit the model, ``safe_serialization=False`` was asked for, or the folder is a
-                file.
+            ValueError: As in `FlaxPreTrainedModel.save_pretrained`.
             TypeError: An option is unknown.
         """
-        if check_saving(options):
-            with uploaded(self, save_directory, options):
-                self.save_arrays(self.to_arrays(params), save_directory, max_shard_size=max_shard_size, variant=variant)
+        FlaxPreTrainedModel.save_pretrained(self, save_directory, params, **options)
 
-    def _checked(self, params: Params) -> dict[tuple[str, ...], Any]:
-        """Returns the leaves of a tree by path, once it fits the model."""
-        leaves = leaves_of(params)
-        found = {".".join(map(str, path)): np.shape(leaf) for path, leaf in leaves.items()}
-        expected = {".".join(spec.path("flax")): _shape(spec) for spec in specs(self.config, self.head)}
-        if problems := LoadingInfo.between(found, expected).problems():
-            raise ValueError("\n  - ".join([f"params do not fit {type(self).__name__}. Problems:", *problems]))
-        return leaves
+    def _table(self) -> list[Spec]:
+        return specs(self.config, self.head)
 
     def init_weights(
         self, rng: Array, input_shape: Any = None, params: Params | None = None, eval_only: bool = False
@@ -169,10 +144,10 @@ class LinenModel(PretrainedMixin):
         if eval_only:
             return self.params_shape_tree
         given = {} if params is None else leaves_of(params)
-        table = specs(self.config, self.head)
+        table = self._table()
         arrays = {}
         for spec in table:
-            shape, path = _shape(spec), spec.path("flax")
+            shape, path = linen_shape(spec), spec.path("flax")
             if path in given:
                 arrays[spec.name] = given[path]
             elif spec.std:
@@ -183,55 +158,10 @@ class LinenModel(PretrainedMixin):
         return _tree(arrays, table)
 
     @property
-    def params(self) -> dict[str, Any]:
-        """The parameters; what is assigned must fit the model.
-
-        Raises:
-            ValueError: It does not fit, or the model was made with ``_do_init=False``.
-        """
-        if not self._is_initialized:
-            raise bad_input(
-                "A model made with _do_init=False has no params",
-                type(self).__name__,
-                "Keep the params outside (init_weights makes them) and pass params= to every call",
-                shown=True,
-            )
-        return self._params
-
-    @params.setter
-    def params(self, params: Params) -> None:
-        if not self._is_initialized:
-            raise bad_input(
-                "A model made with _do_init=False keeps no params",
-                type(self).__name__,
-                "Pass params= to every call, or make the model with _do_init=True",
-                shown=True,
-            )
-        self._checked(params)
-        self._params = _plain(params)
-
-    @property
-    def required_params(self) -> set[tuple[str, ...]]:
-        """The path of every parameter."""
-        return {spec.path("flax") for spec in specs(self.config, self.head)}
-
-    @property
     def params_shape_tree(self) -> dict[str, Any]:
         """The shape of every parameter, as ``jax.ShapeDtypeStruct``."""
-        table = specs(self.config, self.head)
-        return _tree({spec.name: jax.ShapeDtypeStruct(_shape(spec), jnp.float32) for spec in table}, table)
-
-    def to_bf16(self, params: Params, mask: Any = None) -> Params:
-        """Returns the tree with its floating-point leaves in bfloat16 where ``mask`` is True; everywhere when None."""
-        return _cast(params, jnp.bfloat16, mask)
-
-    def to_fp16(self, params: Params, mask: Any = None) -> Params:
-        """Returns the tree with its floating-point leaves in float16; ``mask`` as in `to_bf16`."""
-        return _cast(params, jnp.float16, mask)
-
-    def to_fp32(self, params: Params, mask: Any = None) -> Params:
-        """Returns the tree with its floating-point leaves in float32; ``mask`` as in `to_bf16`."""
-        return _cast(params, jnp.float32, mask)
+        table = self._table()
+        return _tree({spec.name: jax.ShapeDtypeStruct(linen_shape(spec), jnp.float32) for spec in table}, table)
 
     def _apply(
         self,
@@ -283,13 +213,15 @@ def compute_dtype(value: Any, owner: str) -> jnp.dtype:
     return dtype
 
 
+def _input_shape(config: Any, head: str) -> Any:
+    """Returns the ``input_shape`` that a model of transformers 4 has by default."""
+    size = getattr(getattr(config, "vision_config", config), "image_size", 0)
+    shapes = [shape for shape, has in zip(((1, 1), (1, size, size, 3)), HEADS[head], strict=False) if has]
+    return shapes[0] if len(shapes) == 1 else tuple(shapes)
+
+
 def _array(value: Any) -> Any:
     return value if value is None or isinstance(value, Array) else np.asarray(value)
-
-
-def _shape(spec: Spec) -> tuple[int, ...]:
-    axes = KINDS[spec.kind].axes
-    return tuple(spec.shape[axis] for axis in axes) if axes else spec.shape
 
 
 @partial(jax.jit, static_argnums=3)
@@ -297,23 +229,6 @@ def _normal(key: Array, mean: float, std: float, shape: tuple[int, ...]) -> Arra
     return mean + std * jax.random.normal(key, shape, jnp.float32)
 
 
-def _plain(params: Params) -> dict[str, Any]:
-    """Returns a tree as plain dicts."""
-    return unfreeze(cast("dict[str, Any]", params))
-
-
-def leaves_of(params: Params) -> dict[tuple[str, ...], Any]:
-    """Returns the leaves of a tree by path."""
-    return cast("dict[tuple[str, ...], Any]", flatten_dict(_plain(params)))
-
-
 def _tree(leaves: Mapping[str, Any], table: list[Spec]) -> dict[str, Any]:
     """Arranges leaves that are in the framework's layout already; keys are canonical names."""
     return unflatten_dict({spec.path("flax"): leaves[spec.name] for spec in table})
-
-
-def _cast(params: Params, dtype: Any, mask: Any) -> Params:
-    def cast(leaf: Any, chosen: bool = True) -> Any:
-        return leaf.astype(dtype) if chosen and jnp.issubdtype(leaf.dtype, jnp.floating) else leaf
-
-    return jax.tree.map(cast, params) if mask is None else jax.tree.map(cast, params, mask)

@@ -11,7 +11,8 @@ from jax import Array
 
 from clipmb.common.parameters import specs
 from clipmb.common.vocabulary import no_text_tower, resized, rows_around_mean
-from clipmb.flax.linen_model import LinenModel, leaves_of
+from clipmb.flax.linen_model import LinenModel
+from clipmb.flax.pretrained import leaves_of
 from clipmb.flax.tensors import to_numpy
 
 

@@ -164,30 +164,68 @@ def fit(
     """
     names = canonical_names(tensors, head)
     own = {"text_model": HEADS[head][0], "vision_model": HEADS[head][1]}
+    known = {spec.name for spec in table}
+    unexpected = [
+        name
+        for canonical, name in names.items()
+        if canonical not in known and (not is_known(canonical) or own.get(canonical.split(".")[0], False))
+    ]
+    if strict and names and not known & names.keys():
+        raise CheckpointError(_foreign(list(names.values()), head, origin))
+    found = lazy(tensors)
+    named = Deferred({canonical: found[name] for canonical, name in names.items()})
+    return chosen(
+        named, table, unexpected, head, origin, strict=strict, ignore_mismatched_sizes=ignore_mismatched_sizes
+    )
+
+
+def chosen(
+    tensors: Mapping[str, np.ndarray],
+    table: Sequence[Spec],
+    unexpected: list[str],
+    owner: str,
+    origin: Any,
+    *,
+    strict: bool,
+    ignore_mismatched_sizes: bool,
+    integers: bool = False,
+) -> tuple[dict[str, np.ndarray], LoadingInfo]:
+    """Chooses the arrays of a table from tensors with canonical names, and reports all that does not fit at once.
+
+    Args:
+        tensors: Canonical name to array; others are left alone.
+        table: The parameters of the model.
+        unexpected: The names in the file that nothing knows.
+        owner: What the table belongs to, for the message.
+        origin: The file, for the message.
+        strict: As in `fit`.
+        ignore_mismatched_sizes: As in `fit`.
+        integers: Allow arrays that are not floating-point.
+
+    Returns:
+        As `fit`.
+
+    Raises:
+        CheckpointError: As `fit`.
+    """
     arrays, shapes, problems = {}, {}, []
     for spec in table:
-        if spec.name not in names:
+        if spec.name not in tensors:
             continue
-        array = tensors[names[spec.name]]
+        array = tensors[spec.name]
         array = array.reshape(()) if (array.shape, spec.shape) == ((1,), ()) else array
         shapes[spec.name] = array.shape
-        if array.dtype.kind not in "fV":  # ml_dtypes' bfloat16 is of kind V
+        if array.dtype.kind not in "fV" and not integers:  # ml_dtypes' bfloat16 is of kind V
             problems.append(f"not floating-point: {spec.name} is {array.dtype}")
         elif array.shape == spec.shape:
             arrays[spec.name] = array
     info = LoadingInfo.between(shapes, {spec.name: spec.shape for spec in table})
-    info.unexpected_keys = [
-        name
-        for canonical, name in names.items()
-        if canonical not in shapes and (not is_known(canonical) or own.get(canonical.split(".")[0], False))
-    ]
+    info.unexpected_keys = unexpected
     problems += info.problems(strict=strict, ignore_mismatched_sizes=ignore_mismatched_sizes)
-    if strict and names and not shapes:
-        raise CheckpointError(_foreign(list(names.values()), head, origin))
     if problems:
         mismatched = info.mismatched_keys and not ignore_mismatched_sizes
         raise (ShapeMismatchError if mismatched else CheckpointError)(
-            f"{origin} does not fit {head}. Pass strict=False to initialise missing weights and ignore unexpected "
+            f"{origin} does not fit {owner}. Pass strict=False to initialise missing weights and ignore unexpected "
             "ones, ignore_mismatched_sizes=True to initialise those of another shape. Problems:",
             problems,
         )

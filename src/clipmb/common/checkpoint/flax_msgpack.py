@@ -65,12 +65,21 @@ def read(source: Source, variant: str | None = None) -> Loaded | None:
     Raises:
         CheckpointError: A file is damaged or hostile, or a shard is missing.
     """
-    found = None if variant else read_files(source, "msgpack", _FILE, _INDEX, read_tree)
+    found = find(source, variant)
     if found is None:
         return None
     tensors, wrapper = unwrapped_paths(found[0])
     wrapper = "" if wrapper == "params" else wrapper  # which Flax itself has around weights
     return Loaded("flax-msgpack", canonical(tensors, "flax", source), found[1], None, explain_stripping((), wrapper))
+
+
+def find(source: Source, variant: str | None = None) -> tuple[Mapping[str, Lazy], list[str]] | None:
+    """Maps the files of a source whatever they hold: attributes joined by "/" to the array, and the files' names.
+
+    Raises:
+        CheckpointError: A file is damaged or hostile, or a shard is missing.
+    """
+    return None if variant else read_files(source, "msgpack", _FILE, _INDEX, read_tree)
 
 
 def names(table: list[Spec]) -> dict[str, str]:

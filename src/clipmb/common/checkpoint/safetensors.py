@@ -49,9 +49,7 @@ def read(source: Source, variant: str | None = None) -> Loaded | None:
     Raises:
         CheckpointError: A file is damaged, a shard is missing, or the index names a path outside the folder.
     """
-    dot = f".{variant}" if variant else ""
-    index = f"model.safetensors.index{dot}.json"
-    found = read_files(source, "safetensors", f"model{dot}.safetensors", index, lambda path: map_file(path).lazy)
+    found = find(source, variant)
     if found is None or is_openai(found[0]):
         return None  # open_clip's, which needs its config
     tensors, files = found
@@ -64,6 +62,17 @@ def read(source: Source, variant: str | None = None) -> Loaded | None:
         loaded.decisions["dialect"] = f"{dialect}, from the tensors' names"
         loaded.names = partial(names_in, dialect)
     return loaded
+
+
+def find(source: Source, variant: str | None = None) -> tuple[Mapping[str, Lazy], list[str]] | None:
+    """Maps the files of a source whatever they hold: name to array, and the names of the files.
+
+    Raises:
+        CheckpointError: A file is damaged, a shard is missing, or the index names a path outside the folder.
+    """
+    dot = f".{variant}" if variant else ""
+    index = f"model.safetensors.index{dot}.json"
+    return read_files(source, "safetensors", f"model{dot}.safetensors", index, lambda path: map_file(path).lazy)
 
 
 def names(table: list[Spec]) -> dict[str, str]:
