@@ -53,15 +53,35 @@ class Graph:
         self.dtype = np.dtype(dtype)
         self.tensors: dict[str, np.ndarray] = {}
         self._nodes: list[onnx.NodeProto] = []
+        self._named = 0
         self._inputs: list[onnx.ValueInfoProto] = []
         self._outputs: list[onnx.ValueInfoProto] = []
         self._quantised: dict[str, tuple[str, str, str]] = {}
 
     def op(self, kind: str, *inputs: str, outputs: int = 1, **attributes: Any) -> Any:
         """Adds a node; returns the name of its output, or a list where it has several."""
-        names = [f"{kind}_{len(self._nodes)}_{i}" for i in range(outputs)]
+        names = [f"{kind}_{self._named}_{i}" for i in range(outputs)]
+        self._named += 1
         self._nodes.append(helper.make_node(kind, list(inputs), names, **attributes))
         return names[0] if outputs == 1 else names
+
+    def choice(self, condition: str, yes: Callable[[], str], no: Callable[[], str], dtype: Any) -> str:
+        """Adds two computations, of which one is run.
+
+        Args:
+            condition: A bool.
+            yes: Adds the nodes that are run where it is true; returns the name of their result.
+            no: Likewise where it is false.
+            dtype: Of the results.
+        """
+        kind = helper.np_dtype_to_tensor_dtype(np.dtype(dtype))
+        outer, branches = self._nodes, {}
+        for side, build in (("then_branch", yes), ("else_branch", no)):
+            self._nodes = []
+            output = helper.make_tensor_value_info(build(), kind, None)
+            branches[side] = helper.make_graph(self._nodes, side, [], [output])
+        self._nodes = outer
+        return self.op("If", condition, **branches)
 
     def constant(self, value: Any, dtype: Any = None, name: str | None = None) -> str:
         """Adds a constant, of the graph's own dtype when none is given."""

@@ -95,6 +95,27 @@ def rule_of(backend: str, order: str) -> Rule | None:
     return _FIXED if order == "horizontal" or installed is None else _RULES[installed]
 
 
+@functools.cache
+def rule_name(order: str) -> str:
+    """Returns the name of the rule by which images are resized in an order, by the kernel or by Pillow.
+
+    Args:
+        order: One of ``ORDERS``.
+
+    Raises:
+        ValueError: The installed Pillow follows none of the rules.
+    """
+    if order == "horizontal":
+        return next(iter(_RULES))
+    for name, rule in _RULES.items():
+        if name == installed_rule() or all(_follows(rule, *probe[:3]) for probe in _probes() if probe[3] is None):
+            return name
+    raise bad_input(
+        'pass_order="installed" needs a Pillow of which the order is known', Image.__version__,
+        'Pass pass_order="horizontal"',
+    )  # fmt: skip
+
+
 def resize_pillow(
     image: Image.Image,
     target: tuple[int, int],
@@ -327,3 +348,13 @@ def _agrees(
     ours = Window(image, target, resample, rule, box=box).pixels()
     theirs = np.asarray(image.resize(target, cast(Image.Resampling, resample), box=box))
     return np.array_equal(ours.transpose(1, 2, 0), theirs.reshape(ours.shape[1], ours.shape[2], ours.shape[0]))
+
+
+def _follows(rule: Rule, image: Image.Image, target: tuple[int, int], resample: int) -> bool:
+    """Whether Pillow's two passes are those of two resizes, in the order of a rule."""
+    if resample == Image.Resampling.NEAREST or image.mode == "RGBA":
+        return True
+    filter_ = cast(Image.Resampling, resample)
+    middle = (image.width, target[1]) if rule(image.size, target) else (target[0], image.height)
+    stepwise = image.resize(middle, filter_).resize(target, filter_)
+    return np.array_equal(np.asarray(stepwise), np.asarray(image.resize(target, filter_)))

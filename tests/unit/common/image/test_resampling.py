@@ -343,3 +343,18 @@ def test_what_is_saved(tmp_path):
 def test_unknown_choices(option):
     with pytest.raises(ValueError, match=f"{option} must be one of"):
         CLIPImageProcessor(**{option: "fast"})
+
+
+def test_the_order_is_known_without_the_kernel(monkeypatch):
+    name = resampling.rule_name("installed")
+    assert resampling.rule_name("horizontal") == "horizontal first"
+    monkeypatch.setattr(resampling, "installed_rule", lambda: None)
+    resampling.rule_name.cache_clear()
+    assert resampling.rule_name("installed") == name
+    resampling.rule_name.cache_clear()
+    monkeypatch.setattr(resampling, "_follows", lambda *probe: False)
+    with pytest.raises(
+        ValueError, match=r"a Pillow of which the order is known. Received: .*pass_order=\"horizontal\""
+    ):
+        resampling.rule_name("installed")
+    resampling.rule_name.cache_clear()
