@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 
+import ml_dtypes
 import numpy as np
 import onnx
 import pytest
@@ -163,6 +164,17 @@ def test_bad_requests(folder):
         engine(folder("plain"), "onnx").text_features(np.full_like(ids, 99), mask)
     with pytest.raises(ValueError, match="tower must be one of"):
         clip(CASES["plain"], {}, "sound")
+
+
+def test_pixels_of_every_dtype(folder):
+    model = engine(folder("plain"), "onnx")
+    pixels = np.arange(2 * 3 * 20 * 20).reshape(2, 3, 20, 20) % 256
+    expected = model.image_features(pixels.astype(np.float32))
+    for dtype in ("uint8", "int64", "float16", "float64", ">f4", ml_dtypes.bfloat16):
+        np.testing.assert_array_equal(model.image_features(pixels.astype(dtype)), expected)
+    for dtype in ("complex64", "str", "object"):
+        with pytest.raises(TypeError, match="pixel_values must be real numbers"):
+            model.image_features(pixels.astype(dtype))
 
 
 def test_weights_come_back(folder):

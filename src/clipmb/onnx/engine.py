@@ -201,6 +201,7 @@ class Engine:
 
         Raises:
             ValueError: The shape does not fit the model.
+            TypeError: The values are not real numbers.
         """
         return self.model.run("image", self._pixels(pixel_values))["image_embeds"]
 
@@ -248,6 +249,10 @@ class Engine:
     def _pixels(self, pixel_values: np.ndarray) -> dict[str, np.ndarray]:
         checks.check_pixels(pixel_values, self.config.vision_config, interpolate=False)
         wide = np.float64 if self.model.dtype == "float64" else np.float32
+        if not np.can_cast(pixel_values.dtype, wide, "same_kind"):
+            raise bad_input(
+                "pixel_values must be real numbers", pixel_values.dtype, "Pass float32", TypeError, shown=True
+            )
         return {"pixel_values": np.ascontiguousarray(pixel_values, wide)}
 
     def _texts(self, input_ids: np.ndarray, attention_mask: np.ndarray | None) -> dict[str, np.ndarray]:
