@@ -135,6 +135,16 @@ def test_attributes_of_a_model(head):
         "_keys_to_ignore_on_load_unexpected", "_keep_in_fp32_modules",
     ):  # fmt: skip
         assert getattr(ours, field, "none") == getattr(theirs, field, "none"), field
+    assert ours._can_compile_fullgraph is theirs._can_compile_fullgraph is False
+    assert ours._can_set_attn_implementation() is theirs._can_set_attn_implementation() is True
+    assert ours.generation_config is theirs.generation_config is None
+    assert (
+        {part._attn_implementation for part in towers(ours.config)} == {theirs.config._attn_implementation} == {"sdpa"}
+    )
+    if head.startswith("CLIPText"):  # transformers cannot resize a CLIPModel
+        for each in (theirs, ours):
+            each.resize_token_embeddings(CONFIG.text_config.vocab_size + 3)
+        assert ours.vocab_size == theirs.vocab_size
     assert ours.tie_weights() is theirs.tie_weights() is None
     assert not ours._supports_flash_attn  # transformers says so of text only; here it is refused for all
 

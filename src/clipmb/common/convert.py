@@ -20,14 +20,14 @@ from clipmb import __version__
 from clipmb.common.checkpoint import formats
 from clipmb.common.checkpoint.comparing import compare
 from clipmb.common.checkpoint.planning import Conversion, plan
-from clipmb.common.checkpoint.tensors import Deferred, Lazy
+from clipmb.common.checkpoint.tensors import Deferred, Lazy, is_finite
 from clipmb.common.config import CONFIG_NAME, CLIPConfig, CLIPTextConfig, CLIPVisionConfig
 from clipmb.common.dtypes import numpy_dtype
 from clipmb.common.errors import CheckpointError, ClipmbError, bad_input, one_of
 from clipmb.common.hub import Source
 from clipmb.common.json_files import json_text, read_json
 from clipmb.common.parameters import HEADS, TABLE_VERSION
-from clipmb.common.pretrained import config_text
+from clipmb.common.pretrained import config_text, warn_not_finite
 from clipmb.common.processor import (
     PROCESSOR_FILES,
     has_image_processor,
@@ -122,7 +122,8 @@ def convert(
             weights = {e.canonical: originals[e.canonical].astype(numpy_dtype(e.dtype)) for e in done.mapping}
             save.reserve(sum(tensor.nbytes for tensor in weights.values()))
             with progress_bar(progress, f"writing {to}", len(done.mapping)) as advance:
-                counted = _counted(weights, advance)
+                broken: dict[str, None] = {}
+                counted = _counted(weights, advance, broken)
                 files = target.write(save, counted, done.config, done.head, max_shard_size=max_shard_size)
             save.write(CONFIG_NAME, config_text(done.config, done.head, done.dtypes))
             copied = _write_processors(save, source, done)
@@ -130,6 +131,7 @@ def convert(
             written = formats.load(result)
             with progress_bar(progress, "comparing", len(done.mapping)) as advance:
                 difference = compare(written, originals, done, advance)
+            warn_not_finite(source, list(broken))
             checked = None if check is None else check(source, result, _common_dtype(done))
             done.record = {
                 "clipmb": __version__,
@@ -222,17 +224,20 @@ def _belongs(name: str) -> bool:
 # -- during -----------------------------------------------------------------------------------------------------------
 
 
-def _counted(tensors: Mapping[str, Lazy], advance: Advance) -> Deferred:
-    """Returns arrays that advance a progress bar when they are made."""
+def _counted(tensors: Mapping[str, Lazy], advance: Advance, broken: dict[str, None]) -> Deferred:
+    """Returns arrays that advance a progress bar when they are made, and note their names if they are not finite."""
 
-    def counting(tensor: Lazy) -> Lazy:
+    def counting(name: str, tensor: Lazy) -> Lazy:
         def make() -> Any:
             advance()
-            return tensor.make()
+            array = tensor.make()
+            if not is_finite(array):
+                broken[name] = None
+            return array
 
         return replace(tensor, make=make)
 
-    return Deferred({name: counting(tensor) for name, tensor in tensors.items()})
+    return Deferred({name: counting(name, tensor) for name, tensor in tensors.items()})
 
 
 def _write_processors(save: Transaction, source: Source, done: Conversion) -> list[str]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import os
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, ClassVar, Literal, NamedTuple, Self, TypeVar, Unpack, overload
 
 import numpy as np
@@ -211,7 +211,7 @@ class PretrainedMixin(Uploadable):
         arrays = found.arrays
         if dtype == "auto":
             dtype = found.config.to_dict().get("dtype") or next((array.dtype.name for array in arrays.values()), None)
-        warn_not_finite(source or "state_dict", arrays, dtype)
+        warn_not_finite(source or "state_dict", not_finite(arrays, dtype), dtype)
         if state_dict is None:
             arrays = OwnArrays(arrays)
         model = cls.from_arrays(found.config, arrays, found.initialised, dtype, **found.options)
@@ -359,15 +359,15 @@ def read_weights(source: Source, variant: str | None = None) -> Mapping[str, np.
     return load_weights(source, variant).tensors
 
 
-def warn_not_finite(source: Any, arrays: Mapping[str, np.ndarray], dtype: str | None = None) -> None:
-    """Says which weights have NaN or infinity.
+def warn_not_finite(source: Any, broken: Sequence[str], dtype: str | None = None) -> None:
+    """Says which weights have NaN or infinity, if some have.
 
     Args:
         source: Where they are from.
-        arrays: Name to array.
-        dtype: What they will be rounded to, if not what they are in.
+        broken: Their names, as `not_finite` finds them.
+        dtype: What they were rounded to, if not what they are in.
     """
-    if broken := not_finite(arrays, dtype):
+    if broken:
         logger.warning(
             "%s: NaN or infinity%s in %s%s. Repair or replace the checkpoint.",
             source, " in float16" if dtype == "float16" else "",

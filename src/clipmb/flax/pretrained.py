@@ -19,7 +19,7 @@ from jax import Array
 
 from clipmb.common.checkpoint import LoadingInfo, OwnArrays
 from clipmb.common.checkpoint.linen_trees import read_tree, tree_specs
-from clipmb.common.checkpoint.tensors import Deferred
+from clipmb.common.checkpoint.tensors import Deferred, not_finite
 from clipmb.common.config import BaseConfig
 from clipmb.common.errors import bad_input
 from clipmb.common.former import SavingOptions, check_saving, drop_unneeded
@@ -232,7 +232,7 @@ class FlaxPreTrainedModel(Uploadable):
             )  # fmt: skip
 
         arrays, info = read_whole(None if source.file is not None else source.folder, read)
-        warn_not_finite(source, arrays)
+        warn_not_finite(source, not_finite(arrays))
         found = [spec for spec in table if spec.name in arrays]
         leaves = from_numpy(OwnArrays(arrays), found, widened=jnp.dtype(dtype) == jnp.float32)
         params = {spec.path("flax"): leaves[spec.name] for spec in found}

@@ -36,14 +36,21 @@ class TorchModel(PretrainedMixin, AdapterMixin, nn.Module):
     # What programs ask of transformers' models before they treat them in a way of their own.
     is_parallelizable = False
     _supports_sdpa = True
-    _supports_flash_attn = _supports_flex_attn = False
+    _supports_flash_attn = _supports_flex_attn = _can_compile_fullgraph = False
     _tied_weights_keys = _keys_to_ignore_on_save = _keep_in_fp32_modules = None
     _keys_to_ignore_on_load_missing = _keys_to_ignore_on_load_unexpected = None
 
     def __init__(self, config: BaseConfig) -> None:
         super().__init__()
         self.config: Any = checks.config_of(type(self).__name__, self.config_class, config)
+        for part in (self.config, *(getattr(self.config, name) for name in self.config.sub_configs)):
+            if part.attn_implementation is None:  # the default, which programs read here
+                part.attn_implementation = {"": "sdpa"}
         self._require_grads_hooks: list[Any] = []
+
+    @classmethod
+    def _can_set_attn_implementation(cls) -> bool:  # what programs ask before `set_attn_implementation`
+        return True
 
     @classmethod
     def _from_config(cls, config: Any, *, dtype: Any = None, torch_dtype: Any = None, **options: Any) -> Self:

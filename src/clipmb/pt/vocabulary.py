@@ -86,4 +86,5 @@ class VocabularyMixin(nn.Module):
                 new.weight[kept:] = from_numpy(rows_around_mean(to_numpy(old.weight.double()), size - kept, seed))
             new.weight.requires_grad_(old.weight.requires_grad)
             self.set_input_embeddings(new)
+        self.vocab_size = size  # which programs read after this
         return self.text_model.embeddings.token_embedding

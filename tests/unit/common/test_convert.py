@@ -21,10 +21,11 @@ from processes import output, python
 import clipmb
 from clipmb import CheckpointError, CLIPConfig, CLIPProcessor, convert
 from clipmb.common import errors
-from clipmb.common.checkpoint import fit, formats
+from clipmb.common.checkpoint import fit, formats, write_safetensors
 from clipmb.common.convert import RECORD_NAME, check_record
 from clipmb.common.hub import Source
 from clipmb.common.parameters import TABLE_VERSION, specs
+from clipmb.common.saving import Transaction
 
 FORMATS = tuple(formats.FORMATS)
 WHOLE_ONLY = ("openai", "open_clip")  # which hold no other head
@@ -190,6 +191,18 @@ def test_a_tower_out_of_the_whole(source, tmp_path):
     assert all((found[name] == expected[name]).all() for name in found)
     assert "visual_projection.weight" in done.decisions["left out"]
     assert json.loads((tmp_path / "text" / "config.json").read_text())["model_type"] == "clip_text_model"
+
+
+@pytest.mark.parametrize("dtype", [None, "float16"])
+@pytest.mark.parametrize("to", ["flax-msgpack", "openai"])
+def test_weights_that_are_not_finite_are_named_as_in_loading(source, tmp_path, caplog, dtype, to):
+    arrays = random_arrays(CONFIG, "CLIPModel")
+    arrays["text_projection.weight"][3, 2] = np.nan
+    with Transaction(source) as save:
+        write_safetensors(save, arrays)
+    convert(source, tmp_path / "result", to=to, dtype=dtype)
+    told = [record.getMessage() for record in caplog.records if "NaN" in record.getMessage()]
+    assert told == [f"{source}: NaN or infinity in text_projection.weight. Repair or replace the checkpoint."]
 
 
 # -- heads, configs, tokenizers ---------------------------------------------------------------------------------------

@@ -280,7 +280,17 @@ class Pairs:
         picture = source.image(place)
         if isinstance(picture, Image.Image):
             return ImageOps.exif_transpose(picture).convert("RGB")
-        return px.read_image(source.id(place), picture)
+        try:
+            return px.read_image(source.id(place), picture)
+        except ValueError as error:
+            if not isinstance(error.__cause__, FileNotFoundError):
+                raise
+            raise bad_input(
+                f"{source.id(place)} must be an image that exists",
+                str(picture),
+                "Pass image_root= (--image-root), the folder that paths of images are relative to, or remove the row",
+                shown=True,
+            ) from error.__cause__
 
     @cached_property
     def fingerprint(self) -> str:

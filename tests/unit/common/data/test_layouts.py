@@ -34,6 +34,29 @@ def shown(pairs: Pairs) -> list[tuple[list[str], str | None, int]]:
     return [(pairs.captions(i), pairs.label(i), pairs.image(i).getpixel((0, 0))[0]) for i in range(len(pairs))]
 
 
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        (
+            "captions.json",
+            '{"images": [{"id": 1, "file_name": "a.jpg"}], "annotations": [{"image_id": 1, "caption": "x"}]}',
+        ),
+        ("results.csv", "image_name| comment_number| comment\na.jpg| 0| x\n"),
+        ("results.token", "a.jpg#0\ta cat\n"), ("x.csv", "image,caption\na.jpg,x\n"),
+        ("x.jsonl", '{"image": "a.jpg", "caption": "x"}\n'),
+    ],
+)  # fmt: skip
+def test_images_that_are_not_found_name_the_option_that_says_where_they_are(tmp_path, name, content):
+    pairs = Pairs.open(write(tmp_path / name, content))
+    with pytest.raises(
+        ValueError, match=r"a\.jpg must be an image that exists.*a\.jpg\. Pass image_root= \(--image-root\)"
+    ):
+        pairs.image(0)
+    write(tmp_path / "elsewhere" / "a.jpg", "no image")
+    with pytest.raises(ValueError, match=r"a\.jpg must be a readable image\."):
+        Pairs.open(tmp_path / name, image_root=tmp_path / "elsewhere").image(0)
+
+
 # -- COCO and Flickr30k -----------------------------------------------------------------------------------------------
 
 

@@ -39,7 +39,7 @@ def test_broken_items_go_into_the_ledger(partly, tmp_path, workers):
     errors = {entry["id"]: entry["error"] for entry in entries}
     assert "truncated" in errors["002.jpg"]
     assert "cannot identify" in errors["003.jpg"]
-    assert "FileNotFoundError" in errors["007.jpg"]
+    assert "must be an image that exists" in errors["007.jpg"]
     assert all(entry["epoch"] == 0 for entry in entries[1:])
     list(loader.epoch(1))
     assert [entry["epoch"] for entry in ledger_of(ledger)] == [None, 0, 0, 0, 1, 1, 1]
