@@ -8,28 +8,36 @@ from __future__ import annotations
 
 import hashlib
 import importlib
+import json
 import os
 import shutil
 import subprocess
 import sys
 import tempfile
 from collections.abc import Collection, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
+from PIL import Image
 
 from clipmb import __version__, backends
 from clipmb.common.config import CONFIG_NAME, CLIPConfig
+from clipmb.common.data.pairs import Pairs
 from clipmb.common.errors import CheckpointError, ClipmbError, bad_input, boolean, one_of, whole_number
 from clipmb.common.hub import Source
+from clipmb.common.image.processor import CLIPImageProcessor
+from clipmb.common.image.resampling import rule_name
 from clipmb.common.json_files import json_text
 from clipmb.common.outputs import EXPORTED
 from clipmb.common.parameters import specs
 from clipmb.common.pretrained import config_text
 from clipmb.common.processor import can_tokenize, image_processor_of, tokenizer_of
 from clipmb.common.saving import umask
+from clipmb.common.small_model import held_out_pictures, small_model
+from clipmb.evaluation import evaluate
+from clipmb.pipeline import CLIPPipeline, processor_for
 from clipmb.verification import TEXTS, demo_photos, inputs_of, relative_difference
 
 TOWERS = {"both": "model", "text": "text_model", "image": "vision_model"}
@@ -65,13 +73,17 @@ TARGETS = {
 
 @dataclass(frozen=True)
 class Form:
-    """How a tower is written; the attributes are arguments of `export`."""
+    """How a tower is written.
+
+    The attributes are arguments of `export`; ``processor`` is what is done to pictures in the file.
+    """
 
     dtype: str = "float32"
     normalize: bool = False
     ids: str = "int64"
     length: int | None = None
     keep: frozenset[str] = frozenset()
+    processor: CLIPImageProcessor | None = None
 
 
 class Writer(Protocol):
@@ -93,6 +105,7 @@ class Writer(Protocol):
         ids: str,
         length: int | None,
         keep: Collection[str],
+        processor: CLIPImageProcessor | None,
     ) -> list[Path]:
         """Writes a tower.
 
@@ -105,6 +118,7 @@ class Writer(Protocol):
             ids: dtype of ``input_ids`` and ``attention_mask``.
             length: Tokens of each text, or None.
             keep: Weights that are not quantised.
+            processor: What is done to pictures in the file, of "onnx"; nothing when None.
 
         Returns:
             The files written, or the folder; the one to load first.
@@ -122,8 +136,10 @@ def export(
     normalize: bool = False,
     ids: str = "int64",
     length: int | None = None,
-    keep: Collection[str] = (),
+    keep: Collection[str] | str | int = (),
     min_cosine: float | None = None,
+    data: str | os.PathLike[str] | None = None,
+    with_preprocessing: bool = False,
     **options: Any,
 ) -> dict[str, Any]:
     """Writes a checkpoint for another runtime, and compares what that computes with what the checkpoint computes.
@@ -147,14 +163,22 @@ def export(
         length: Tokens of every text, which are padded to it; any number up to the model's context when None. It needs
             a text tower.
         keep: Canonical names of weights that "int8" leaves in float32, of matrices in the blocks of the chosen towers.
+            "auto" leaves the fewest with which the embeddings reach ``min_cosine``, and a number that many of each
+            tower: those that lose the most cosine when they alone have 8 bits.
         min_cosine: Of other dtypes than "float32": the smallest cosine of an output's rows to the checkpoint's own;
             0.99 when None.
+        data: Images with labels, as `clipmb.evaluate` takes them, for "int8" of both towers: the zero-shot accuracy in
+            float32 and in int8 is measured on them. The held-out pictures of the small model when None, for that model.
+        with_preprocessing: Of "onnx": take ``images``, (batch, height, width, 3) uint8 in RGB of any
+            size, in the place of ``pixel_values``. The file does what the checkpoint's image processor does, to the
+            bit; the order of Pillow's passes, of which the bits of tall pictures depend, is that of the processor.
         **options: ``subfolder``, ``revision``, ``cache_dir``, ``token``, ``local_files_only``, ``force_download``.
 
     Returns:
         The record, which is also written to export.json: the arguments, the versions, ``files`` with the ``sha256`` and
         ``bytes`` of each, and ``towers``: what to ``load`` and, for each of its ``outputs``, the largest relative
-        ``difference`` and the smallest ``cosine`` of a row.
+        ``difference`` and the smallest ``cosine`` of a row. ``preprocessing`` names the order of the passes; it is None
+        for files without them. ``zero_shot`` has the accuracy of "float32" and "int8" on ``data``.
 
     Raises:
         CheckpointError: The checkpoint cannot be read, or a file computes something else. Nothing is written then.
@@ -173,8 +197,14 @@ def export(
         raise one_of("ids", ids, IDS)
     if tower == "image" and (ids != "int64" or length is not None):
         raise bad_input("ids= and length= are of texts", f"tower={tower!r}", "Leave them out", shown=True)
-    if isinstance(keep, str):
-        raise bad_input("keep must be a list of names", keep, "Pass a list")
+    counted = isinstance(keep, int) and not isinstance(keep, bool)
+    named = keep if isinstance(keep, Collection) and not isinstance(keep, str) else ()
+    if not counted and keep != "auto" and named is not keep:
+        raise bad_input('keep must be a list of names, "auto" or a number', keep, "Pass one of these")
+    if data is not None and (dtype != "int8" or tower not in ("both", "all")):
+        raise bad_input(
+            "data= is for int8 of both towers", f"dtype={dtype!r}, tower={tower!r}", "Leave it out", shown=True
+        )
     if keep and dtype != "int8":
         raise bad_input("keep= applies to int8 only", dtype, 'Pass dtype="int8", or no keep=')
     if min_cosine is not None and dtype == "float32":
@@ -183,6 +213,13 @@ def export(
     if not isinstance(least, int | float) or not 0 <= least <= 1:
         raise bad_input("min_cosine must be a number from 0 to 1", min_cosine, "Correct it")
     normalize = boolean("normalize", normalize)
+    if boolean("with_preprocessing", with_preprocessing) and (to != "onnx" or tower == "text"):
+        raise bad_input(
+            "with_preprocessing= is of ONNX files that take pictures",
+            f"to={to!r}, tower={tower!r}",
+            "Leave it out, or change the others",
+            shown=True,
+        )
     source = Source.of(checkpoint, options)
     if options:
         raise bad_input("export has no such options", sorted(options), "Remove them", TypeError)
@@ -193,14 +230,20 @@ def export(
         context = engine.config.text_config.max_position_embeddings
         if length is not None and whole_number("length", length) > context:
             raise bad_input(f"length must be at most the model's context, {context}", length, "Pass fewer tokens")
-        if unknown := sorted(frozenset(keep) - quantised(engine.config, tower)):
+        if counted:
+            whole_number("keep", keep, 0, min(len(quantised(engine.config, part)) for part in _singles(tower)))
+        if unknown := sorted(frozenset(named) - quantised(engine.config, tower)):
             raise bad_input(
                 "keep= must hold names of weights that are quantised",
                 unknown,
                 "Pass names like 'vision_model.encoder.layers.0.mlp.fc1.weight', of the towers that are written",
             )
-        form = Form(dtype, normalize, ids, length, frozenset(keep))
-        return _written(folder, source, engine, to, tower, form, least)
+        processor = image_processor_of(source, engine.config.vision_config) if with_preprocessing else None
+        if processor is not None:
+            importlib.import_module("clipmb.onnx.preprocessing").require(processor, engine.config.vision_config)
+        form = Form(dtype, normalize, ids, length, frozenset(), processor)
+        pairs = None if data is None else Pairs.open(data)
+        return _written(folder, source, engine, to, tower, form, keep, least, pairs)
     finally:
         engine.free()
 
@@ -214,17 +257,33 @@ def quantised(config: CLIPConfig, tower: str) -> set[str]:
 
 
 def _written(
-    folder: Path, source: Source, engine: Any, to: str, tower: str, form: Form, min_cosine: float
+    folder: Path,
+    source: Source,
+    engine: Any,
+    to: str,
+    tower: str,
+    form: Form,
+    keep: Any,
+    min_cosine: float,
+    pairs: Pairs | None,
 ) -> dict[str, Any]:
     target = TARGETS[to]
     writer: Writer | Any = importlib.import_module(target.module)
     expected = _expected(source, engine, form)
     standard = expected.pop("standard")
+    if isinstance(keep, int) or keep == "auto":
+        form = replace(form, keep=_most_sensitive(engine, tower, expected, keep, min_cosine))
+    else:
+        form = replace(form, keep=frozenset(keep))
     folder.parent.mkdir(parents=True, exist_ok=True)
     staging = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
     try:
         towers: dict[str, dict[str, Any]] = {}
         files: dict[str, dict[str, Any]] = {}
+        if form.processor is not None:
+            path = writer.write_preprocessing(engine.model, form.processor, staging / "preprocessing.onnx")
+            _require_pixels(_computed(writer.RUN, path, _images(expected)), expected)
+            path.unlink()
         for part in TOWERS if tower == "all" else (tower,):
             stem = staging / to / f"{TOWERS[part]}{target.dtypes[form.dtype]}"
             stem.parent.mkdir(exist_ok=True)
@@ -246,6 +305,11 @@ def _written(
             tokenizer_of(source, engine.config.text_config).save_pretrained(staging)
         if tower != "text":
             image_processor_of(source, engine.config.vision_config).save_pretrained(staging)
+        scores = None
+        if form.dtype == "int8" and (
+            pairs is not None or (len(_singles(tower)) == 2 and source.folder == small_model())
+        ):
+            scores = _zero_shot(source, engine, form, pairs)
         record = {
             "clipmb": __version__,
             "source": str(source),
@@ -257,6 +321,8 @@ def _written(
             "ids": form.ids,
             "length": form.length,
             "keep": sorted(form.keep),
+            "preprocessing": form.processor and rule_name(form.processor.pass_order),
+            "zero_shot": scores,
             "compared_with": standard,
             "batches": list(BATCHES),
             "versions": engine.environment()["versions"],
@@ -278,6 +344,57 @@ def _written(
     return record
 
 
+def _singles(tower: str) -> tuple[str, ...]:
+    return (tower,) if tower in ("image", "text") else ("image", "text")
+
+
+def _most_sensitive(
+    engine: Any, tower: str, expected: dict[str, Any], keep: str | int, min_cosine: float
+) -> frozenset[str]:
+    """Returns the weights that int8 leaves in float32: a number of each tower, or the fewest that reach a cosine."""
+    sensitivity = importlib.import_module("clipmb.onnx.sensitivity")
+    kept: list[str] = []
+    for part in _singles(tower):
+        names = quantised(engine.config, part)
+        batches = [{name: expected[f"{name}.{batch}"] for name in (part, "pixel_values")} for batch in (3, 1, 16)]
+        for batch, given in zip((3, 1, 16), batches, strict=True):  # of the graph in memory, which takes int64
+            given |= {name: expected[f"{name}.{batch}"].astype(np.int64) for name in ("input_ids", "attention_mask")}
+        if keep == "auto":
+            kept += sensitivity.fewest(engine.model, part, names, batches, min_cosine)
+        else:
+            kept += [name for _, name in sensitivity.ranked(engine.model, part, names, batches[0])[:keep]]
+    return frozenset(kept)
+
+
+def _zero_shot(source: Source, engine: Any, form: Form, pairs: Pairs | None) -> dict[str, Any]:
+    """Returns what the accuracy was measured on, the held-out pictures of the small model if None, and that of both."""
+    if pairs is None:
+        with tempfile.TemporaryDirectory() as folder:
+            return _zero_shot(source, engine, form, _held_out(Path(folder))) | {"data": "held_out_pictures()"}
+    processor = processor_for(source, engine.config)
+    model: Any = engine.model
+    found: dict[str, Any] = {"data": repr(pairs)}
+    for dtype, form_of in (("float32", {}), ("int8", {"quantised": True, "keep": form.keep})):
+        pipeline = CLIPPipeline(type(engine)(type(model)(model.config, model.arrays, **form_of)), processor)
+        scores = evaluate(pipeline, pairs)
+        if "zero_shot" not in scores:
+            raise bad_input(
+                "data= must have labels", "data without", "Name the folders by class, or leave it out", shown=True
+            )
+        found[dtype] = scores["zero_shot"]
+    return found
+
+
+def _held_out(folder: Path) -> Pairs:
+    """Writes the held-out pictures of the small model as a table."""
+    rows = []
+    for i, (picture, label) in enumerate(zip(*held_out_pictures(), strict=True)):
+        picture.save(folder / f"{i}.png")
+        rows.append(json.dumps({"image": f"{i}.png", "label": label}))
+    (folder / "pictures.jsonl").write_text("\n".join(rows), encoding="utf-8")
+    return Pairs.open(folder / "pictures.jsonl")
+
+
 def _require_free(folder: Path) -> None:
     if folder == Path():
         raise bad_input(
@@ -294,7 +411,7 @@ def _expected(source: Source, engine: Any, form: Form) -> dict[str, Any]:
     """Returns inputs and features of all batches, and which engine is the standard: a framework's where there is one.
 
     The arrays are called ``input_ids.3``, ``attention_mask.3``, ``pixel_values.3``, ``text.3`` and ``image.3`` for the
-    batch of 3.
+    batch of 3; and ``images.3`` where pictures are preprocessed in the file.
     """
     config: CLIPConfig = engine.config
     others = [name for name in backends.installed("float32") if name != engine.backend]
@@ -308,12 +425,42 @@ def _expected(source: Source, engine: Any, form: Form) -> dict[str, Any]:
         rows, looked = _fitted(ids[texts, :seq], mask[texts, :seq], form.length)
         light = np.linspace(1, 0.5, batch, dtype=np.float32)[:, None, None, None]
         found[f"input_ids.{batch}"], found[f"attention_mask.{batch}"] = rows.astype(form.ids), looked.astype(form.ids)
-        found[f"pixel_values.{batch}"] = pixels[pictures] * light
+        if form.processor is None:
+            found[f"pixel_values.{batch}"] = pixels[pictures] * light
+        else:
+            images = _pictures(batch, config.vision_config.image_size) * light
+            found[f"images.{batch}"] = images.astype(np.uint8)
+            found[f"pixel_values.{batch}"] = form.processor(
+                found[f"images.{batch}"], input_data_format="channels_last", return_tensors="np"
+            )["pixel_values"]
         found[f"text.{batch}"] = standard.text_features(rows, looked)
         found[f"image.{batch}"] = standard.image_features(found[f"pixel_values.{batch}"])
     found["scale"] = np.asarray(standard.logit_scale)
     standard.free()
     return found
+
+
+def _pictures(batch: int, side: int) -> np.ndarray:
+    """Returns photographs, (batch, height, width, 3): a wide one, tall ones, or small ones that grow."""
+    size = {1: (side * 4, side * 3), 3: (side * 5 // 4, side * 3), 16: (side, max(side * 2 // 3, 1))}[batch]
+    photos = [np.asarray(Image.open(path).convert("RGB").resize(size)) for path in demo_photos()]
+    return np.stack([photos[i % len(photos)] for i in range(batch)])
+
+
+def _images(expected: dict[str, Any]) -> dict[str, np.ndarray]:
+    return {name: array for name, array in expected.items() if name.startswith("images.")}
+
+
+def _require_pixels(found: dict[str, np.ndarray], expected: dict[str, Any]) -> None:
+    for batch in BATCHES:
+        mine, wanted = found[f"pixel_values.{batch}"], expected[f"pixel_values.{batch}"]
+        if not np.array_equal(mine, wanted):
+            different = np.mean(mine != wanted) if mine.shape == wanted.shape else 1
+            raise CheckpointError(
+                "The file must preprocess pictures to the bits of the image processor. Received: "
+                f"{different:.2%} of the values of {expected[f'images.{batch}'].shape[1:3]} pictures differ. Nothing "
+                "was written. Report this, and export without with_preprocessing=."
+            )
 
 
 def _fitted(ids: np.ndarray, mask: np.ndarray, length: int | None) -> tuple[np.ndarray, np.ndarray]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import importlib
 import json
+import shutil
 import subprocess
 import sys
 
@@ -14,14 +15,20 @@ import onnxruntime as ort
 import pytest
 from cases import CONFIGS, STRESS, TEXT, VISION, image_inputs, random_arrays, relative, text_inputs, write_checkpoint
 from conftest import ENGINES
+from PIL import Image
 from processes import clipmb as command
 
 import clipmb
 from clipmb import CheckpointError, CLIPConfig, CLIPImageProcessor, CLIPPipeline, CLIPTokenizerFast, backends, exporting
 from clipmb.common.checkpoint import write_safetensors
+from clipmb.common.image.resampling import rule_name
 from clipmb.common.saving import Transaction
 from clipmb.onnx import export as writer
+from clipmb.onnx import preprocessing
+from clipmb.onnx.engine import ONNXModel
 from clipmb.onnx.graph import clip
+from clipmb.onnx.sensitivity import ranked
+from clipmb.verification import demo_photos
 
 pytestmark = pytest.mark.backend("onnx")
 TARGETS = [pytest.param(to, marks=pytest.mark.backend(row.backend)) for to, row in exporting.TARGETS.items()]
@@ -234,6 +241,113 @@ def test_large_weights_lie_in_a_second_file(tmp_path):
         np.testing.assert_array_equal(run(two, inputs)[name], array)
 
 
+def test_the_most_sensitive_products_stay_in_float(folder, tmp_path):
+    """Those that lose the most when they alone have 8 bits, and no more than the cosine needs."""
+    given = {"dtype": "int8", "tower": "text"}
+    names = sorted(exporting.quantised(CASES["plain"], "text"))
+
+    def cosine(name, **more):
+        record = clipmb.export(folder["plain"], tmp_path / name, **{**given, "min_cosine": 0, **more})
+        return record["towers"]["text"]["outputs"]["text_embeds"]["cosine"], record["keep"]
+
+    plain, kept = cosine("plain")
+    assert kept == []
+    model = backends.engine("onnx").load(folder["plain"]).model
+    inputs = {name: array for name, array in text_inputs(CASES["plain"], 6).items() if name in TAKES["text"]}
+    right = model.run("text", inputs)["text_embeds"]
+    order = ranked(model, "text", names, {**inputs, "text": right})
+    assert sorted(name for _, name in order) == names
+    assert [loss for loss, _ in order] == sorted((loss for loss, _ in order), reverse=True)
+    assert order[0][0] > 2 * order[-1][0] > 0
+    alone = ONNXModel(model.config, model.arrays, quantised=True, keep=set(names) - {order[0][1]})
+    found = alone.run("text", inputs)["text_embeds"]
+    lengths = np.linalg.norm(found, axis=1) * np.linalg.norm(right, axis=1)
+    assert order[0][0] == pytest.approx(1 - ((found * right).sum(1) / lengths).min(), abs=1e-6)
+
+    reached, two = cosine("two", keep=2)
+    assert len(two) == 2
+    assert reached > plain
+    bound = (plain + reached) / 2
+    better, kept = cosine("auto", keep="auto", min_cosine=bound)
+    assert 1 <= len(kept) <= 2
+    assert set(kept) <= set(two)
+    assert better >= bound > plain
+    assert cosine("again", keep="auto", min_cosine=bound) == (better, kept)
+    assert cosine("none", keep="auto", min_cosine=plain - 1e-6) == (plain, [])
+    assert cosine("zero", keep=0) == (plain, [])
+    every = cosine("all", keep="auto", min_cosine=1 - 1e-6)[1]
+    assert len(every) > len(kept)
+
+
+def test_accuracy_of_int8(tmp_path):
+    model = clipmb.small_model()
+    record = clipmb.export(model, tmp_path / "out", dtype="int8", keep=1)
+    scores = record["zero_shot"]
+    assert (scores["data"], scores["int8"]["images"], scores["int8"]["classes"]) == ("held_out_pictures()", 360, 360)
+    for i, (picture, label) in enumerate(zip(*clipmb.held_out_pictures(), strict=True)):
+        (tmp_path / "data" / label).mkdir(parents=True, exist_ok=True)
+        picture.save(tmp_path / "data" / label / f"{i}.png")
+    assert scores["float32"] == clipmb.evaluate(model, tmp_path / "data", "onnx")["zero_shot"]
+    assert scores["int8"] != scores["float32"]
+    assert abs(scores["int8"]["top5"] - scores["float32"]["top5"]) < 0.03
+    done = command(
+        "export", model, "--out", tmp_path / "b", "--dtype", "int8", "--data", tmp_path / "data", "--keep", "1"
+    )
+    assert done.returncode == 0, done.stderr
+    again = json.loads((tmp_path / "b/export.json").read_text())["zero_shot"]
+    assert again["float32"] == scores["float32"]
+    assert f"{again['int8']['top1']:.2%}" in done.stdout  # which depends a little on the pictures of a batch
+    assert f"Left in float32: {', '.join(record['keep'])}" in done.stdout
+    assert clipmb.export(model, tmp_path / "c", dtype="int8", tower="image")["zero_shot"] is None
+    (tmp_path / "captions").mkdir()
+    picture.save(tmp_path / "captions/a.png")
+    (tmp_path / "captions/a.txt").write_text("an apple")
+    with pytest.raises(ValueError, match="data= must have labels"):
+        clipmb.export(model, tmp_path / "d", dtype="int8", data=tmp_path / "captions")
+    assert not (tmp_path / "d").exists()
+
+
+@pytest.mark.parametrize(("tower", "dtype"), [("all", "float32"), ("image", "float16"), ("image", "int8")])
+def test_preprocessing_in_the_file(tmp_path, tower, dtype):
+    """Pictures of any size give what the image processor and the model give."""
+    model = clipmb.small_model()
+    record = clipmb.export(model, tmp_path / "out", tower=tower, dtype=dtype, with_preprocessing=True)
+    assert record["preprocessing"] == rule_name("installed")
+    engine = backends.engine("onnx").load(model)
+    processor = CLIPImageProcessor.from_pretrained(model)
+    for part in ("image", "both") if tower == "all" else (tower,):
+        path = tmp_path / "out" / record["towers"][part]["load"]
+        onnx.checker.check_model(str(path), full_check=True)
+        assert [entry.name for entry in ort.InferenceSession(path).get_inputs() if entry.shape[-1] == 3] == ["images"]
+        for size in ((70, 50), (30, 200), (200, 30), (500, 333)):
+            images = np.stack([np.asarray(Image.open(photo).convert("RGB").resize(size)) for photo in demo_photos()])
+            pixels = processor(images, input_data_format="channels_last", return_tensors="np")["pixel_values"]
+            wanted = engine.image_features(pixels)
+            texts = {"input_ids": np.full((1, 3), 5), "attention_mask": np.ones((1, 3), np.int64)}
+            found = run(path, {"images": images, **texts})["image_embeds"]
+            unit = [array / np.linalg.norm(array, axis=1, keepdims=True) for array in (found, wanted)]
+            if dtype == "float32":
+                assert relative(*unit) <= 1e-5
+            assert (unit[0] * unit[1]).sum(1).min() > 0.99
+
+
+def test_preprocessing_is_an_option_of_onnx_files_with_pictures(folder, tmp_path):
+    for given in ({"to": "stablehlo"}, {"tower": "text"}):
+        with pytest.raises(ValueError, match="with_preprocessing= is of ONNX files that take pictures"):
+            clipmb.export(folder["plain"], tmp_path / "out", with_preprocessing=True, **given)
+    with pytest.raises(ValueError, match="with_preprocessing must be True or False"):
+        clipmb.export(folder["plain"], tmp_path / "out", with_preprocessing="yes")
+    other = tmp_path / "other"
+    shutil.copytree(folder["plain"], other)
+    CLIPImageProcessor(size=20, crop_size=20, resample=0).save_pretrained(other)
+    with pytest.raises(ValueError, match=r"has the filters 2 \(bilinear\) and 3"):
+        clipmb.export(other, tmp_path / "out", with_preprocessing=True)
+    CLIPImageProcessor(size=20, crop_size=16).save_pretrained(other)
+    with pytest.raises(ValueError, match="3 channels of 20 x 20 pixels"):
+        clipmb.export(other, tmp_path / "out", with_preprocessing=True)
+    assert left(tmp_path) == ["other"]
+
+
 class TestNothingStays:
     """Of an export that fails: not the folder, and nothing beside it."""
 
@@ -254,6 +368,21 @@ class TestNothingStays:
         monkeypatch.setattr(writer, "write", spoilt)
         with pytest.raises(CheckpointError, match=r"differ by at most 1e-05.*Received: a difference of .*Nothing was"):
             clipmb.export(folder["plain"], tmp_path / "out", tower=tower)
+        assert left(tmp_path) == []
+
+    def test_of_a_file_that_preprocesses_otherwise(self, tmp_path, monkeypatch):
+        """By a few levels of a few pixels, which the embeddings hardly show."""
+
+        def weight(graph, distance):
+            near = graph.op("Less", distance, graph.constant(1, np.float64))
+            factor = graph.op("Where", near, graph.constant(1, np.float64), graph.constant(1.0002, np.float64))
+            return graph.op("Mul", preprocessing._bicubic(graph, distance), factor)
+
+        monkeypatch.setitem(preprocessing.FILTERS, 3, preprocessing.Filter(2.0, weight))
+        with pytest.raises(
+            CheckpointError, match=r"to the bits of the image processor. Received: 0\.\d+% of the values"
+        ):
+            clipmb.export(clipmb.small_model(), tmp_path / "out", tower="image", with_preprocessing=True)
         assert left(tmp_path) == []
 
     def test_of_a_file_without_an_output(self, folder, tmp_path, monkeypatch):
@@ -329,7 +458,13 @@ class TestNothingStays:
         ({"tower": "image", "ids": "int32"}, r"ids= and length= are of texts"),
         ({"normalize": "no"}, r"normalize must be True or False. Received: 'no'"),
         ({"keep": [FC1]}, r"keep= applies to int8 only. Received: 'float32'"),
-        ({"keep": FC1, "dtype": "int8"}, r"keep must be a list of names"),
+        ({"keep": FC1, "dtype": "int8"}, r'keep must be a list of names, "auto" or a number'),
+        ({"keep": True, "dtype": "int8"}, r'keep must be a list of names, "auto" or a number. Received: True'),
+        ({"keep": -1, "dtype": "int8"}, r"keep must be a whole number.*Received: -1"),
+        ({"keep": 13, "dtype": "int8", "tower": "image"}, r"keep must be a whole number from 0 to 12.*Received: 13"),
+        ({"keep": "auto"}, r"keep= applies to int8 only. Received: 'float32'"),
+        ({"data": "photos"}, r"data= is for int8 of both towers. Received: dtype='float32'"),
+        ({"data": "photos", "dtype": "int8", "tower": "text"}, r"data= is for int8 of both towers"),
         ({"keep": ["no.weight"], "dtype": "int8"}, r"keep= must hold names of weights that are quantised.*no.weight"),
         ({"keep": ["text_projection.weight"], "dtype": "int8"}, r"names of weights that are quantised"),
         ({"keep": ["text_model.embeddings.token_embedding.weight"], "dtype": "int8"}, r"weights that are quantised"),

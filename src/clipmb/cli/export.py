@@ -31,7 +31,12 @@ def run(
     ] = None,
     keep: Annotated[
         list[str] | None,
-        typer.Option(metavar="NAME", help="Weight to leave in float32 with int8; repeatable.", show_default="none"),
+        typer.Option(
+            metavar="NAME|N|auto",
+            help="Weight to leave in float32 with int8, repeatable; or how many of each tower, the most sensitive; or "
+            "as few as reach --min-cosine.",
+            show_default="none",
+        ),
     ] = None,
     min_cosine: Annotated[
         float | None,
@@ -39,6 +44,18 @@ def run(
             metavar="X", min=0, max=1, help="Least cosine of results in other dtypes than float32.", show_default="0.99"
         ),
     ] = None,
+    data: Annotated[
+        str | None,
+        typer.Option(
+            metavar="DATA",
+            help="Images with labels, as for clipmb evaluate, on which the accuracy of int8 and float32 is measured.",
+            show_default="the held-out pictures of the small model, for that",
+        ),
+    ] = None,
+    with_preprocessing: Annotated[
+        bool,
+        typer.Option("--with-preprocessing", help="Take pictures of any size, and preprocess them in the ONNX file."),
+    ] = False,
     subfolder: common.Subfolder = "",
     revision: common.Revision = None,
     as_json: common.Json = False,
@@ -61,8 +78,10 @@ def run(
             normalize=normalize,
             ids=ids,
             length=length,
-            keep=keep or (),
+            keep=_keep(keep or []),
             min_cosine=min_cosine,
+            data=data,
+            with_preprocessing=with_preprocessing,
             subfolder=subfolder,
             revision=revision,
         )
@@ -76,4 +95,17 @@ def run(
             rows.append([entry["load"], f"{size:,}", output, f"{found['difference']:.1e}", f"{found['cosine']:.6f}"])
     title = f"{out}: compared with {record['compared_with']} at batches of {', '.join(map(str, record['batches']))}"
     common.table(title, ["file or folder", "bytes", "output", "max|a-b|/max|b|", "cosine"], rows, right=(1, 3, 4))
+    if scores := record["zero_shot"]:
+        rows = [[kind, f"{scores[kind]['top1']:.2%}", f"{scores[kind]['top5']:.2%}"] for kind in ("float32", "int8")]
+        images, classes = (scores["int8"][name] for name in ("images", "classes"))
+        title = f"zero-shot classification: {images:,} images, {classes:,} classes of {scores['data']}"
+        common.table(title, ["", "top1", "top5"], rows, right=(1, 2))
+    if record["keep"]:
+        typer.echo(f"Left in float32: {', '.join(record['keep'])}")
     typer.echo(f"{RECORD_NAME} has the hashes and versions.")
+
+
+def _keep(given: list[str]) -> list[str] | str | int:
+    if given == ["auto"]:
+        return "auto"
+    return int(given[0]) if len(given) == 1 and given[0].isdecimal() else given

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Collection
 from typing import Any, ClassVar, Self
 
 import numpy as np
@@ -32,6 +33,7 @@ class ONNXModel(PretrainedMixin):
         device: "cpu" or "cuda"; "cpu" when None.
         quantised: Multiply by the weights of the blocks in 8-bit integers; the rest is done in ``dtype``.
         optimise: Let onnxruntime fuse and reorder operations.
+        keep: Canonical names of weights that are not quantised.
 
     Raises:
         ValueError: The dtype or the device does not exist.
@@ -50,6 +52,7 @@ class ONNXModel(PretrainedMixin):
         device: str | None = None,
         quantised: bool = False,
         optimise: bool = True,
+        keep: Collection[str] = (),
     ) -> None:
         if dtype not in DTYPES:
             raise one_of("dtype of onnxruntime", dtype, (*DTYPES, "int8"))
@@ -66,7 +69,7 @@ class ONNXModel(PretrainedMixin):
                 shown=True,
             )
         self.config, self.arrays, self.dtype = config, arrays, dtype
-        self.quantised, self.optimise = quantised, optimise
+        self.quantised, self.optimise, self.keep = quantised, optimise, frozenset(keep)
         self._sessions: dict[tuple[str, bool], ort.InferenceSession] = {}
 
     @classmethod
@@ -105,7 +108,13 @@ class ONNXModel(PretrainedMixin):
         """Returns the session that runs a graph; it is created once."""
         if (tower, hidden_states) not in self._sessions:
             graph = clip(
-                self.config, self.arrays, tower, dtype=self.dtype, quantised=self.quantised, hidden_states=hidden_states
+                self.config,
+                self.arrays,
+                tower,
+                dtype=self.dtype,
+                quantised=self.quantised,
+                keep=self.keep,
+                hidden_states=hidden_states,
             )
             self._sessions[tower, hidden_states] = self._started(graph)
         return self._sessions[tower, hidden_states]

@@ -440,6 +440,7 @@ def clip(
     hidden_states: bool = False,
     ids: str = "int64",
     length: int | None = None,
+    preprocess: Callable[[Graph, str], str] | None = None,
 ) -> Graph:
     """Builds the graph of a model, or of one tower with its projection.
 
@@ -458,9 +459,11 @@ def clip(
             ``….projected`` is the embedding before its length is made 1.
         ids: "int64" or "int32": the dtype of ``input_ids`` and ``attention_mask``.
         length: What seq is; any when None.
+        preprocess: Makes ``pixel_values`` of ``images``, (batch, height, width, 3) uint8 of any size, which are then
+            the input.
 
     Raises:
-        ValueError: There is no such tower.
+        ValueError: There is no such tower, or pictures cannot be preprocessed so.
         KeyError: A weight is missing.
     """
     if tower not in TOWERS:
@@ -481,7 +484,10 @@ def clip(
     if tower != "text":
         batch = "image_batch" if both else "batch"
         channels, side = config.vision_config.num_channels, config.vision_config.image_size
-        pixel_values = graph.input("pixel_values", wide, [batch, channels, side, side])
+        if preprocess is None:
+            pixel_values = graph.input("pixel_values", wide, [batch, channels, side, side])
+        else:
+            pixel_values = preprocess(graph, graph.input("images", np.uint8, [batch, "height", "width", channels]))
         if wide != graph.dtype:
             pixel_values = graph.cast(pixel_values, graph.dtype)
         parts = vision_transformer(graph, pixel_values, config.vision_config)

@@ -54,7 +54,7 @@ def preprocess(graph: Graph, images: str, processor: CLIPImageProcessor, config:
     Raises:
         ValueError: The processor does what the graph cannot do, or makes pictures of another size.
     """
-    counts = _size_after(processor, config)
+    require(processor, config)
     levels = np.repeat(np.arange(256, dtype=np.uint8)[None, :, None], 3, axis=2)
     table = processor(
         levels, do_resize=False, do_center_crop=False, input_data_format="channels_last", return_tensors="np"
@@ -62,7 +62,7 @@ def preprocess(graph: Graph, images: str, processor: CLIPImageProcessor, config:
     sizes = graph.size(images, 1), graph.size(images, 2)
     targets = _targets(graph, sizes, processor)
     filter_ = FILTERS[processor.resample]
-    rows, columns = (_axis(graph, *axis, filter_) for axis in zip(sizes, targets, counts, strict=True))
+    rows, columns = (_axis(graph, *axis, config.image_size, filter_) for axis in zip(sizes, targets, strict=True))
     first = graph.op("Concat", rows.first, columns.first, axis=0)
     end = graph.op("Concat", rows.end, columns.end, axis=0)
     pixels = graph.op("Slice", images, first, end, graph.integers(1, 2))
@@ -79,8 +79,12 @@ def preprocess(graph: Graph, images: str, processor: CLIPImageProcessor, config:
     return graph.op("Gather", graph.constant(table.reshape(-1), np.float32), places)
 
 
-def _size_after(processor: CLIPImageProcessor, config: CLIPVisionConfig) -> tuple[int, int]:
-    """Returns the (height, width) that a processor gives to every picture."""
+def require(processor: CLIPImageProcessor, config: CLIPVisionConfig) -> None:
+    """Refuses image processors that a graph cannot follow.
+
+    Raises:
+        ValueError: The processor does what the graph cannot do, or makes pictures of another size.
+    """
     if processor.do_resize and processor.resample not in FILTERS:
         raise bad_input(
             "with_preprocessing= has the filters 2 (bilinear) and 3 (bicubic)",
@@ -98,7 +102,6 @@ def _size_after(processor: CLIPImageProcessor, config: CLIPVisionConfig) -> tupl
             "Export without it, or correct preprocessor_config.json",
             shown=True,
         )
-    return side, side
 
 
 def _targets(graph: Graph, sizes: tuple[str, str], processor: CLIPImageProcessor) -> tuple[str, str]:
