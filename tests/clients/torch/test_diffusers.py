@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 import transformers
+from accelerate import cpu_offload, cpu_offload_with_hook
 from cases import TEXT, VISION
 from peft import LoraConfig, get_peft_model_state_dict
 from PIL import Image
@@ -224,6 +225,21 @@ def test_group_offloading(ours, tmp_path):
             module, onload_device=torch.device("cpu"), offload_device=torch.device("cpu"),
             offload_type="leaf_level", offload_to_disk_path=str(tmp_path),
         )  # fmt: skip
+    np.testing.assert_array_equal(draw(ours), plain)
+
+
+def test_offloading_as_pipelines_do_it(ours):
+    """`enable_model_cpu_offload` and `enable_sequential_cpu_offload` need an accelerator; these are their hooks."""
+    plain = draw(ours)
+    parts = (ours.text_encoder, ours.unet, ours.vae)
+    hook = None
+    for module in parts:
+        _, hook = cpu_offload_with_hook(module, "cpu", prev_module_hook=hook)
+    np.testing.assert_array_equal(draw(ours), plain)
+    ours.remove_all_hooks()
+    for module in parts:
+        cpu_offload(module, torch.device("cpu"), offload_buffers=len(module._parameters) > 0)
+    assert all(parameter.is_meta for parameter in ours.text_encoder.parameters())
     np.testing.assert_array_equal(draw(ours), plain)
 
 
