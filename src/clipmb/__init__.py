@@ -20,6 +20,9 @@ if TYPE_CHECKING:
         doctor as doctor,
     )
     from clipmb import (
+        embedding as embedding,
+    )
+    from clipmb import (
         evaluation as evaluation,
     )
     from clipmb import (
@@ -79,6 +82,8 @@ if TYPE_CHECKING:
     from clipmb.common.text.tokenizer import BatchEncoding, CLIPTokenizer, CLIPTokenizerFast
     from clipmb.common.training.recipe import Recipe
     from clipmb.common.zero_shot import TEMPLATES, class_embeddings
+    from clipmb.embedding.index import Index
+    from clipmb.embedding.job import Embedded, embed
     from clipmb.evaluation import Evaluation, evaluate
     from clipmb.exporting import export
     from clipmb.flax import (
@@ -186,8 +191,10 @@ __all__ = [
     "CheckpointError",
     "ClipmbError",
     "Conversion",
+    "Embedded",
     "Evaluation",
     "ImageClassifierOutput",
+    "Index",
     "MissingBackendError",
     "ModelOutput",
     "Pairs",
@@ -196,6 +203,7 @@ __all__ = [
     "__version__",
     "class_embeddings",
     "convert",
+    "embed",
     "evaluate",
     "export",
     "held_out_pictures",
@@ -225,6 +233,8 @@ _PUBLIC = {
     "clipmb.common.text.tokenizer": ("BatchEncoding", "CLIPTokenizer", "CLIPTokenizerFast"),
     "clipmb.common.training.recipe": ("Recipe",),
     "clipmb.common.zero_shot": ("TEMPLATES", "class_embeddings"),
+    "clipmb.embedding.index": ("Index",),
+    "clipmb.embedding.job": ("Embedded", "embed"),
     "clipmb.evaluation": ("Evaluation", "evaluate"),
     "clipmb.exporting": ("export",),
     "clipmb.flax": (
@@ -246,8 +256,8 @@ _PUBLIC = {
 }  # fmt: skip
 _MODULE_OF = {name: module for module, names in _PUBLIC.items() for name in names}
 _SUBMODULES = (
-    "backends", "common", "doctor", "evaluation", "exporting", "flax", "onnx", "pipeline", "programs", "pt",
-    "testing", "tf", "training", "verification",
+    "backends", "common", "doctor", "embedding", "evaluation", "exporting", "flax", "onnx", "pipeline", "programs",
+    "pt", "testing", "tf", "training", "verification",
 )  # fmt: skip
 
 if not TYPE_CHECKING:  # a type checker would take any name for one that exists

@@ -14,6 +14,7 @@ from clipmb import backends
 from clipmb.backends import Engine
 from clipmb.common.checkpoint.tensors import not_finite
 from clipmb.common.config import CLIPConfig
+from clipmb.common.dtypes import dtype_name
 from clipmb.common.errors import CheckpointError, bad_input, logger, one_of, whole_number
 from clipmb.common.hub import Source
 from clipmb.common.processor import CLIPProcessor, image_processor_of, tokenizer_of
@@ -37,6 +38,8 @@ class CLIPPipeline:
         self.engine = engine
         self.processor = processor
         self.config: CLIPConfig = engine.config
+        self.source: Source | None = None  # of the checkpoint, where it was loaded from one
+        self.dtype = "float32"  # what it computes in
 
     @classmethod
     def from_pretrained(
@@ -72,7 +75,9 @@ class CLIPPipeline:
 
         def read() -> Self:  # of one save: another process may replace the checkpoint meanwhile
             engine = engine_class.load(source, dtype=dtype, device=device, compile=compile, **options)
-            return cls(engine, processor_for(source, engine.config))
+            pipeline = cls(engine, processor_for(source, engine.config))
+            pipeline.source, pipeline.dtype = source, dtype_name(dtype) or "float32"
+            return pipeline
 
         return read_whole(None if source.file is not None else source.folder, read)
 
@@ -151,30 +156,82 @@ class CLIPPipeline:
         if long_text not in LONG_TEXT:
             raise one_of("long_text", long_text, LONG_TEXT)
         texts = _texts(texts)
-        rows, owners = self._rows(texts, long_text, split_special_tokens)
+        rows, owners = self.token_rows(texts, long_text, split_special_tokens)
+        return self.encode_rows(rows, owners, batch_size=batch_size, normalize=normalize, progress=progress)
+
+    def encode_rows(
+        self,
+        rows: list[list[int]],
+        owners: list[int],
+        *,
+        batch_size: int = 256,
+        normalize: bool = True,
+        progress: bool = False,
+        few_shapes: bool = False,
+        check: bool = True,
+    ) -> np.ndarray:
+        """Embeds texts that `token_rows` has turned into ids.
+
+        Args:
+            rows: The ids of every text or piece of one.
+            owners: The text that each belongs to, from 0, ascending.
+            batch_size: Rows per step.
+            normalize: Scale the embeddings to unit length.
+            progress: Show a progress bar, when there is a terminal.
+            few_shapes: Pad rows to multiples of 8 tokens and steps to powers of 2, so that a compiler meets few shapes.
+            check: Raise where an embedding cannot be used, instead of returning it.
+
+        Returns:
+            (texts, proj), float32 (float64 for such a model).
+
+        Raises:
+            ValueError: The embedding of a text is not finite, or has no direction and is to be normalised.
+            CheckpointError: The model's weights are not finite.
+        """
+        count = owners[-1] + 1 if owners else 0
+        limit = self.config.text_config.max_position_embeddings
         order = sorted(range(len(rows)), key=lambda i: len(rows[i]))
         parts = []
         for _, batch in batches(order, batch_size, "texts", progress):
             longest = len(rows[batch[-1]])
+            used = len(batch)
+            if few_shapes:
+                longest = min(-(-longest // 8) * 8, limit)
+                batch = batch + batch[-1:] * (step_size(used, batch_size) - used)
             ids = pad_rows([rows[i] for i in batch], longest, self.processor.tokenizer.pad_token_id)
             mask = pad_rows([[1] * len(rows[i]) for i in batch], longest, 0)
-            features = self.engine.text_features(ids, mask)
-            self._check(features, normalize, "text", lambda row, batch=batch: owners[batch[row]])
+            features = self.engine.text_features(ids, mask)[:used]
+            if check:
+                self._check(features, normalize, "text", lambda row, batch=batch: owners[batch[row]])
             parts.append(features)
         features = self._joined(parts, False)
         restored = np.empty_like(features)
         restored[order] = features
-        if len(rows) > len(texts):
-            means = np.zeros((len(texts), features.shape[1]), features.dtype)
-            ends = np.searchsorted(owners, np.arange(len(texts) + 1))  # the pieces of a text follow each other
-            for text in range(len(texts)):
+        if len(rows) > count:
+            means = np.zeros((count, features.shape[1]), features.dtype)
+            ends = np.searchsorted(owners, np.arange(count + 1))  # the pieces of a text follow each other
+            for text in range(count):
                 pieces = restored[ends[text] : ends[text + 1]]
                 means[text] = pieces[0] if len(pieces) == 1 else unit(pieces).mean(axis=0)
             restored = means
         return unit(restored) if normalize and len(restored) else restored
 
-    def _rows(self, texts: list[str], long_text: str, split_special_tokens: bool) -> tuple[list[list[int]], list[int]]:
-        """Returns the ids of every text or piece of one, and the text that each belongs to."""
+    def token_rows(
+        self, texts: list[str], long_text: str = "error", split_special_tokens: bool = True
+    ) -> tuple[list[list[int]], list[int]]:
+        """Turns texts into ids, as `encode_text` does.
+
+        Args:
+            texts: The texts.
+            long_text: As in `encode_text`.
+            split_special_tokens: As in `encode_text`.
+
+        Returns:
+            The ids of every text or piece of one, and the number of the text that each belongs to.
+
+        Raises:
+            ValueError: A text is too long and ``long_text`` is "error"; the message has its index.
+        """
         if not texts:
             return [], []
         limit = self.config.text_config.max_position_embeddings
@@ -331,6 +388,11 @@ def batches(items: list, size: int, what: str, progress: bool) -> Iterator[tuple
         for start in starts:
             yield start, items[start : start + size]
             advance(min(size, len(items) - start))
+
+
+def step_size(count: int, batch_size: int) -> int:
+    """Returns how many items a step of ``count`` is filled up to: a power of 2, at most ``batch_size``."""
+    return min(1 << (count - 1).bit_length(), batch_size)
 
 
 def _images(images: Any) -> list:

@@ -4,7 +4,21 @@ from __future__ import annotations
 
 import typer
 
-from clipmb.cli import classify, convert, demo, doctor, encode, evaluate, export, info, train, verify
+from clipmb.cli import (
+    classify,
+    convert,
+    demo,
+    doctor,
+    duplicates,
+    embed,
+    encode,
+    evaluate,
+    export,
+    info,
+    search,
+    train,
+    verify,
+)
 from clipmb.cli.common import guarded, set_debug
 
 app = typer.Typer(
@@ -33,7 +47,9 @@ def _options(
     set_debug(debug)
 
 
-for _module in (classify, convert, demo, doctor, encode, evaluate, export, info, train, verify):
+for _module in (
+    classify, convert, demo, doctor, duplicates, embed, encode, evaluate, export, info, search, train, verify,
+):  # fmt: skip
     app.command(_module.__name__.rpartition(".")[2])(guarded(_module.run))
 
 

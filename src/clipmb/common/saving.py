@@ -91,7 +91,7 @@ def read_whole(folder: Path | None, read: Callable[[], T]) -> T:
             if version(folder) == before:
                 return result
             del result  # before the next is made, which may be as large
-    with _locked(folder, shared=True):  # another process saves faster than this can be read
+    with locked(folder, shared=True):  # another process saves faster than this can be read
         return read()
 
 
@@ -157,7 +157,7 @@ class Transaction:
         if self.folder.exists() and not self.folder.is_dir():
             raise bad_input("The destination must be a folder", str(self.folder), "Pass a folder, not a file")
         self._made = not self.folder.exists()
-        self._lock = _locked(self.folder)
+        self._lock = locked(self.folder)
         self._lock.__enter__()
         try:
             _repair(self.folder)
@@ -284,10 +284,13 @@ def _finish(folder: Path, plan: _Plan) -> None:
 
 
 @contextmanager
-def _locked(folder: Path, *, shared: bool = False) -> Iterator[None]:
+def locked(folder: Path, *, shared: bool = False, wait: bool = True) -> Iterator[None]:
     """Holds the lock of a folder: alone, or with other readers. It ends with the process, and leaves no file.
 
     Where the file system has no locks, there is none.
+
+    Raises:
+        BlockingIOError: Another process holds it, and ``wait`` is false.
     """
     if fcntl is None:  # pragma: no cover
         folder.mkdir(parents=True, exist_ok=True)
@@ -302,6 +305,8 @@ def _locked(folder: Path, *, shared: bool = False) -> Iterator[None]:
             try:
                 fcntl.flock(handle, how | fcntl.LOCK_NB)
             except BlockingIOError:
+                if not wait:
+                    raise
                 logger.info("%s: waiting for another process that saves into it", folder)
                 fcntl.flock(handle, how)
             except OSError:  # for example on a network file system without locks

@@ -14,6 +14,7 @@ import warnings
 from collections.abc import Collection, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from hashlib import sha256
 from pathlib import Path
 from typing import Any, Self, cast
 
@@ -25,7 +26,7 @@ from clipmb.common.features import BatchFeature, check_tensor_type
 from clipmb.common.former import check_saving
 from clipmb.common.hub import Source
 from clipmb.common.image import pixels as px
-from clipmb.common.image.resampling import Window, as_image, check_backend, check_order
+from clipmb.common.image.resampling import Window, as_image, check_backend, check_order, rule_name
 from clipmb.common.json_files import JsonSettings, json_text, read_json
 from clipmb.common.saving import Transaction, read_whole
 from clipmb.common.uploading import Uploadable, uploaded
@@ -368,6 +369,14 @@ class CLIPImageProcessor(JsonSettings, Uploadable):
         if name is not None:
             settings["processor_class"] = name
         return settings | {"image_processor_type": f"CLIPImageProcessor{'Fast' if self.is_fast else ''}"}
+
+    @property
+    def fingerprint(self) -> str:
+        """SHA-256 of all that pixel values depend on, the order of the passes of a resize included."""
+        named = ("image_processor_type", "processor_class", "feature_extractor_type")
+        settings = {name: value for name, value in self.to_dict().items() if name not in named}
+        settings["pass_order"] = rule_name(self.pass_order)
+        return sha256(json_text(settings).encode()).hexdigest()
 
     @classmethod
     def _build(

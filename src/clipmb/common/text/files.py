@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from hashlib import sha256
 from pathlib import Path
 from typing import Any, Self
 
@@ -15,6 +16,7 @@ from clipmb.common.text.added import AddedToken
 from clipmb.common.text.base import SPECIAL
 from clipmb.common.text.decoding import DecodingTokens
 from clipmb.common.text.options import NO_LIMIT
+from clipmb.common.text.unicode import table_digest
 from clipmb.common.text.vocabulary import MOST_IDS, read_tokenizer_json, tokenizer_json
 from clipmb.common.uploading import Uploadable, uploaded
 
@@ -109,6 +111,16 @@ class SavedTokens(DecodingTokens, Uploadable):
         )
         config.update({name: value for name, value, usual in unusual if value != usual})
         return config
+
+    @property
+    def fingerprint(self) -> str:
+        """SHA-256 of all that the ids of a text depend on, the frozen Unicode table included."""
+        added = [[i, token.flags()] for i, token in sorted(self.added_tokens_decoder.items())]
+        content = [
+            self._vocabulary.vocab_json(), self._vocabulary.merges_txt(), self.text_cleaning, added,
+            self.bos_token, self.eos_token, self.unk_token, table_digest(),
+        ]  # fmt: skip
+        return sha256(json_text(content).encode()).hexdigest()
 
     def _written(self, filename_prefix: str | None = None) -> dict[str, str]:
         """Returns name and content of every file that holds this tokenizer."""

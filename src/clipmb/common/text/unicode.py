@@ -11,6 +11,7 @@ import re
 import unicodedata
 from collections.abc import Iterator
 from functools import lru_cache
+from hashlib import sha256
 from importlib import resources
 from itertools import pairwise
 from typing import Any
@@ -23,10 +24,21 @@ _EMOJI = 0x1F600
 _YPOGEGRAMMENI = 0x345  # a mark, but the same as the letter iota where case is ignored
 
 
+_NAME = "unicode.json"
+
+
+def _text() -> str:
+    return resources.files("clipmb").joinpath("data", _NAME).read_text("utf-8")
+
+
 @lru_cache(maxsize=1)
 def _table() -> dict[str, Any]:
-    name = "unicode.json"
-    return parse_json(resources.files("clipmb").joinpath("data", name).read_text("utf-8"), name)
+    return parse_json(_text(), _NAME)
+
+
+def table_digest() -> str:
+    """SHA-256 of the table, 64 hexadecimal digits."""
+    return sha256(_text().encode()).hexdigest()
 
 
 def _ranges(name: str) -> Iterator[tuple[int, int]]:

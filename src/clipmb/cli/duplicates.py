@@ -1,0 +1,34 @@
+"""``clipmb duplicates``: embeddings that are nearly the same."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from clipmb.cli import common
+from clipmb.embedding.store import KINDS
+
+
+def run(
+    folder: Annotated[str, typer.Argument(metavar="DIR", help="Folder that clipmb embed wrote.")],
+    threshold: Annotated[float, typer.Option(metavar="COSINE", help="Least similarity, above 0 and at most 1.")] = 0.95,
+    kind: Annotated[str, common.choice("--kind", values=KINDS, help="What to compare")] = "images",
+    as_json: common.Json = False,
+) -> None:
+    """Find near duplicates among embeddings.
+
+    Each is in one group with all that are at least this similar to it, and those that are to them.
+    """
+    from clipmb.embedding.index import Index
+
+    index = Index.open(folder)
+    groups = index.duplicates(threshold, kind)
+    names = index.table(kind).column("id").to_pylist() if groups else []
+    named = [[names[row] for row in rows] for rows in groups]
+    if as_json:
+        common.print_json(named)
+        return
+    for group in named:
+        typer.echo("\n".join([*group, ""]))
+    typer.echo(f"{len(named):,} groups of {sum(map(len, named)):,} {kind}, of {index.count(kind):,}")

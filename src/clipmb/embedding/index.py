@@ -1,0 +1,372 @@
+"""Search in embeddings on disk: exact, over a text, an image, or sums and differences of several."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Self
+
+import numpy as np
+
+from clipmb.common.errors import CheckpointError, bad_input, one_of, whole_number
+from clipmb.common.zero_shot import unit
+from clipmb.embedding import store
+from clipmb.embedding.passport import passport_of, require_equivalent
+from clipmb.embedding.store import KINDS, Manifest
+from clipmb.pipeline import CLIPPipeline
+
+_BLOCK = 1 << 14  # rows of one product
+_COMPARISONS: dict[str, str] = {  # of ``where``, to pyarrow's functions
+    "==": "equal", "!=": "not_equal", "<=": "less_equal", ">=": "greater_equal", "=": "equal", "<": "less",
+    ">": "greater",
+}  # fmt: skip
+
+
+class Index:
+    """Embeddings that `clipmb.embed` wrote. Open a folder with `Index.open`.
+
+    Searching is exact. All vectors of the kind that is searched are in memory, in the numbers of the files.
+
+    Args:
+        folder: Where they are.
+        manifest: What the folder holds.
+        load: Loads what embeds queries.
+
+    Attributes:
+        folder: Where they are.
+        manifest: What the folder holds.
+        passport: What made them, as `clipmb.embedding.passport.passport_of` describes it.
+    """
+
+    def __init__(self, folder: Path, manifest: Manifest, load: Callable[[], CLIPPipeline]) -> None:
+        self.folder, self.manifest, self.passport = folder, manifest, manifest.passport
+        self._load = load
+        self._vectors: dict[str, np.ndarray] = {}
+        self._tables: dict[str, Any] = {}
+
+    @classmethod
+    def open(
+        cls,
+        path: str | os.PathLike[str],
+        *,
+        model: CLIPPipeline | str | os.PathLike[str] | None = None,
+        backend: str | None = None,
+        device: Any = None,
+    ) -> Self:
+        """Opens a folder of embeddings. The model is loaded when a query needs it.
+
+        Args:
+            path: The folder.
+            model: What embeds queries: a pipeline, or the folder or Hub id of a checkpoint; the one of the manifest
+                when None. It must be equivalent to what made the embeddings.
+            backend: Key of `clipmb.backends.BACKENDS`, for a model that is loaded here; the one of the manifest when
+                that is installed, else the first installed one.
+            device: Device, as the framework names it, for a model that is loaded here.
+
+        Raises:
+            CheckpointError: It holds no finished embeddings, or its manifest is damaged.
+            ImportError: pyarrow is not installed.
+        """
+        store.pyarrow()
+        folder = Path(path)
+        manifest = Manifest.read(folder)
+        if manifest is None or not manifest.sources:
+            state = "no manifest.json" if manifest is None else "only an interrupted job"
+            raise CheckpointError(
+                f"{folder} must hold finished embeddings. Received: {state}. "
+                "Make them with clipmb embed, finish a job with its --resume, or correct the path."
+            )
+
+        def load() -> CLIPPipeline:
+            from clipmb import backends
+
+            pipeline = model
+            if not isinstance(pipeline, CLIPPipeline):
+                known = manifest.passport["backend"]
+                name = backend or (known if known in backends.installed() else None)
+                checkpoint = pipeline or manifest.passport["model"]
+                pipeline = CLIPPipeline.from_pretrained(
+                    checkpoint, backend=name, dtype=manifest.passport["dtype"], device=device
+                )
+            found = passport_of(
+                pipeline, normalized=manifest.passport["normalized"], long_text=manifest.passport["long_text"]
+            )
+            require_equivalent(manifest.passport, found, folder)
+            return pipeline
+
+        return cls(folder, manifest, load)
+
+    @cached_property
+    def pipeline(self) -> CLIPPipeline:
+        """What embeds queries; loaded at the first use.
+
+        Raises:
+            ValueError: It is not equivalent to what made the embeddings.
+            CheckpointError: It cannot be loaded.
+        """
+        return self._load()
+
+    def __repr__(self) -> str:
+        return f"Index({str(self.folder)!r}, images={self.count('images')}, texts={self.count('texts')})"
+
+    def count(self, kind: str) -> int:
+        """Returns how many embeddings there are of "images" or of "texts"."""
+        self._check_kind(kind)
+        return sum(source[kind] for source in self.manifest.sources)
+
+    def vectors(self, kind: str = "images") -> np.ndarray:
+        """Returns all embeddings of a kind.
+
+        Args:
+            kind: "images" or "texts".
+
+        Returns:
+            (rows, proj), float32 or float16 as they were stored; read once.
+        """
+        self._check_kind(kind)
+        if kind not in self._vectors:
+            whole = np.empty((self.count(kind), self.manifest.dimension), self.manifest.store)
+            start = 0
+            for table in self._read(kind, ["embedding"]):
+                for chunk in table.column("embedding").chunks:
+                    part = chunk.flatten().to_numpy().reshape(len(chunk), -1)
+                    whole[start : start + len(part)] = part
+                    start += len(part)
+            self._vectors[kind] = whole
+        return self._vectors[kind]
+
+    def table(self, kind: str = "images") -> Any:
+        """Returns the other columns of a kind, as a ``pyarrow.Table`` of as many rows.
+
+        Args:
+            kind: "images" or "texts".
+        """
+        self._check_kind(kind)
+        if kind not in self._tables:
+            pa = store.pyarrow()
+            parts = list(self._read(kind, None))
+            self._tables[kind] = (
+                pa.concat_tables(parts, promote_options="permissive") if parts else pa.table({"id": []})
+            )
+        return self._tables[kind]
+
+    def query(
+        self,
+        text: str | Sequence[str] | None = None,
+        image: Any = None,
+        *,
+        minus_text: str | Sequence[str] | None = None,
+        minus_image: Any = None,
+    ) -> np.ndarray:
+        """Embeds a query: the sum of all texts and images, less those to move away from, of unit length.
+
+        Args:
+            text: One or several texts.
+            image: One or several images, as `CLIPPipeline.encode_image` takes them.
+            minus_text: Texts to subtract.
+            minus_image: Images to subtract.
+
+        Returns:
+            (proj,), float32.
+
+        Raises:
+            ValueError: There is nothing to search for, an image cannot be read, or the sum has no direction.
+        """
+        whole = np.zeros(self.manifest.dimension)
+        given = False
+        for sign, texts, images in ((1, text, image), (-1, minus_text, minus_image)):
+            if texts is not None and not (isinstance(texts, str | list | tuple) and len(texts) == 0):
+                given |= sign > 0
+                options = {"long_text": self.passport["long_text"]}
+                whole += sign * self.pipeline.encode_text(texts, **options).astype(np.float64).sum(axis=0)
+            if images is not None and not (isinstance(images, list | tuple) and not images):
+                given |= sign > 0
+                whole += sign * self.pipeline.encode_image(images).astype(np.float64).sum(axis=0)
+        if not given:
+            raise bad_input("A query needs a text or an image", None, "Pass text= or image=")
+        if not np.linalg.norm(whole):
+            raise bad_input("A query must have a direction", "a sum of zeros", "Pass other texts or images", shown=True)
+        return unit(whole).astype(np.float32)
+
+    def search(
+        self,
+        text: str | Sequence[str] | None = None,
+        image: Any = None,
+        *,
+        vector: np.ndarray | None = None,
+        k: int = 10,
+        kind: str = "images",
+        where: str | Sequence[str] | None = None,
+        minus_text: str | Sequence[str] | None = None,
+        minus_image: Any = None,
+    ) -> list[dict[str, Any]]:
+        """Returns the embeddings that are most similar to a query.
+
+        Args:
+            text: As in `query`.
+            image: As in `query`.
+            vector: (proj,) a query of one's own, instead of texts and images; its length does not matter.
+            k: How many, at most.
+            kind: "images" or "texts": what to find.
+            where: Conditions on the other columns, all of which must hold: ``column=value``, with ``=``, ``!=``, ``<``,
+                ``<=``, ``>`` or ``>=``. Rows without a value never match.
+            minus_text: As in `query`.
+            minus_image: As in `query`.
+
+        Returns:
+            For each, from the most similar: ``score``, the cosine; ``row``, its number; and all columns. Rows that are
+            equally similar keep their order.
+
+        Raises:
+            ValueError: There is no query, an argument is out of its range, or a condition names no column.
+        """
+        self._check_kind(kind)
+        whole_number("k", k, 1)
+        if vector is None:
+            vector = self.query(text, image, minus_text=minus_text, minus_image=minus_image)
+        elif any(value is not None for value in (text, image, minus_text, minus_image)):
+            raise bad_input("A query is a vector, or texts and images", "both", "Pass one of them", shown=True)
+        vector = np.asarray(vector, np.float32)
+        if vector.shape != (self.manifest.dimension,) or not np.isfinite(vector).all() or not vector.any():
+            raise bad_input(
+                f"vector must have {self.manifest.dimension} finite numbers that are not all zero", vector, "Correct it"
+            )
+        rows = None if where is None else np.flatnonzero(self._matching(kind, where))
+        scores, found = nearest(self.vectors(kind), unit(vector)[None], k, rows=rows)
+        kept = self.table(kind).take(found[0]).to_pylist()
+        return [
+            {"score": float(score), "row": int(row), **columns}
+            for score, row, columns in zip(scores[0], found[0], kept, strict=True)
+        ]
+
+    def duplicates(self, threshold: float = 0.95, kind: str = "images") -> list[list[int]]:
+        """Groups embeddings that are nearly the same: chains in which each is at least this similar to another.
+
+        Args:
+            threshold: Least cosine, above 0 and at most 1.
+            kind: "images" or "texts".
+
+        Returns:
+            The rows of each group of two or more, ascending; groups in the order of their first rows.
+
+        Raises:
+            ValueError: The threshold is out of its range.
+        """
+        self._check_kind(kind)
+        if not isinstance(threshold, int | float) or isinstance(threshold, bool) or not 0 < threshold <= 1:
+            raise bad_input("threshold must be a cosine above 0 and at most 1", threshold, "Pass for example 0.95")
+        vectors = self.vectors(kind)
+        parent = np.arange(len(vectors))
+
+        def root(row: int) -> int:
+            while parent[row] != row:
+                parent[row] = parent[parent[row]]
+                row = int(parent[row])
+            return row
+
+        for first, left in _blocks(vectors, None, 1 << 11):
+            for second, right in _blocks(vectors, None, 1 << 11):
+                if second < first:
+                    continue
+                near = np.argwhere(left @ right.T >= threshold - 1e-6)  # rounding of 1 - cosine of equal vectors
+                for a, b in near + np.array([first, second]):
+                    if a < b and (one := root(int(a))) != (two := root(int(b))):
+                        parent[max(one, two)] = min(one, two)
+        groups: dict[int, list[int]] = {}
+        for row in range(len(vectors)):
+            groups.setdefault(root(row), []).append(row)
+        return [rows for rows in groups.values() if len(rows) > 1]
+
+    def _check_kind(self, kind: str) -> None:
+        if kind not in KINDS:
+            raise one_of("kind", kind, KINDS)
+
+    def _read(self, kind: str, columns: list[str] | None) -> Iterator[Any]:
+        """Yields the tables of all shards, in their order: these columns, or all but the embedding."""
+        pa = store.pyarrow()
+        for source in self.manifest.sources:
+            for number in range(*source["shards"]):
+                path = store.shard_path(self.folder, kind, number)
+                if not path.exists():
+                    continue  # a shard without rows of this kind
+                try:
+                    names = columns or [n for n in pa.parquet.read_schema(path).names if n != "embedding"]
+                    yield pa.parquet.read_table(path, columns=names)
+                except (pa.ArrowException, OSError) as error:
+                    raise CheckpointError(f"{path} cannot be read: {error}. Embed its source again.") from error
+
+    def _matching(self, kind: str, where: str | Sequence[str]) -> np.ndarray:
+        """Returns for every row whether it satisfies all conditions."""
+        pa = store.pyarrow()
+        import pyarrow.compute as compute
+
+        table = self.table(kind)
+        matching = np.ones(table.num_rows, bool)
+        for condition in [where] if isinstance(where, str) else where:
+            place, sign = min(
+                ((at, sign) for sign in _COMPARISONS if (at := condition.find(sign)) > 0),
+                key=lambda found: (found[0], -len(found[1])),
+                default=(0, ""),
+            )
+            name, text = condition[:place].strip(), condition[place + len(sign) :].strip()
+            if not sign or name not in table.column_names:
+                raise bad_input(
+                    "A condition must be a column, a comparison and a value", condition,
+                    f"Write for example 'label=cat'; there are {', '.join(table.column_names)}",
+                )  # fmt: skip
+            column = table.column(name)
+            try:
+                value = pa.scalar(text).cast(column.type)
+            except pa.ArrowException:
+                raise bad_input(
+                    f"The value of a condition on {name} must be {column.type}", condition, "Correct it"
+                ) from None
+            found = getattr(compute, _COMPARISONS[sign])(column, value)
+            matching &= compute.fill_null(found, False).to_numpy()
+        return matching
+
+
+def nearest(
+    vectors: np.ndarray, queries: np.ndarray, k: int, *, rows: np.ndarray | None = None
+) -> tuple[np.ndarray, np.ndarray]:
+    """Finds the rows with the largest cosines to each query, exactly, by blocked products.
+
+    Args:
+        vectors: (rows, proj), of unit length or not; float32 or float16.
+        queries: (queries, proj) float32, of unit length.
+        k: How many, at most.
+        rows: (n,) the rows to consider, ascending; all when None.
+
+    Returns:
+        Cosines and rows, (queries, the lesser of k and the rows), from the most similar; of equal ones the first row
+        comes first.
+    """
+    scores = np.empty((len(queries), 0), np.float32)
+    found = np.empty((len(queries), 0), np.int64)
+    for start, block in _blocks(vectors, rows, _BLOCK):
+        numbers = np.arange(start, start + len(block)) if rows is None else rows[start : start + len(block)]
+        new = queries @ block.T
+        if new.shape[1] > k:  # all that reach the k-th largest, so that equal ones are decided by their rows
+            least = np.partition(new, -k, axis=1)[:, -k].min()
+            some = np.flatnonzero((new >= least).any(axis=0))
+            new, numbers = new[:, some], numbers[some]
+        scores = np.concatenate([scores, new], axis=1)
+        found = np.concatenate([found, np.broadcast_to(numbers, new.shape)], axis=1)
+        order = np.argsort(-scores, axis=1, kind="stable")[:, :k]
+        scores, found = np.take_along_axis(scores, order, 1), np.take_along_axis(found, order, 1)
+    return scores, found
+
+
+def _blocks(vectors: np.ndarray, rows: np.ndarray | None, size: int) -> Iterator[tuple[int, np.ndarray]]:
+    """Yields where each block of rows begins, and its rows in float32 and of unit length."""
+    count = len(vectors) if rows is None else len(rows)
+    for start in range(0, count, size):
+        part = vectors[start : start + size] if rows is None else vectors[rows[start : start + size]]
+        yield start, unit(np.asarray(part, np.float32))
+
+
+def columns_of(hit: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns the columns of a result that hold something, without its score and row."""
+    return {name: value for name, value in hit.items() if name not in ("score", "row") and value not in (None, "")}

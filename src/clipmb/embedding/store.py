@@ -1,0 +1,205 @@
+"""How embeddings lie on disk: Parquet shards, a manifest, and what is known of shards that are under way."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from clipmb.common.errors import CheckpointError, bad_input
+from clipmb.common.json_files import json_text, read_json
+from clipmb.common.saving import locked, write_atomically
+
+MANIFEST = "manifest.json"
+ERRORS = "errors.parquet"
+KINDS = ("images", "texts")
+STORED = ("float32", "float16")
+_FORMAT = 1
+_UNDER_WAY = ".clipmb-embed"
+_BEGUN = re.compile(r"\.((images|texts)-\d{5,}\.parquet|errors\.parquet|manifest\.json)\.\d+")  # of write_atomically
+
+
+@dataclass
+class Manifest:
+    """What a folder of embeddings holds.
+
+    Attributes:
+        passport: What made them, as `clipmb.embedding.passport.passport_of` describes it.
+        dimension: Numbers in an embedding.
+        store: "float32" or "float16".
+        options: What the job's division into shards and batches depends on.
+        sources: The finished jobs, each with ``name``, ``fingerprint``, ``items``, ``images``, ``texts``, ``errors``
+            (counts) and ``shards``, the range of their numbers.
+        pending: The job that is under way or was killed, in the same form without counts; or None.
+    """
+
+    passport: dict[str, Any]
+    dimension: int
+    store: str
+    options: dict[str, Any]
+    sources: list[dict[str, Any]] = field(default_factory=list)
+    pending: dict[str, Any] | None = None
+
+    @classmethod
+    def read(cls, folder: Path) -> Manifest | None:
+        """Reads the manifest of a folder; None where there is none.
+
+        Raises:
+            CheckpointError: It is damaged, or a newer version of clipmb wrote it.
+        """
+        path = folder / MANIFEST
+        if not path.exists():
+            return None
+        content = read_json(path)
+        if content.pop("format", None) != _FORMAT:
+            raise CheckpointError(f"{path} must have format {_FORMAT}. Install a newer clipmb, or embed again.")
+        try:
+            return cls(**content)
+        except TypeError as error:
+            raise CheckpointError(f"{path} does not have the content of its kind: {error}") from error
+
+    def write(self, folder: Path) -> None:
+        """Writes the manifest; readers find the old one or the new one."""
+        write_atomically(folder / MANIFEST, json_text({"format": _FORMAT, **vars(self)}).encode())
+
+    @property
+    def next_shard(self) -> int:
+        """The number of the first shard of a further job."""
+        return max((source["shards"][1] for source in self.sources), default=0)
+
+
+@contextmanager
+def writing(folder: Path) -> Iterator[None]:
+    """Holds the folder for one job, and removes what killed ones had begun to write.
+
+    Raises:
+        ValueError: Another process embeds into it.
+    """
+    try:
+        with locked(folder, wait=False):
+            for path in folder.iterdir():
+                if _BEGUN.fullmatch(path.name):
+                    path.unlink()
+            yield
+    except BlockingIOError:
+        raise bad_input(
+            "Only one process at a time may embed into a folder", str(folder),
+            "Wait for the other, or use another folder", shown=True,
+        ) from None  # fmt: skip
+
+
+def pyarrow() -> Any:
+    """Returns pyarrow with its module for Parquet.
+
+    Raises:
+        ImportError: It is not installed.
+    """
+    try:
+        import pyarrow.parquet
+    except ImportError as error:
+        raise ImportError(
+            f"Embeddings on disk need pyarrow, which cannot be imported ({error}). "
+            'Install it: pip install "clipmb[embed]"'
+        ) from error
+    return pyarrow
+
+
+def shard_path(folder: Path, kind: str, number: int) -> Path:
+    """Returns where a shard is."""
+    return folder / f"{kind}-{number:05d}.parquet"
+
+
+def column_types(kinds: Mapping[str, set[str]]) -> dict[str, str]:
+    """Returns the Arrow type of each further column: of its Python types what holds them all, else JSON as a string."""
+    types = {}
+    for name, found in kinds.items():
+        some = found - {"NoneType"}
+        if some <= {"int"} and some:
+            types[name] = "int64"
+        elif some <= {"int", "float"} and some:
+            types[name] = "float64"
+        elif some <= {"bool"} and some:
+            types[name] = "bool"
+        else:
+            types[name] = "json" if some & {"list", "dict", "int", "float", "bool"} else "string"
+    return types
+
+
+def write_shard(
+    path: Path,
+    rows: Sequence[Mapping[str, Any]],
+    embeds: np.ndarray,
+    types: Mapping[str, str],
+    passport: Mapping[str, Any],
+) -> None:
+    """Writes one shard; it appears under its name only when it is complete.
+
+    Args:
+        path: Where.
+        rows: ``id``, ``path`` (absolute, or None), ``caption`` (of texts), ``label`` and "fields" of each embedding.
+        embeds: (rows, proj), in the dtype to store.
+        types: Further columns and their types, of `column_types`.
+        passport: Kept in the metadata of the file.
+    """
+    pa = pyarrow()
+    fixed = ("id", "path", "caption", "label") if path.name.startswith("texts") else ("id", "path", "label")
+    columns = {name: pa.array([row[name] for row in rows], pa.string()) for name in fixed}
+    for name, kind in types.items():
+        values = [row["fields"].get(name) for row in rows]
+        if kind == "json":
+            values = [None if value is None else json.dumps(value, ensure_ascii=False) for value in values]
+        elif kind == "string":
+            values = [None if value is None else str(value) for value in values]
+        columns[name if name not in (*columns, "embedding") else f"{name}_"] = pa.array(
+            values, pa.string() if kind == "json" else getattr(pa, {"bool": "bool_"}.get(kind, kind))()
+        )
+    flat = pa.array(np.ascontiguousarray(embeds).reshape(-1))
+    columns["embedding"] = pa.FixedSizeListArray.from_arrays(flat, embeds.shape[1])
+    table = pa.table(columns).replace_schema_metadata({"clipmb": json.dumps(dict(passport))})
+    buffer = pa.BufferOutputStream()
+    pa.parquet.write_table(table, buffer, use_dictionary=False)
+    write_atomically(path, buffer.getvalue().to_pybytes())
+
+
+def write_errors(folder: Path, source: int, errors: Sequence[Mapping[str, Any]]) -> None:
+    """Replaces the errors of one job among those of the folder.
+
+    Args:
+        folder: The folder.
+        source: The number of the job.
+        errors: ``id``, ``path``, ``kind`` and ``reason`` of each input without embedding.
+    """
+    pa = pyarrow()
+    path = folder / ERRORS
+    kept = []
+    if path.is_file():
+        kept = [row for row in pa.parquet.read_table(path).to_pylist() if row["source"] < source]
+    rows = [*kept, *({**error, "source": source} for error in errors)]
+    text = [(name, pa.string()) for name in ("id", "path", "kind", "reason")]
+    buffer = pa.BufferOutputStream()
+    pa.parquet.write_table(pa.Table.from_pylist(rows, pa.schema([*text, ("source", pa.int64())])), buffer)
+    write_atomically(path, buffer.getvalue().to_pybytes())
+
+
+def finished(folder: Path, number: int) -> dict[str, Any] | None:
+    """Returns what is known of a shard whose files are complete, or None."""
+    path = folder / _UNDER_WAY / f"{number:05d}.json"
+    return read_json(path) if path.is_file() else None
+
+
+def finish(folder: Path, number: int, about: Mapping[str, Any]) -> None:
+    """Says that the files of a shard are complete."""
+    (folder / _UNDER_WAY).mkdir(exist_ok=True)
+    write_atomically(folder / _UNDER_WAY / f"{number:05d}.json", json_text(about).encode())
+
+
+def clear(folder: Path) -> None:
+    """Forgets the shards under way, when they are in the manifest."""
+    shutil.rmtree(folder / _UNDER_WAY, ignore_errors=True)

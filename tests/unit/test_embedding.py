@@ -1,0 +1,405 @@
+"""Embeddings on disk: nothing lost, the same rows after every kill, exact search, and no mixing of models."""
+
+from __future__ import annotations
+
+import base64
+import json
+import os
+import re
+import sys
+
+import numpy as np
+import pytest
+from cases import VISION, write_checkpoint
+from conftest import ENGINES, TESTS
+from data_cases import jpeg
+from embedding_cases import BROKEN, CONFIG, collection, pipeline
+from processes import excerpt, invoke, python
+
+import clipmb
+from clipmb import CheckpointError, CLIPConfig, CLIPPipeline, Index, Pairs, embed
+from clipmb.common.saving import locked
+from clipmb.embedding.index import nearest
+from clipmb.embedding.passport import weights_digest
+
+TEXT = {"hidden_size": 32, "intermediate_size": 56, "num_hidden_layers": 1, "num_attention_heads": 4}
+MODEL = CLIPConfig({**TEXT, "max_position_embeddings": 16}, VISION, projection_dim=24)
+parquet = pytest.importorskip("pyarrow.parquet")
+SOURCE = 11  # good images of the collection
+OPTIONS = {"batch_size": 6, "shard_size": 5, "workers": 2}
+
+
+def rows_of(folder):
+    """All rows of a folder: kind to list, in the order of the shards; and the errors."""
+    found = {kind: [] for kind in ("images", "texts")}
+    for kind, rows in found.items():
+        for path in sorted(folder.glob(f"{kind}-*.parquet")):
+            rows += parquet.read_table(path).to_pylist()
+    return found, parquet.read_table(folder / "errors.parquet").to_pylist()
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    return collection(tmp_path_factory.mktemp("data") / "pictures")
+
+
+@pytest.fixture(scope="module")
+def embedded(data, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("embedded") / "out"
+    return folder, embed(data, folder, model=pipeline(), **OPTIONS)
+
+
+def test_every_input_is_a_row_or_an_error(data, embedded):
+    folder, done = embedded
+    rows, errors = rows_of(folder)
+    assert [row["id"] for row in rows["images"]] == [f"{i:03d}.jpg" for i in range(SOURCE)]
+    captions = [text for i in range(SOURCE) for text in (f"caption {i}", f"another of {i}")[: i % 3]]
+    assert [row["caption"] for row in rows["texts"]][:-2] == captions
+    assert {error["id"]: error["kind"] for error in errors} == {
+        **dict.fromkeys([*BROKEN, "missing.jpg"], "image"), "captions.jsonl:20": "item",
+    }  # fmt: skip
+    assert all(error["reason"] for error in errors)
+    items = SOURCE + len(BROKEN) + 3
+    counts = {"items": items, "images": SOURCE, "texts": len(captions) + 2, "errors": len(BROKEN) + 2}
+    assert {name: done[name] for name in counts} == counts
+    manifest = json.loads((folder / "manifest.json").read_text())
+    assert {name: manifest["sources"][0][name] for name in counts} == counts
+    assert sorted(path.name for path in folder.iterdir() if path.name.startswith(".")) == []
+
+
+def test_embeddings_are_those_of_the_pipeline(data, embedded):
+    rows, _ = rows_of(embedded[0])
+    model = pipeline()
+    paths = [str(data.parent / row["id"]) for row in rows["images"]]
+    assert [row["path"] for row in rows["images"]] == paths
+    np.testing.assert_array_equal([row["embedding"] for row in rows["images"]], model.encode_image(paths))
+    texts = model.encode_text([row["caption"] for row in rows["texts"]], long_text="truncate")
+    np.testing.assert_allclose([row["embedding"] for row in rows["texts"]], texts, rtol=0, atol=1e-6)
+
+
+def test_other_columns_are_kept_with_their_types(embedded):
+    rows, _ = rows_of(embedded[0])
+    assert [row["width"] for row in rows["images"]] == [20 + i for i in range(SOURCE)]
+    assert [json.loads(row["tags"]) for row in rows["images"]] == [["a", i] for i in range(SOURCE)]
+    schema = parquet.read_schema(embedded[0] / "images-00000.parquet")
+    assert str(schema.field("embedding").type) == "fixed_size_list<element: float>[6]"
+    assert json.loads(schema.metadata[b"clipmb"]) == Index.open(embedded[0]).passport
+
+
+def test_a_compiler_meets_few_shapes(data, tmp_path):
+    model = pipeline()
+    embed(data, tmp_path / "out", model=model, **OPTIONS)
+    pictures = {shape for shape in model.engine.shapes if len(shape) == 4}
+    assert pictures <= {(size, 3, 16, 16) for size in (1, 2, 4, 6)}
+    assert {shape[1] for shape in model.engine.shapes if len(shape) == 2} <= {8, 16}
+
+
+@pytest.mark.parametrize("stored", ["float32", "float16"])
+@pytest.mark.parametrize("normalize", [True, False])
+def test_numbers_in_the_files(data, tmp_path, stored, normalize):
+    embed(data, tmp_path / "out", model=pipeline(), stored=stored, normalize=normalize, **OPTIONS)
+    rows, _ = rows_of(tmp_path / "out")
+    expected = pipeline().encode_image([row["path"] for row in rows["images"]], normalize=normalize).astype(stored)
+    found = Index.open(tmp_path / "out", model=pipeline())
+    assert found.vectors().dtype == stored
+    np.testing.assert_array_equal(found.vectors(), expected)
+
+
+def test_embeddings_that_cannot_be_used_are_errors(data, tmp_path):
+    done = embed(data, tmp_path / "out", model=pipeline(float("inf")), **OPTIONS)
+    assert (done["images"], done["texts"], done["errors"]) == (0, 0, SOURCE + 11 + 1 + len(BROKEN) + 2)
+    assert "is not finite" in rows_of(tmp_path / "out")[1][-1]["reason"]
+
+
+KILLED = """
+import sys
+from pathlib import Path
+from kills import at_every_operation
+from embedding_cases import pipeline
+from clipmb import Pairs, embed
+pairs, model = Pairs.open(sys.argv[2], partial=True), pipeline()
+options = {"model": model, "batch_size": 6, "shard_size": 5, "workers": 1}
+embed(pairs, Path(sys.argv[1]) / "warm", **options)
+at_every_operation(Path(sys.argv[1]), lambda path: None, lambda path: embed(pairs, path, resume=True, **options))
+"""
+
+
+def test_a_job_killed_at_any_moment_goes_on(data, embedded, tmp_path):
+    done = python("-c", KILLED, tmp_path, data, PYTHONPATH=os.pathsep.join([str(TESTS), *sys.path]))
+    assert done.returncode == 0, excerpt(done.stderr)
+    last = int(done.stdout)
+    assert last > 30
+    expected = rows_of(embedded[0])
+    pairs, model = Pairs.open(data, partial=True), pipeline()
+    unfinished, calls = 0, 7  # steps of the model in the whole job
+    for k in range(1, last + 1):
+        folder = tmp_path / str(k)
+        manifest = folder / "manifest.json"
+        unfinished += not manifest.is_file() or json.loads(manifest.read_text())["pending"] is not None
+        kept = {json.loads(path.read_text())["images"] for path in folder.glob(".clipmb-embed/*.json")}
+        model.engine.calls = 0
+        embed(pairs, folder, model=model, resume=True, **OPTIONS)
+        assert rows_of(folder) == expected, k
+        assert model.engine.calls <= calls - len(kept - {0})
+        assert [path.name for path in folder.glob("*.parquet.*")] == []
+    assert unfinished > 20
+
+
+def test_another_source_is_appended(data, embedded, tmp_path):
+    (tmp_path / "texts.txt").write_text("one\ntwo\n", "utf-8")
+    folder = tmp_path / "out"
+    with pytest.raises(ValueError, match="append needs a folder with embeddings"):
+        embed(data, folder, model=pipeline(), append=True, **OPTIONS)
+    embed(data, folder, model=pipeline(), **OPTIONS)
+    done = embed(tmp_path / "texts.txt", folder, model=pipeline(), append=True, **OPTIONS)
+    assert (done["items"], done["texts"], done["errors"]) == (2, 2, 0)
+    rows, errors = rows_of(folder)
+    before, earlier = rows_of(embedded[0])
+    assert rows["images"] == before["images"]
+    assert rows["texts"][:-2] == before["texts"]
+    assert [row["caption"] for row in rows["texts"][-2:]] == ["one", "two"]
+    assert errors == earlier
+    index = Index.open(folder, model=pipeline())
+    assert (index.count("images"), index.count("texts")) == (SOURCE, len(rows["texts"]))
+    assert index.search("two", kind="texts", k=1)[0]["caption"] == "two"
+    with pytest.raises(ValueError, match="A source may be embedded only once"):
+        embed(data, folder, model=pipeline(), append=True, **OPTIONS)
+    again = embed(data, folder, model=pipeline(), resume=True, **OPTIONS)
+    assert (again["images"], again["bottleneck"]) == (SOURCE, None)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({}, r"out must be a new or empty folder"),
+        ({"resume": True, "append": True}, "either resumes or appends"),
+        ({"resume": True, "model": pipeline(2.0)}, r"weights: \w{12}… there, \w{12}… here"),
+        ({"resume": True, "normalize": False}, "normalized: True there, False here"),
+        ({"resume": True, "long_text": "mean"}, "long_text: truncate there, mean here"),
+        ({"resume": True, "stored": "float16"}, "stored must stay what it was, float32"),
+        ({"resume": True, "shard_size": 6}, "shard_size must stay what it was, 5"),
+        ({"resume": True, "batch_size": 5}, "batch_size must stay what it was, 6"),
+        ({"batch_size": 0}, "batch_size"),
+        ({"workers": 0}, "workers"),
+        ({"stored": "int8"}, "stored"),
+        ({"long_text": "cut"}, "long_text"),
+    ],
+)
+def test_what_does_not_fit_is_refused_and_changes_nothing(data, embedded, change, message):
+    folder = embedded[0]
+    before = {path.name: path.read_bytes() for path in folder.iterdir()}
+    with pytest.raises(ValueError, match=message):
+        embed(data, folder, **{"model": pipeline(), **OPTIONS, **change})
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
+
+
+def test_a_folder_with_other_things_and_a_file_are_refused(data, tmp_path):
+    (tmp_path / "mine.txt").write_text("mine")
+    with pytest.raises(ValueError, match="out must be a new or empty folder"):
+        embed(data, tmp_path, model=pipeline(), resume=True)
+    with pytest.raises(ValueError, match="out must be a folder"):
+        embed(data, tmp_path / "mine.txt", model=pipeline())
+
+
+def test_one_process_at_a_time(data, tmp_path):
+    with locked(tmp_path / "out"), pytest.raises(ValueError, match="Only one process at a time"):
+        embed(data, tmp_path / "out", model=pipeline())
+
+
+def test_an_interrupted_job_is_no_index(data, embedded, tmp_path):
+    with pytest.raises(CheckpointError, match=r"Received: no manifest\.json"):
+        Index.open(tmp_path)
+    manifest = json.loads((embedded[0] / "manifest.json").read_text())
+    manifest["pending"], manifest["sources"] = manifest["sources"][0], []
+    (tmp_path / "manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(CheckpointError, match="only an interrupted job"):
+        Index.open(tmp_path)
+    (tmp_path / "new.txt").write_text("a text")
+    with pytest.raises(ValueError, match="An interrupted job must be finished first"):
+        embed(tmp_path / "new.txt", tmp_path, model=pipeline(), resume=True, **OPTIONS)
+    (tmp_path / "manifest.json").write_text(json.dumps(manifest | {"format": 2}))
+    with pytest.raises(CheckpointError, match="must have format 1"):
+        Index.open(tmp_path)
+
+
+# -- passports ---------------------------------------------------------------------------------------------------------
+
+
+def test_the_digest_of_weights_depends_on_values_names_and_shapes_only():
+    values = np.random.default_rng(0).standard_normal((4, 6)).astype(np.float16)
+    digest = weights_digest({"b": values, "a": values[0]})
+    assert weights_digest({"a": values[0].astype(np.float64), "b": np.asfortranarray(values, np.float32)}) == digest
+    changed = values.copy()
+    changed[3, 5] = np.nextafter(changed[3, 5], np.float16(9))
+    others = [
+        {"b": changed, "a": values[0]}, {"c": values, "a": values[0]}, {"b": values.reshape(6, 4), "a": values[0]},
+        {"b": values.astype(np.float64) + 1e-12, "a": values[0]}, {"b": values},
+    ]  # fmt: skip
+    assert len({digest, *map(weights_digest, others)}) == 6
+
+
+@pytest.mark.several(engines=True)
+def test_backends_are_equivalent_and_dtypes_are_not(data, tmp_path):
+    checkpoint = write_checkpoint(tmp_path / "model", MODEL)
+    first, second = (CLIPPipeline.from_pretrained(checkpoint, backend=name) for name in ENGINES[:2])
+    embed(data, tmp_path / "out", model=first, **OPTIONS)
+    found = [
+        Index.open(tmp_path / "out", model=model).search("caption 4", k=3)
+        for model in (first, second, None, checkpoint)
+    ]
+    for hits in found[1:]:
+        assert [hit["id"] for hit in hits] == [hit["id"] for hit in found[0]]
+        np.testing.assert_allclose([hit["score"] for hit in hits], [hit["score"] for hit in found[0]], atol=1e-5)
+    half = CLIPPipeline.from_pretrained(checkpoint, backend=ENGINES[0], dtype="float16")
+    with pytest.raises(ValueError, match="dtype: float32 there, float16 here"):
+        Index.open(tmp_path / "out", model=half).search("caption 4")
+    double = CLIPPipeline.from_pretrained(checkpoint, backend=ENGINES[0], dtype="float64")
+    assert Index.open(tmp_path / "out", model=double).search("caption 4", k=1)[0]["id"] == found[0][0]["id"]
+
+
+def test_other_tokenizers_and_processors_are_other_passports():
+    model = pipeline()
+    images, tokenizer = model.processor.image_processor, model.processor.tokenizer
+    known = images.fingerprint, tokenizer.fingerprint
+    images.image_mean = [0.5, 0.5, 0.5]
+    tokenizer.add_tokens(["<new>"])
+    assert images.fingerprint != known[0]
+    assert tokenizer.fingerprint != known[1]
+    assert clipmb.CLIPImageProcessor(size=16, crop_size=16).fingerprint == known[0]
+    assert clipmb.CLIPTokenizer().fingerprint != known[1] or clipmb.CLIPTokenizer().text_cleaning == "nfc"
+    assert clipmb.CLIPTokenizerFast().fingerprint == known[1]
+
+
+# -- search ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("some", [False, True])
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
+def test_search_is_exact(monkeypatch, dtype, some):
+    monkeypatch.setattr("clipmb.embedding.index._BLOCK", 7)
+    random = np.random.default_rng(0)
+    vectors = random.standard_normal((100, 5)).astype(dtype)
+    vectors[50:] = vectors[:50]  # equal ones, whose order counts
+    queries = random.standard_normal((3, 5)).astype(np.float32)
+    queries /= np.linalg.norm(queries, axis=1, keepdims=True)
+    rows = np.arange(0, 100, 3) if some else None
+    kept = np.arange(100) if rows is None else rows
+    whole = vectors.astype(np.float64)[kept]
+    cosines = np.round(queries @ (whole / np.linalg.norm(whole, axis=1, keepdims=True)).T, 6)
+    for k in (1, 4, 20, 200):
+        scores, found = nearest(vectors, queries, k, rows=rows)
+        expected = np.argsort(-cosines, axis=1, kind="stable")[:, :k]
+        np.testing.assert_array_equal(found, kept[expected])
+        np.testing.assert_allclose(scores, np.take_along_axis(cosines, expected, 1), atol=2e-6)
+
+
+def test_queries_are_sums_and_differences(data, embedded):
+    index = Index.open(embedded[0], model=pipeline())
+    model = pipeline()
+    picture = str(data.parent / "004.jpg")
+    one, two, three = model.encode_text(["one", "two", "three"])
+    seen = model.encode_image(picture)[0]
+    expected = one + two + seen - three
+    found = index.query(["one", "two"], picture, minus_text="three")
+    np.testing.assert_allclose(found, expected / np.linalg.norm(expected), atol=1e-6)
+    hit = index.search(image=picture, k=1)[0]
+    assert (hit["id"], hit["row"], hit["width"]) == ("004.jpg", 4, 24)
+    assert hit["score"] == pytest.approx(1, abs=1e-6)
+    assert [hit["row"] for hit in index.search(vector=7 * seen)] == [hit["row"] for hit in index.search(image=picture)]
+    for wrong in ({}, {"minus_text": "one"}, {"text": "one", "minus_text": "one"}, {"text": []}):
+        with pytest.raises(ValueError, match="A query"):
+            index.search(**wrong)
+    for vector in (seen[:-1], seen * np.nan, seen * 0):
+        with pytest.raises(ValueError, match="vector must have 6 finite numbers"):
+            index.search(vector=vector)
+    with pytest.raises(ValueError, match="kind"):
+        index.search("one", kind="image")
+
+
+@pytest.mark.parametrize(
+    ("where", "kept"),
+    [
+        ("width=24", [4]), ("width == 24", [4]), ("width!=24", [0, 1, 2, 3, 5, 6, 7, 8, 9, 10]), ("width<22", [0, 1]),
+        ("width<=22", [0, 1, 2]), ("width>29", [10]), ("width>=29", [9, 10]), (["width>22", "width<25"], [3, 4]),
+        ("id=003.jpg", [3]), ("id=none", []), ("label=a", []),
+    ],
+)  # fmt: skip
+def test_conditions(embedded, where, kept):
+    index = Index.open(embedded[0], model=pipeline())
+    assert sorted(hit["row"] for hit in index.search("one", k=100, where=where)) == kept
+
+
+@pytest.mark.parametrize("where", ["width", "height=3", "=3", "width=x", ""])
+def test_wrong_conditions(embedded, where):
+    with pytest.raises(ValueError, match=r"[cC]ondition"):
+        Index.open(embedded[0], model=pipeline()).search("one", where=where)
+
+
+def test_near_duplicates(tmp_path, monkeypatch):
+    for i, seed in enumerate([1, 2, 1, 3, 2, 1]):
+        (tmp_path / f"{i}.png").write_bytes(jpeg(seed, form="PNG"))
+    embed(tmp_path, tmp_path / "out", model=pipeline())
+    index = Index.open(tmp_path / "out")
+    assert index.duplicates(1.0) == [[0, 2, 5], [1, 4]]
+    assert index.duplicates(1e-9, kind="texts") == []
+    for wrong in (0, 1.5, True, "x"):
+        with pytest.raises(ValueError, match="threshold must be a cosine"):
+            index.duplicates(wrong)
+    found = invoke("duplicates", tmp_path / "out", "--threshold", "0.999", "--json")
+    assert json.loads(found.stdout) == [["0.png", "2.png", "5.png"], ["1.png", "4.png"]]
+    assert "2 groups of 5 images, of 6" in invoke("duplicates", tmp_path / "out", "--threshold", "0.999").stdout
+
+
+# -- the commands ------------------------------------------------------------------------------------------------------
+
+
+def test_the_commands(data, tmp_path):
+    model = write_checkpoint(tmp_path / "model", MODEL)
+    out = tmp_path / "out"
+    arguments = ["embed", data, "--out", out, "--model", model, "--backend", ENGINES[0], "--shard-size", 6]
+    done = invoke(*arguments)
+    assert done.exit_code == 0, done.stderr
+    assert f"{out}: {SOURCE} images" in done.stdout
+    assert re.search(r"bottleneck: (decode|resize|tokenize|model|write)", done.stdout)
+    assert json.loads(invoke(*arguments, "--resume", "--json").stdout)["images"] == SOURCE
+    again = invoke(*arguments)
+    assert (again.exit_code, "--resume" in again.stderr) == (1, True)
+    assert invoke(*arguments, "--batch-size", "some").exit_code == 2
+
+    page = tmp_path / "found.html"
+    found = invoke("search", out, "caption 3", "--image", data.parent / "003.jpg", "-k", 2, "--json", "--html", page)
+    hits = json.loads(found.stdout)
+    assert len(hits) == 2
+    assert hits[0]["score"] >= hits[1]["score"]
+    expected = Index.open(out).search("caption 3", str(data.parent / "003.jpg"), k=2)
+    assert [hit["id"] for hit in hits] == [hit["id"] for hit in expected]
+    shown = page.read_text("utf-8")
+    assert shown.count("<li>") == shown.count("data:image/jpeg;base64,") == 2
+    assert not re.search(r"""(src|href)=["'](?!data:)""", shown)
+    assert base64.b64decode(re.findall(r"base64,([^\"]+)", shown)[0])[:2] == b"\xff\xd8"
+    assert hits[0]["id"] in invoke("search", out, "caption 3", "--image", data.parent / "003.jpg").stdout
+    nothing = invoke("search", out)
+    assert (nothing.exit_code, "search needs a text or an image" in nothing.stderr) == (1, True)
+
+
+def test_a_gallery_escapes_what_it_shows(tmp_path):
+    from clipmb.embedding.gallery import gallery
+
+    page = gallery("<b>", [{"score": 1.0, "id": "<i>", "path": str(tmp_path / "no.jpg"), "caption": "a & b"}])
+    assert "<b>" not in page
+    assert "<i>" not in page
+    assert "a &amp; b" in page
+
+
+def test_the_fastest_batch_is_measured_and_kept(data, tmp_path):
+    done = embed(data, tmp_path / "out", model=pipeline(), batch_size="auto")
+    assert done["batch_size"] in (16, 32, 64, 128, 256)
+    assert embed(data, tmp_path / "out", model=pipeline(), batch_size="auto", resume=True)["images"] == SOURCE
+
+
+def test_a_model_is_described_by_what_it_was_made_of(embedded):
+    passport = Index.open(embedded[0]).passport
+    assert passport["backend"] == "numpy"
+    assert passport["clipmb"] == clipmb.__version__
+    assert passport["weights"] == weights_digest(pipeline().engine.weights())
+    assert CONFIG.projection_dim == Index.open(embedded[0]).manifest.dimension
