@@ -3,6 +3,7 @@ PYTHON ?= python3
 VENV   ?= .venv
 V5     ?= .venv-transformers5
 CLIENTS ?= .venv-clients
+EXPORTS ?= .venv-exports
 OLDEST ?= .venv-oldest
 TESTING := pytest==9.2.0 pytest-xdist==3.8.0 hypothesis==6.170.15
 # What other versions of Python and of the packages could change; what takes long and does not depend on them is left out.
@@ -37,9 +38,11 @@ test-without-compiler: $(VENV)/.installed
 	CLIPMB_REQUIRE_KERNEL=0 PYTHONPATH=build/without-compiler $(BIN)/python -m pytest -q tests/unit/common/image \
 		tests/reference/test_image_processor.py
 
-# accelerate, peft, transformers 5 and others with our models, in an environment of their own; Keras' and Flax's programs.
-clients: $(CLIENTS)/.installed $(VENV)/.installed
+# accelerate, peft, transformers 5 and others with our models, in an environment of their own; what loads exported files,
+# in one without a framework; Keras' and Flax's programs.
+clients: $(CLIENTS)/.installed $(EXPORTS)/.installed $(VENV)/.installed
 	CLIPMB_TEST_BACKENDS=pt $(CLIENTS)/bin/python -m pytest -q $(or $(ARGS),tests/clients/torch)
+	$(if $(ARGS),,CLIPMB_TEST_BACKENDS=onnx $(EXPORTS)/bin/python -m pytest -q tests/clients/exports)
 	$(if $(ARGS),,$(BIN)/python -m pytest -q -n 2 --dist loadfile tests/clients/keras tests/clients/flax)
 	$(if $(ARGS),,$(if $(shell command -v npm),$(MAKE) --no-print-directory javascript,@echo "clients: there is no npm, so transformers.js did not run"))
 
@@ -105,6 +108,13 @@ $(CLIENTS)/.installed: constraints-clients.txt setup.py src/clipmb/common/image/
 	$(CLIENTS)/bin/python -m pip install --quiet -e .
 	@touch $@
 
+$(EXPORTS)/.installed: constraints-exports.txt setup.py src/clipmb/common/image/_resize.c
+	$(PYTHON) -m venv $(EXPORTS)
+	$(EXPORTS)/bin/python -m pip install --quiet "pip>=25.1"
+	$(EXPORTS)/bin/python -m pip install --quiet -r constraints-exports.txt
+	$(EXPORTS)/bin/python -m pip install --quiet -e .
+	@touch $@
+
 .venv-3.%/.installed: constraints-newest.txt setup.py src/clipmb/common/image/_resize.c
 	$(call find,3.$*) -m venv .venv-3.$*
 	.venv-3.$*/bin/python -m pip install --quiet "pip>=25.1"
@@ -124,4 +134,4 @@ build/javascript/.installed: tests/clients/javascript/package.json
 	@touch $@
 
 clean:
-	rm -rf $(VENV) $(V5) $(CLIENTS) $(OLDEST) .venv-3.12 .venv-3.13 build dist src/*.egg-info src/clipmb/common/image/_resize*.so .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(V5) $(CLIENTS) $(EXPORTS) $(OLDEST) .venv-3.12 .venv-3.13 build dist src/*.egg-info src/clipmb/common/image/_resize*.so .pytest_cache .ruff_cache .hypothesis

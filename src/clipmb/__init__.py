@@ -32,6 +32,9 @@ if TYPE_CHECKING:
         flax as flax,
     )
     from clipmb import (
+        layouts as layouts,
+    )
+    from clipmb import (
         onnx as onnx,
     )
     from clipmb import (
@@ -256,8 +259,8 @@ _PUBLIC = {
 }  # fmt: skip
 _MODULE_OF = {name: module for module, names in _PUBLIC.items() for name in names}
 _SUBMODULES = (
-    "backends", "common", "doctor", "embedding", "evaluation", "exporting", "flax", "onnx", "pipeline", "programs",
-    "pt", "testing", "tf", "training", "verification",
+    "backends", "common", "doctor", "embedding", "evaluation", "exporting", "flax", "layouts", "onnx", "pipeline",
+    "programs", "pt", "testing", "tf", "training", "verification",
 )  # fmt: skip
 
 if not TYPE_CHECKING:  # a type checker would take any name for one that exists

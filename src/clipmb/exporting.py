@@ -1,7 +1,7 @@
 """A checkpoint as files that another runtime loads, compared with the checkpoint before they stay.
 
-The folder has the layout of transformers.js and Optimum: ``onnx/model.onnx``, ``onnx/text_model.onnx`` and
-``onnx/vision_model.onnx`` beside config, tokenizer and image processor.
+The folder has the layout of transformers.js and Optimum, ``onnx/model.onnx``, ``onnx/text_model.onnx`` and
+``onnx/vision_model.onnx`` beside config, tokenizer and image processor, or another of `clipmb.layouts`.
 """
 
 from __future__ import annotations
@@ -14,8 +14,8 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Collection, Iterator
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Collection, Iterator, Mapping
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -23,7 +23,7 @@ import numpy as np
 from PIL import Image
 
 from clipmb import __version__, backends
-from clipmb.common.config import CONFIG_NAME, CLIPConfig
+from clipmb.common.config import CLIPConfig
 from clipmb.common.data.pairs import Pairs
 from clipmb.common.errors import CheckpointError, ClipmbError, bad_input, boolean, one_of, whole_number
 from clipmb.common.hub import Source
@@ -32,16 +32,15 @@ from clipmb.common.image.resampling import rule_name
 from clipmb.common.json_files import json_text
 from clipmb.common.outputs import EXPORTED
 from clipmb.common.parameters import specs
-from clipmb.common.pretrained import config_text
-from clipmb.common.processor import can_tokenize, image_processor_of, tokenizer_of
+from clipmb.common.processor import image_processor_of
 from clipmb.common.saving import umask
 from clipmb.common.small_model import held_out_pictures, small_model
 from clipmb.evaluation import evaluate
+from clipmb.layouts import INPUTS, LAYOUTS, PLAIN, Exported
 from clipmb.pipeline import CLIPPipeline, processor_for
 from clipmb.verification import TEXTS, demo_photos, inputs_of, relative_difference
 
-TOWERS = {"both": "model", "text": "text_model", "image": "vision_model"}
-IDS = ("int64", "int32")
+TOWERS = tuple(PLAIN.files)
 RECORD_NAME = "export.json"
 BOUND = 1e-5  # of float32: max|a - b| / max|b|
 BATCHES = (1, 3, 16)
@@ -75,7 +74,8 @@ TARGETS = {
 class Form:
     """How a tower is written.
 
-    The attributes are arguments of `export`; ``processor`` is what is done to pictures in the file.
+    The attributes are arguments of `export`; ``names`` is of `clipmb.layouts.Layout`, and ``processor`` is what is done
+    to pictures in the file.
     """
 
     dtype: str = "float32"
@@ -83,6 +83,7 @@ class Form:
     ids: str = "int64"
     length: int | None = None
     keep: frozenset[str] = frozenset()
+    names: Mapping[str, str | None] = field(default_factory=dict)
     processor: CLIPImageProcessor | None = None
 
 
@@ -105,6 +106,7 @@ class Writer(Protocol):
         ids: str,
         length: int | None,
         keep: Collection[str],
+        names: Mapping[str, str | None],
         processor: CLIPImageProcessor | None,
     ) -> list[Path]:
         """Writes a tower.
@@ -118,6 +120,7 @@ class Writer(Protocol):
             ids: dtype of ``input_ids`` and ``attention_mask``.
             length: Tokens of each text, or None.
             keep: Weights that are not quantised.
+            names: What inputs and outputs with other names are called, as in `clipmb.layouts.Layout`.
             processor: What is done to pictures in the file, of "onnx"; nothing when None.
 
         Returns:
@@ -131,10 +134,11 @@ def export(
     out: str | os.PathLike[str],
     to: str = "onnx",
     *,
+    layout: str | None = None,
     tower: str = "all",
     dtype: str = "float32",
     normalize: bool = False,
-    ids: str = "int64",
+    ids: str | None = None,
     length: int | None = None,
     keep: Collection[str] | str | int = (),
     min_cosine: float | None = None,
@@ -154,14 +158,17 @@ def export(
         to: "onnx": what onnxruntime, transformers.js and others load. "torch-export": a program of ``torch.export``, by
             the PyTorch model. "saved-model": a SavedModel, by the TensorFlow model. "stablehlo": a program of
             ``jax.export``, by the Flax model.
-        tower: "image", "text", "both" in one file, or "all" three of them. The tokenizer and the image processor are
+        layout: Of "onnx", what another program expects: "fastembed", "immich" or "triton"; transformers.js and Optimum
+            when None. fastembed and immich have no "both", and their embeddings have length 1.
+        tower: "image", "text", "both" in one file, or "all" of them. The tokenizer and the image processor are
             written where a tower needs them; a checkpoint without a tokenizer has none here either.
         dtype: "float32", or "float16" with inputs and outputs in float32; "bfloat16", likewise, but not of "onnx";
             "int8" of "onnx" alone: the weights of the blocks in 8 bits, what they multiply quantised when it is known.
         normalize: Return embeddings of length 1 from a single tower; "both" always does.
-        ids: "int64" or "int32": the dtype of ``input_ids`` and ``attention_mask``. It needs a text tower.
-        length: Tokens of every text, which are padded to it; any number up to the model's context when None. It needs
-            a text tower.
+        ids: "int64" or "int32": the dtype of ``input_ids`` and ``attention_mask``. It needs a text tower. "int64" when
+            None, and "int32" for immich.
+        length: Tokens of every text, which are padded to it; any number up to the model's context when None, and the
+            model's context for immich. It needs a text tower.
         keep: Canonical names of weights that "int8" leaves in float32, of matrices in the blocks of the chosen towers.
             "auto" leaves the fewest with which the embeddings reach ``min_cosine``, and a number that many of each
             tower: those that lose the most cosine when they alone have 8 bits.
@@ -169,7 +176,7 @@ def export(
             0.99 when None.
         data: Images with labels, as `clipmb.evaluate` takes them, for "int8" of both towers: the zero-shot accuracy in
             float32 and in int8 is measured on them. The held-out pictures of the small model when None, for that model.
-        with_preprocessing: Of "onnx": take ``images``, (batch, height, width, 3) uint8 in RGB of any
+        with_preprocessing: Of "onnx" without a layout: take ``images``, (batch, height, width, 3) uint8 in RGB of any
             size, in the place of ``pixel_values``. The file does what the checkpoint's image processor does, to the
             bit; the order of Pillow's passes, of which the bits of tall pictures depend, is that of the processor.
         **options: ``subfolder``, ``revision``, ``cache_dir``, ``token``, ``local_files_only``, ``force_download``.
@@ -189,13 +196,19 @@ def export(
     if to not in TARGETS:
         raise one_of("to", to, tuple(TARGETS))
     target = TARGETS[to]
-    if tower not in (*TOWERS, "all"):
-        raise one_of("tower", tower, (*TOWERS, "all"))
+    if layout is not None and layout not in LAYOUTS:
+        raise one_of("layout", layout, tuple(LAYOUTS))
+    if layout is not None and to != "onnx":
+        raise bad_input(f"The layout of {layout} is of ONNX files", f"to={to!r}", 'Pass to="onnx"', shown=True)
+    program = PLAIN if layout is None else LAYOUTS[layout]
+    of = "" if layout is None else f" of {layout}"
+    if tower not in (*program.files, "all"):
+        raise one_of(f"tower{of}", tower, (*program.files, "all"))
     if dtype not in target.dtypes:
         raise one_of(f"dtype of {to}", dtype, tuple(target.dtypes))
-    if ids not in IDS:
-        raise one_of("ids", ids, IDS)
-    if tower == "image" and (ids != "int64" or length is not None):
+    if ids is not None and ids not in program.ids:
+        raise one_of(f"ids{of}", ids, program.ids)
+    if tower == "image" and (ids is not None or length is not None):
         raise bad_input("ids= and length= are of texts", f"tower={tower!r}", "Leave them out", shown=True)
     counted = isinstance(keep, int) and not isinstance(keep, bool)
     named = keep if isinstance(keep, Collection) and not isinstance(keep, str) else ()
@@ -212,11 +225,11 @@ def export(
     least = 0.99 if min_cosine is None else min_cosine
     if not isinstance(least, int | float) or not 0 <= least <= 1:
         raise bad_input("min_cosine must be a number from 0 to 1", min_cosine, "Correct it")
-    normalize = boolean("normalize", normalize)
-    if boolean("with_preprocessing", with_preprocessing) and (to != "onnx" or tower == "text"):
+    normalize = boolean("normalize", normalize) or program.normalize
+    if boolean("with_preprocessing", with_preprocessing) and (to != "onnx" or layout or tower == "text"):
         raise bad_input(
-            "with_preprocessing= is of ONNX files that take pictures",
-            f"to={to!r}, tower={tower!r}",
+            "with_preprocessing= is of ONNX files that take pictures, without a layout",
+            f"to={to!r}, layout={layout!r}, tower={tower!r}",
             "Leave it out, or change the others",
             shown=True,
         )
@@ -238,12 +251,14 @@ def export(
                 unknown,
                 "Pass names like 'vision_model.encoder.layers.0.mlp.fc1.weight', of the towers that are written",
             )
+        if program.whole_texts and tower != "image":
+            length = length or context
         processor = image_processor_of(source, engine.config.vision_config) if with_preprocessing else None
         if processor is not None:
             importlib.import_module("clipmb.onnx.preprocessing").require(processor, engine.config.vision_config)
-        form = Form(dtype, normalize, ids, length, frozenset(), processor)
+        form = Form(dtype, normalize, ids or program.ids[0], length, frozenset(), program.names, processor)
         pairs = None if data is None else Pairs.open(data)
-        return _written(folder, source, engine, to, tower, form, keep, least, pairs)
+        return _written(folder, source, engine, to, layout, tower, form, keep, least, pairs)
     finally:
         engine.free()
 
@@ -261,13 +276,16 @@ def _written(
     source: Source,
     engine: Any,
     to: str,
+    layout: str | None,
     tower: str,
     form: Form,
     keep: Any,
     min_cosine: float,
     pairs: Pairs | None,
 ) -> dict[str, Any]:
-    target = TARGETS[to]
+    target, program = TARGETS[to], PLAIN if layout is None else LAYOUTS[layout]
+    towers = tuple(program.files) if tower == "all" else (tower,)
+    end = target.dtypes[form.dtype]
     writer: Writer | Any = importlib.import_module(target.module)
     expected = _expected(source, engine, form)
     standard = expected.pop("standard")
@@ -278,15 +296,17 @@ def _written(
     folder.parent.mkdir(parents=True, exist_ok=True)
     staging = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
     try:
-        towers: dict[str, dict[str, Any]] = {}
+        found: dict[str, dict[str, Any]] = {}
         files: dict[str, dict[str, Any]] = {}
+        stems = {part: staging / program.files[part].format(to=to, end=end) for part in towers}
+        for stem in stems.values():
+            stem.parent.mkdir(parents=True, exist_ok=True)
+        program.save_beside(staging, Exported(source, engine.config, towers, form.ids, form.length))
         if form.processor is not None:
             path = writer.write_preprocessing(engine.model, form.processor, staging / "preprocessing.onnx")
             _require_pixels(_computed(writer.RUN, path, _images(expected)), expected)
             path.unlink()
-        for part in TOWERS if tower == "all" else (tower,):
-            stem = staging / to / f"{TOWERS[part]}{target.dtypes[form.dtype]}"
-            stem.parent.mkdir(exist_ok=True)
+        for part, stem in stems.items():
             written = writer.write(engine.model, part, stem, **asdict(form))
             outputs = _compared(writer.RUN, written[0], part, expected, form)
             _require_agreement(written[0].name, outputs, form.dtype, min_cosine)
@@ -294,17 +314,12 @@ def _written(
                 path.relative_to(staging).as_posix(): {"sha256": _sha256(path), "bytes": path.stat().st_size}
                 for path in (file for path in written for file in _files(path))
             }
-            towers[part] = {
+            found[part] = {
                 "load": written[0].relative_to(staging).as_posix(),
                 "files": sorted(own),
                 "outputs": outputs,
             }
             files |= own
-        (staging / CONFIG_NAME).write_text(config_text(engine.config, "CLIPModel", {"float32"}), encoding="utf-8")
-        if tower != "image" and can_tokenize(source, engine.config.text_config):
-            tokenizer_of(source, engine.config.text_config).save_pretrained(staging)
-        if tower != "text":
-            image_processor_of(source, engine.config.vision_config).save_pretrained(staging)
         scores = None
         if form.dtype == "int8" and (
             pairs is not None or (len(_singles(tower)) == 2 and source.folder == small_model())
@@ -315,6 +330,7 @@ def _written(
             "source": str(source),
             "commit": source.commit(),
             "to": to,
+            "layout": layout,
             "tower": tower,
             "dtype": form.dtype,
             "normalize": form.normalize,
@@ -326,7 +342,7 @@ def _written(
             "compared_with": standard,
             "batches": list(BATCHES),
             "versions": engine.environment()["versions"],
-            "towers": towers,
+            "towers": found,
             "files": files,
         }
         (staging / RECORD_NAME).write_text(json_text(record), encoding="utf-8")
@@ -424,6 +440,8 @@ def _expected(source: Source, engine: Any, form: Form) -> dict[str, Any]:
         seq = -(-ids.shape[1] // share)
         rows, looked = _fitted(ids[texts, :seq], mask[texts, :seq], form.length)
         light = np.linspace(1, 0.5, batch, dtype=np.float32)[:, None, None, None]
+        if form.names.get("attention_mask", "") is None:
+            looked = np.ones_like(looked)
         found[f"input_ids.{batch}"], found[f"attention_mask.{batch}"] = rows.astype(form.ids), looked.astype(form.ids)
         if form.processor is None:
             found[f"pixel_values.{batch}"] = pixels[pictures] * light
@@ -477,7 +495,11 @@ def _compared(run: Path, path: Path, tower: str, expected: dict[str, Any], form:
     Raises:
         CheckpointError: The file cannot be run, or has other outputs.
     """
-    computed = _computed(run, path, expected)
+    called = {name: form.names.get(name, name) for name in (*INPUTS[tower], *EXPORTED[tower])}
+    given = {f"{called[name]}.{batch}": expected[f"{name}.{batch}"] for name in INPUTS[tower] for batch in BATCHES}
+    if form.processor is not None and tower != "text":
+        given |= _images(expected)
+    computed = _computed(run, path, given)
     worst: dict[str, dict[str, float]] = {}
     for batch in BATCHES:
         features = {name: expected[f"{name}.{batch}"] for name in ("text", "image")}
@@ -487,12 +509,12 @@ def _compared(run: Path, path: Path, tower: str, expected: dict[str, Any], form:
         right["logits_per_image"] = unit["image"] @ unit["text"].T * expected["scale"]
         right["logits_per_text"] = right["logits_per_image"].T
         for name in EXPORTED[tower]:
-            mine, wanted = computed.get(f"{name}.{batch}"), right[name]
+            mine, wanted = computed.get(f"{called[name]}.{batch}"), right[name]
             if mine is None or mine.shape != wanted.shape:
                 shape = "none" if mine is None else f"one of shape {mine.shape}"
                 raise CheckpointError(
-                    f"{path.name} must have an output {name} of shape {wanted.shape}. Received: {shape}. Nothing was "
-                    "written. Report this, and use the checkpoint itself."
+                    f"{path.name} must have an output {called[name]} of shape {wanted.shape}. Received: {shape}. "
+                    "Nothing was written. Report this, and use the checkpoint itself."
                 )
             with np.errstate(all="ignore"):
                 lengths = np.linalg.norm(mine, axis=1) * np.linalg.norm(wanted, axis=1)

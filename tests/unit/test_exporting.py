@@ -21,8 +21,11 @@ from processes import clipmb as command
 import clipmb
 from clipmb import CheckpointError, CLIPConfig, CLIPImageProcessor, CLIPPipeline, CLIPTokenizerFast, backends, exporting
 from clipmb.common.checkpoint import write_safetensors
+from clipmb.common.hub import Source
 from clipmb.common.image.resampling import rule_name
+from clipmb.common.processor import image_processor_of
 from clipmb.common.saving import Transaction
+from clipmb.layouts import LAYOUTS
 from clipmb.onnx import export as writer
 from clipmb.onnx import preprocessing
 from clipmb.onnx.engine import ONNXModel
@@ -332,7 +335,7 @@ def test_preprocessing_in_the_file(tmp_path, tower, dtype):
 
 
 def test_preprocessing_is_an_option_of_onnx_files_with_pictures(folder, tmp_path):
-    for given in ({"to": "stablehlo"}, {"tower": "text"}):
+    for given in ({"to": "stablehlo"}, {"tower": "text"}, {"layout": "immich"}):
         with pytest.raises(ValueError, match="with_preprocessing= is of ONNX files that take pictures"):
             clipmb.export(folder["plain"], tmp_path / "out", with_preprocessing=True, **given)
     with pytest.raises(ValueError, match="with_preprocessing must be True or False"):
@@ -444,9 +447,118 @@ class TestNothingStays:
         assert left(tmp_path) == []
 
 
+@pytest.fixture(scope="module")
+def tokenized(tmp_path_factory):
+    """A checkpoint for each config with CLIP's vocabulary, whose tokenizer it therefore has."""
+    found = {}
+    for name, eos in (("plain", 49407), ("legacy eos", 2)):
+        config = CASES[name].to_dict()
+        config["text_config"] |= {"vocab_size": 49408, "bos_token_id": 49406, "eos_token_id": eos}
+        found[name] = write_checkpoint(tmp_path_factory.mktemp("checkpoint"), CLIPConfig.from_dict(config))
+    return found
+
+
+class TestLayouts:
+    """What other programs find in the folder that is written for them."""
+
+    @pytest.mark.parametrize("case", CASES)
+    @pytest.mark.parametrize("layout", LAYOUTS)
+    def test_every_file_computes_what_the_checkpoint_does(self, tokenized, tmp_path, layout, case):
+        record = clipmb.export(tokenized[case], tmp_path / "out", layout=layout)
+        assert (record["layout"], list(record["towers"])) == (layout, list(LAYOUTS[layout].files))
+        pipeline = CLIPPipeline.from_pretrained(tokenized[case])
+        texts, pictures = ["a cat", "two dogs and a red car"], clipmb.held_out_pictures()[0][:3]
+        tokens = CLIPTokenizerFast()(texts, padding="max_length", max_length=13, return_tensors="np")
+        pixels = image_processor_of(Source.of(tokenized[case], {}), pipeline.config.vision_config)(
+            pictures, return_tensors="np"
+        )
+        unit = layout != "triton"
+        expected = {
+            "text": pipeline.encode_text(texts, normalize=unit),
+            "image": pipeline.encode_image(pictures, normalize=unit),
+        }
+        given = {**tokens, **pixels}
+        if layout == "immich":
+            given = {"text": tokens["input_ids"].astype(np.int32), "image": pixels["pixel_values"]}
+        for tower in ("text", "image"):
+            path = tmp_path / "out" / record["towers"][tower]["load"]
+            assert path.name == "model.onnx"
+            takes = [entry.name for entry in ort.InferenceSession(path).get_inputs()]
+            assert takes == ([tower] if layout == "immich" else list(TAKES[tower]))
+            [(name, found)] = run(path, given).items()
+            assert name == ("embedding" if layout == "immich" else f"{tower}_embeds")
+            assert relative(found, expected[tower]) <= 1e-5
+
+    def test_of_immich(self, tokenized, tmp_path):
+        clipmb.export(tokenized["plain"], tmp_path / "out", layout="immich", length=11)
+        found = {path.relative_to(tmp_path / "out").as_posix() for path in (tmp_path / "out").rglob("*.*")}
+        assert {"textual/tokenizer.json", "textual/tokenizer_config.json"} <= found
+        assert sorted(path for path in found if path == "textual/model.onnx" or not path.startswith("textual/")) == [
+            "config.json", "export.json", "textual/model.onnx", "visual/model.onnx", "visual/preprocess_cfg.json",
+        ]  # fmt: skip
+        text_cfg = json.loads((tmp_path / "out/config.json").read_text())["text_cfg"]
+        assert text_cfg["context_length"] == 11
+        [entry] = ort.InferenceSession(tmp_path / "out/textual/model.onnx").get_inputs()
+        assert (entry.type, entry.shape) == ("tensor(int32)", ["batch", 11])
+        settings = json.loads((tmp_path / "out/visual/preprocess_cfg.json").read_text())
+        assert settings == {
+            "size": 20, "mode": "RGB", "mean": [0.48145466, 0.4578275, 0.40821073],
+            "std": [0.26862954, 0.26130258, 0.27577711], "interpolation": "bicubic", "resize_mode": "shortest",
+        }  # fmt: skip
+
+    def test_of_triton(self, tokenized, tmp_path):
+        clipmb.export(tokenized["plain"], tmp_path / "out", layout="triton", ids="int32", length=9, dtype="float16")
+        assert (tmp_path / "out/clip_text/config.pbtxt").read_text().splitlines() == [
+            'backend: "onnxruntime"',
+            "max_batch_size: 64",
+            'input { name: "input_ids" data_type: TYPE_INT32 dims: [ 9 ] }',
+            'input { name: "attention_mask" data_type: TYPE_INT32 dims: [ 9 ] }',
+            'output { name: "text_embeds" data_type: TYPE_FP32 dims: [ 24 ] }',
+            "dynamic_batching { }",
+        ]
+        whole = (tmp_path / "out/clip/config.pbtxt").read_text().splitlines()
+        assert (whole[1], "dynamic_batching { }" in whole) == ("max_batch_size: 0", False)
+        assert 'output { name: "logits_per_text" data_type: TYPE_FP32 dims: [ -1, -1 ] }' in whole
+        assert 'input { name: "pixel_values" data_type: TYPE_FP32 dims: [ -1, 3, 20, 20 ] }' in whole
+        assert all((tmp_path / "out" / name / "1/model.onnx").is_file() for name in ("clip", "clip_text", "clip_image"))
+        assert (tmp_path / "out/tokenizer.json").is_file()
+
+    def test_of_one_tower(self, tokenized, tmp_path):
+        for layout in LAYOUTS:
+            clipmb.export(tokenized["plain"], tmp_path / layout, layout=layout, tower="image")
+            assert not [*(tmp_path / layout).rglob("tokenizer.json")]
+            clipmb.export(tokenized["plain"], tmp_path / f"{layout} text", layout=layout, tower="text")
+            assert not [*(tmp_path / f"{layout} text").rglob("preprocess*.json")]
+
+    @pytest.mark.parametrize(
+        ("change", "received"),
+        [({"resample": 2}, "resample"), ({"do_normalize": False}, "do_normalize"), ({"size": 21}, "size")],
+    )
+    def test_pictures_that_immich_would_preprocess_in_another_way(self, tokenized, tmp_path, change, received):
+        model = tmp_path / "model"
+        shutil.copytree(tokenized["plain"], model)
+        CLIPImageProcessor(**{"size": 20, "crop_size": 20, **change}).save_pretrained(model)
+        with pytest.raises(ValueError, match=rf"immich resizes the short side to 20 .*Received: .*{received}"):
+            clipmb.export(model, tmp_path / "out", layout="immich")
+        clipmb.export(model, tmp_path / "texts", layout="immich", tower="text")
+        assert left(tmp_path) == ["model", "texts"]
+
+    @pytest.mark.parametrize("layout", ["fastembed", "immich"])
+    def test_texts_that_nothing_tokenizes(self, folder, tmp_path, layout):
+        with pytest.raises(CheckpointError, match="has no tokenizer"):
+            clipmb.export(folder["plain"], tmp_path / "out", layout=layout)
+        assert left(tmp_path) == []
+
+
 @pytest.mark.parametrize(
     ("given", "message"),
     [
+        ({"layout": "tensorrt"}, r"layout must be .*fastembed.*Received: 'tensorrt'"),
+        ({"layout": "immich", "to": "saved-model"}, r"layout of immich is of ONNX files. Received: to='saved-model'"),
+        ({"layout": "immich", "tower": "both"}, r"tower of immich must be .*Received: 'both'"),
+        ({"layout": "fastembed", "tower": "both"}, r"tower of fastembed must be .*Received: 'both'"),
+        ({"layout": "immich", "ids": "int64"}, r"ids of immich must be one of 'int32'. Received: 'int64'"),
+        ({"layout": "fastembed", "ids": "int32"}, r"ids of fastembed must be one of 'int64'. Received: 'int32'"),
         ({"to": "coreml"}, r"to must be .*onnx.*Received: 'coreml'"),
         ({"tower": "vision"}, r"tower must be .*image.*Received: 'vision'"),
         ({"dtype": "bfloat16"}, r"dtype of onnx must be .*Received: 'bfloat16'"),

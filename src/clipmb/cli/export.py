@@ -8,7 +8,8 @@ from typing import Annotated
 import typer
 
 from clipmb.cli import common
-from clipmb.exporting import IDS, RECORD_NAME, TARGETS, TOWERS, export
+from clipmb.exporting import RECORD_NAME, TARGETS, TOWERS, export
+from clipmb.layouts import LAYOUTS, PLAIN
 
 _DTYPES = list(dict.fromkeys(dtype for target in TARGETS.values() for dtype in target.dtypes))
 
@@ -18,6 +19,15 @@ def run(
     model: Annotated[str, typer.Argument(metavar="MODEL", help="Folder, weights file or Hub id, in any format.")],
     out: Annotated[str, typer.Option("--out", "-o", metavar="DIR", help="Folder to write; new or empty.")],
     to: Annotated[str, common.choice("--to", values=TARGETS, metavar="TARGET", help="Format to write")] = "onnx",
+    layout: Annotated[
+        str | None,
+        common.choice(
+            "--for",
+            values=LAYOUTS,
+            help="Program that loads the ONNX files",
+            show_default="transformers.js and Optimum",
+        ),
+    ] = None,
     tower: Annotated[str, common.choice("--tower", values=(*TOWERS, "all"), help="Part of the model")] = "all",
     dtype: Annotated[
         str, common.choice("--dtype", values=_DTYPES, help="Precision of the weights and of what is computed")
@@ -25,7 +35,12 @@ def run(
     normalize: Annotated[
         bool, typer.Option("--normalize", help="Scale the embeddings of each tower to length 1.")
     ] = False,
-    ids: Annotated[str, common.choice("--ids", values=IDS, help="Dtype of token ids and masks")] = "int64",
+    ids: Annotated[
+        str | None,
+        common.choice(
+            "--ids", values=PLAIN.ids, help="Dtype of token ids and masks", show_default="int64, and int32 for immich"
+        ),
+    ] = None,
     length: Annotated[
         int | None, typer.Option(metavar="N", min=1, help="Fixed number of tokens per text.", show_default="any number")
     ] = None,
@@ -73,6 +88,7 @@ def run(
             model,
             out,
             to,
+            layout=layout,
             tower=tower,
             dtype=dtype,
             normalize=normalize,

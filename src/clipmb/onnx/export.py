@@ -35,7 +35,7 @@ def write(
         dtype: "float32", "float16" or "int8".
         normalize: Return embeddings of length 1.
         processor: What is done to pictures in the graph; nothing when None.
-        **form: ``ids``, ``length`` and ``keep``, as in `clipmb.onnx.graph.clip`.
+        **form: ``ids``, ``length``, ``keep`` and ``names``, as in `clipmb.onnx.graph.clip`.
 
     Returns:
         ``….onnx``, and above 1.9 GB ``….onnx_data`` with the weights.

@@ -37,6 +37,7 @@ class Graph:
         quantised: Multiply by the weights of the blocks in 8-bit integers, each column with a scale of its own; what
             they are multiplied with is quantised when it is known.
         keep: Canonical names of weights that are not quantised.
+        names: What inputs and outputs with other names are called.
 
     Attributes:
         tensors: The constants, name to array.
@@ -48,8 +49,9 @@ class Graph:
         dtype: str = "float32",
         quantised: bool = False,
         keep: Collection[str] = (),
+        names: Mapping[str, str | None] | None = None,
     ) -> None:
-        self.weights, self.quantised, self.keep = weights, quantised, frozenset(keep)
+        self.weights, self.quantised, self.keep, self.names = weights, quantised, frozenset(keep), names or {}
         self.dtype = np.dtype(dtype)
         self.tensors: dict[str, np.ndarray] = {}
         self._nodes: list[onnx.NodeProto] = []
@@ -111,13 +113,15 @@ class Graph:
         return self.op("Cast", value, to=helper.np_dtype_to_tensor_dtype(np.dtype(dtype)))
 
     def input(self, name: str, dtype: Any, shape: Sequence[int | str]) -> str:
-        """Declares an input; a size that is a word may be any."""
+        """Declares an input; a size that is a word may be any. Returns its name."""
+        name = self.names.get(name) or name
         kind = helper.np_dtype_to_tensor_dtype(np.dtype(dtype))
         self._inputs.append(helper.make_tensor_value_info(name, kind, shape))
         return name
 
     def output(self, name: str, value: str, shape: Sequence[int | str]) -> None:
         """Declares an output, in float32, or in float64 where the graph computes in that."""
+        name = self.names.get(name) or name
         wide = np.promote_types(self.dtype, np.float32)
         self._nodes.append(
             helper.make_node("Cast", [value], [name], to=helper.np_dtype_to_tensor_dtype(wide))
@@ -440,6 +444,7 @@ def clip(
     hidden_states: bool = False,
     ids: str = "int64",
     length: int | None = None,
+    names: Mapping[str, str | None] | None = None,
     preprocess: Callable[[Graph, str], str] | None = None,
 ) -> Graph:
     """Builds the graph of a model, or of one tower with its projection.
@@ -459,6 +464,8 @@ def clip(
             ``….projected`` is the embedding before its length is made 1.
         ids: "int64" or "int32": the dtype of ``input_ids`` and ``attention_mask``.
         length: What seq is; any when None.
+        names: What inputs and outputs with other names are called; with None for ``attention_mask`` there is no such
+            input, and every token counts.
         preprocess: Makes ``pixel_values`` of ``images``, (batch, height, width, 3) uint8 of any size, which are then
             the input.
 
@@ -468,7 +475,7 @@ def clip(
     """
     if tower not in TOWERS:
         raise one_of("tower", tower, TOWERS)
-    graph = Graph(weights, dtype, quantised, keep)
+    graph = Graph(weights, dtype, quantised, keep, names)
     wide = np.promote_types(graph.dtype, np.float32)
     both = tower == "both"
     proj, embeds = config.projection_dim, {}
@@ -476,7 +483,11 @@ def clip(
         batch = "text_batch" if both else "batch"
         shape = [batch, length or "seq"]
         input_ids = graph.input("input_ids", ids, shape)
-        attention_mask = graph.input("attention_mask", ids, shape)
+        if graph.names.get("attention_mask", "") is None:
+            one = numpy_helper.from_array(np.ones(1, ids))
+            attention_mask = graph.op("ConstantOfShape", graph.op("Shape", input_ids), value=one)
+        else:
+            attention_mask = graph.input("attention_mask", ids, shape)
         if ids != "int64":
             input_ids, attention_mask = (graph.cast(value, np.int64) for value in (input_ids, attention_mask))
         parts = text_transformer(graph, input_ids, attention_mask, config.text_config)

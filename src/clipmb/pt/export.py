@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -57,11 +56,10 @@ def write(
     tower: str,
     path: Path,
     *,
-    dtype: str,
     normalize: bool,
     ids: str,
     length: int | None,
-    keep: Collection[str],
+    **other: Any,
 ) -> list[Path]:
     """Writes a tower, as `clipmb.exporting.Writer` describes it.
 
@@ -69,16 +67,14 @@ def write(
         model: The model, in the dtype that is asked for.
         tower: "image", "text" or "both".
         path: The file without its ending.
-        dtype: The model's dtype.
         normalize: Return embeddings of length 1.
         ids: dtype of ``input_ids`` and ``attention_mask``.
         length: Tokens of each text; any number up to the model's context when None.
-        keep: Nothing.
+        **other: What the model has done, or other targets do.
 
     Returns:
         ``….pt2``.
     """
-    del dtype, keep
     text, vision = model.config.text_config, model.config.vision_config
     both, inputs, shapes = tower == "both", {}, {}
     if tower != "image":
