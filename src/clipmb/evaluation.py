@@ -19,7 +19,7 @@ from clipmb.common.data.pairs import Pairs
 from clipmb.common.errors import bad_input, logger
 from clipmb.common.workers import default_workers
 from clipmb.common.zero_shot import class_embeddings, prompt_templates
-from clipmb.pipeline import CLIPPipeline, batches
+from clipmb.pipeline import CLIPPipeline, batches, loaded
 
 # Similarities of unit vectors that are closer than this are equal: far above the rounding of their sums in float64, and
 # far below what float32 embeddings can tell apart.
@@ -150,7 +150,7 @@ def evaluate(
     pairs = _opened(data, columns)
     owned, captions, broken = _read_texts(pairs)
     classes = _classes(labels, owned)
-    pipeline = _loaded(model, backend, dtype, device)
+    pipeline = loaded(model, backend, dtype, device)
     encode_text = functools.partial(pipeline.encode_text, long_text=long_text, progress=progress)
 
     used = [i for i in range(len(pairs)) if owned[i] is not None or captions[i]]
@@ -202,20 +202,6 @@ def _read_texts(pairs: Pairs) -> tuple[list[str | None], list[list[str]], dict[i
         rule = "Evaluation needs items with labels or captions"
         raise bad_input(rule, f"{len(labels)} items without{first}", "Name the columns, or pass other data", shown=True)
     return labels, captions, broken
-
-
-def _loaded(model: Any, backend: str | None, dtype: Any, device: Any) -> CLIPPipeline:
-    if isinstance(model, str | os.PathLike):
-        return CLIPPipeline.from_pretrained(model, backend=backend, dtype=dtype, device=device)
-    if not isinstance(model, CLIPPipeline):
-        raise bad_input("model must be a CLIPPipeline, a folder or a Hub id", model, "Pass one of these", TypeError)
-    if given := [value for value in (backend, dtype, device) if value is not None]:
-        raise bad_input(
-            "backend, dtype and device are fixed when the pipeline is created",
-            given,
-            "Pass them to CLIPPipeline.from_pretrained",
-        )
-    return model
 
 
 def _classes(labels: Any, owned: list[str | None]) -> dict[str, str]:

@@ -361,6 +361,35 @@ class CLIPPipeline:
         return unit(features) if normalize else features
 
 
+def loaded(
+    model: CLIPPipeline | str | os.PathLike[str], backend: str | None = None, dtype: Any = None, device: Any = None
+) -> CLIPPipeline:
+    """Returns a pipeline as it is, or loads one.
+
+    Args:
+        model: A pipeline, or the folder or Hub id of a checkpoint.
+        backend: As in `CLIPPipeline.from_pretrained`; None for a pipeline, and so are ``dtype`` and ``device``.
+        dtype: As in `CLIPPipeline.from_pretrained`.
+        device: As in `CLIPPipeline.from_pretrained`.
+
+    Raises:
+        TypeError: ``model`` is something else.
+        ValueError: Something is asked of a pipeline that was decided when it was created.
+        CheckpointError: The files cannot be found or read, or do not fit.
+    """
+    if isinstance(model, str | os.PathLike):
+        return CLIPPipeline.from_pretrained(model, backend=backend, dtype=dtype, device=device)
+    if not isinstance(model, CLIPPipeline):
+        raise bad_input("model must be a CLIPPipeline, a folder or a Hub id", model, "Pass one of these", TypeError)
+    if given := [value for value in (backend, dtype, device) if value is not None]:
+        raise bad_input(
+            "backend, dtype and device are fixed when the pipeline is created",
+            given,
+            "Pass them to CLIPPipeline.from_pretrained",
+        )
+    return model
+
+
 def processor_for(source: Source, config: CLIPConfig) -> CLIPProcessor:
     """Loads the tokenizer and image processor of a checkpoint; a checkpoint without them gets CLIP's own.
 

@@ -403,3 +403,31 @@ def test_a_model_is_described_by_what_it_was_made_of(embedded):
     assert passport["clipmb"] == clipmb.__version__
     assert passport["weights"] == weights_digest(pipeline().engine.weights())
     assert CONFIG.projection_dim == Index.open(embedded[0]).manifest.dimension
+
+
+@pytest.mark.skipif(os.name == "nt", reason="file names are text there")
+def test_names_and_values_that_are_no_text(tmp_path):
+    """Bytes of a file name that are not UTF-8, half characters, and integers of more than 64 bits."""
+    folder = tmp_path / "pictures"
+    folder.mkdir()
+    (folder / os.fsdecode(b"\xff.jpg")).write_bytes(jpeg(0))
+    (folder / os.fsdecode(b"\xfe.jpg")).write_bytes(b"broken")
+    about = json.dumps({"caption": "text", "size": 2**70, "note": "half \ud800"})
+    (folder / os.fsdecode(b"\xff.json")).write_text(about, "utf-8")
+    done = embed(folder, tmp_path / "out", model=pipeline(), **OPTIONS)
+    assert (done["images"], done["texts"], done["errors"]) == (1, 1, 1)
+    rows, errors = rows_of(tmp_path / "out")
+    assert (rows["images"][0]["id"], errors[0]["id"]) == (r"\udcff.jpg", r"\udcfe.jpg")
+    assert (rows["texts"][0]["note"], rows["texts"][0]["size"]) == (r"half \ud800", str(2**70))
+    assert embed(folder, tmp_path / "out", model=pipeline(), resume=True, **OPTIONS)["images"] == 1
+
+
+def test_what_was_decided_before_cannot_be_asked_for(data, embedded, tmp_path):
+    with pytest.raises(ValueError, match="are fixed when the pipeline is created"):
+        embed(data, tmp_path / "out", model=pipeline(), backend="pt")
+    with pytest.raises(ValueError, match="Columns are chosen when the data are opened"):
+        embed(Pairs.open(data, partial=True), tmp_path / "out", model=pipeline(), image_column="image")
+    with pytest.raises(ValueError, match="are fixed when the pipeline is created"):
+        Index.open(embedded[0], model=pipeline(), backend="pt").search("one")
+    with pytest.raises(TypeError, match="model must be a CLIPPipeline"):
+        embed(data, tmp_path / "out", model=7)

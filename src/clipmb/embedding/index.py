@@ -15,7 +15,7 @@ from clipmb.common.zero_shot import unit
 from clipmb.embedding import store
 from clipmb.embedding.passport import passport_of, require_equivalent
 from clipmb.embedding.store import KINDS, Manifest
-from clipmb.pipeline import CLIPPipeline
+from clipmb.pipeline import CLIPPipeline, loaded
 
 _BLOCK = 1 << 14  # rows of one product
 _COMPARISONS: dict[str, str] = {  # of ``where``, to pyarrow's functions
@@ -82,14 +82,12 @@ class Index:
         def load() -> CLIPPipeline:
             from clipmb import backends
 
-            pipeline = model
-            if not isinstance(pipeline, CLIPPipeline):
+            if isinstance(model, CLIPPipeline):
+                pipeline = loaded(model, backend, None, device)
+            else:
                 known = manifest.passport["backend"]
                 name = backend or (known if known in backends.installed() else None)
-                checkpoint = pipeline or manifest.passport["model"]
-                pipeline = CLIPPipeline.from_pretrained(
-                    checkpoint, backend=name, dtype=manifest.passport["dtype"], device=device
-                )
+                pipeline = loaded(model or manifest.passport["model"], name, manifest.passport["dtype"], device)
             found = passport_of(
                 pipeline, normalized=manifest.passport["normalized"], long_text=manifest.passport["long_text"]
             )

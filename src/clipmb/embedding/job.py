@@ -22,8 +22,8 @@ from clipmb.common.workers import default_workers
 from clipmb.common.zero_shot import unit
 from clipmb.embedding import store
 from clipmb.embedding.passport import passport_of, require_equivalent
-from clipmb.embedding.store import Manifest
-from clipmb.pipeline import LONG_TEXT, CLIPPipeline, step_size
+from clipmb.embedding.store import Manifest, writable
+from clipmb.pipeline import LONG_TEXT, CLIPPipeline, loaded, step_size
 
 _TEXTS = 256  # texts per step
 _AUTO = (16, 32, 64, 128, 256)
@@ -123,13 +123,15 @@ def embed(
     folder = Path(out)
     if folder.exists() and not folder.is_dir():
         raise bad_input("out must be a folder", str(folder), "Pass another path", shown=True)
-    pairs = source if isinstance(source, Pairs) else Pairs.open(source, partial=True, **columns)
-    if not isinstance(model, CLIPPipeline):
-        model = CLIPPipeline.from_pretrained(model, backend=backend, dtype=dtype, device=device)
-    passport = passport_of(model, normalized=normalize, long_text=long_text)
+    if not isinstance(source, Pairs):
+        source = Pairs.open(source, partial=True, **columns)
+    elif given := [name for name, value in columns.items() if value is not None]:
+        raise bad_input("Columns are chosen when the data are opened", given, "Pass them to Pairs.open, or pass a path")
+    pipeline = loaded(model, backend, dtype, device)
+    passport = passport_of(pipeline, normalized=normalize, long_text=long_text)
     with store.writing(folder):
-        manifest = _prepared(folder, pairs, passport, model, stored, shard_size, batch_size, resume, append)
-        return _Job(folder, manifest, pairs, model, workers, progress).run()
+        manifest = _prepared(folder, source, passport, pipeline, stored, shard_size, batch_size, resume, append)
+        return _Job(folder, manifest, source, pipeline, workers, progress).run()
 
 
 def _prepared(
@@ -189,7 +191,7 @@ def _prepared(
     if manifest.pending is None and not done:
         first = manifest.next_shard
         shards = [first, first + -(-len(pairs) // shard_size)]
-        manifest.pending = {"name": repr(pairs), **own, "shards": shards}
+        manifest.pending = {"name": writable(repr(pairs)), **own, "shards": shards}
         store.clear(folder)
         manifest.write(folder)
     return manifest
@@ -378,7 +380,7 @@ class _Job:
         for _ in range(count):
             item = next(items)
             row = self._row(item.index)
-            errors += [{**_named(row), "kind": kind, "reason": reason} for kind, reason in item.errors]
+            errors += [{**_named(row), "kind": kind, "reason": writable(reason)} for kind, reason in item.errors]
             if item.pixels is not None:
                 if item.pixels.shape[1:] != (vision.image_size,) * 2:  # every batch needs one size
                     reason = (
@@ -438,7 +440,7 @@ class _Job:
         except ValueError:
             label = None
         return {
-            "id": self.pairs.id(index), "path": self.pairs.path(index), "label": label,
+            "id": writable(self.pairs.id(index)), "path": writable(self.pairs.path(index)), "label": writable(label),
             "fields": self.pairs.fields(index) if self.types else {},
         }  # fmt: skip
 
@@ -459,7 +461,10 @@ class _Job:
     def _finished(self, shards: list[Mapping[str, Any]]) -> dict[str, Any]:
         """Moves the pending job to the finished ones; its errors become those of the folder."""
         pending = self.manifest.pending or {}
-        left_out = [{"id": name, "path": None, "kind": "item", "reason": why} for name, why in self.pairs.left_out]
+        left_out = [
+            {"id": writable(name), "path": None, "kind": "item", "reason": writable(why)}
+            for name, why in self.pairs.left_out
+        ]
         errors = [*left_out, *(error for shard in shards for error in shard["errors"])]
         counts = {kind: sum(shard[kind] for shard in shards) for kind in store.KINDS}
         done = {**pending, **counts, "errors": len(errors)}

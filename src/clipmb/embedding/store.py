@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, overload
 
 import numpy as np
 
@@ -121,15 +121,24 @@ def column_types(kinds: Mapping[str, set[str]]) -> dict[str, str]:
     types = {}
     for name, found in kinds.items():
         some = found - {"NoneType"}
-        if some <= {"int"} and some:
+        if some == {"int"}:
             types[name] = "int64"
-        elif some <= {"int", "float"} and some:
+        elif some and some <= {"int", "float"}:
             types[name] = "float64"
-        elif some <= {"bool"} and some:
+        elif some == {"bool"}:
             types[name] = "bool"
         else:
-            types[name] = "json" if some & {"list", "dict", "int", "float", "bool"} else "string"
+            types[name] = "json" if some & {"list", "dict", "int", "float", "bool", "big"} else "string"
     return types
+
+
+@overload
+def writable(text: str) -> str: ...
+@overload
+def writable(text: str | None) -> str | None: ...
+def writable(text: str | None) -> str | None:
+    """Returns a text as UTF-8 can hold it: bytes of a file name that are no text, and half characters, as escapes."""
+    return None if text is None else text.encode("utf-8", "backslashreplace").decode()
 
 
 def write_shard(
@@ -154,9 +163,9 @@ def write_shard(
     for name, kind in types.items():
         values = [row["fields"].get(name) for row in rows]
         if kind == "json":
-            values = [None if value is None else json.dumps(value, ensure_ascii=False) for value in values]
+            values = [None if value is None else writable(json.dumps(value, ensure_ascii=False)) for value in values]
         elif kind == "string":
-            values = [None if value is None else str(value) for value in values]
+            values = [None if value is None else writable(str(value)) for value in values]
         columns[name if name not in (*columns, "embedding") else f"{name}_"] = pa.array(
             values, pa.string() if kind == "json" else getattr(pa, {"bool": "bool_"}.get(kind, kind))()
         )

@@ -20,6 +20,7 @@ from clipmb.common.data.tables import (
     Table,
     class_names,
     holds_bytes,
+    kind_of,
     label_of,
     others_of,
     picture_of,
@@ -341,7 +342,7 @@ class Rows:
                 self.left_out.append((f"{self.name}/{row}", str(error)))
                 continue
             for name in self._others:
-                self.kinds.setdefault(name, set()).add(type(texts[name]).__name__)
+                self.kinds.setdefault(name, set()).add(kind_of(texts[name]))
         self._rows = np.array(kept, np.int64)
 
     def __len__(self) -> int:

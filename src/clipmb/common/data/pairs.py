@@ -216,7 +216,7 @@ class Pairs:
 
     @cached_property
     def kinds(self) -> dict[str, set[str]]:
-        """The names of all other columns or fields, each with the names of the Python types of its values."""
+        """The names of all other columns or fields, each with the kinds of its values."""
         kinds: dict[str, set[str]] = {}
         for source in self._sources:
             for name, found in source.kinds.items():

@@ -19,7 +19,7 @@ from typing import Any, BinaryIO, NoReturn
 import numpy as np
 
 from clipmb.common.data.strings import Strings
-from clipmb.common.data.tables import Columns, label_of, texts_of
+from clipmb.common.data.tables import Columns, kind_of, label_of, texts_of
 from clipmb.common.errors import bad_input
 
 _BLOCK = 512
@@ -113,11 +113,11 @@ class Shard:
 
     @cached_property
     def kinds(self) -> dict[str, set[str]]:
-        """The names of the other fields, each with the names of the Python types that it has; reads all of them."""
+        """The names of the other fields, each with the kinds of its values; reads all of them."""
         kinds: dict[str, set[str]] = {}
         for index in np.flatnonzero(self._table[:, 2 * _JSON] >= 0).tolist():
             for name, value in self.fields(index).items():
-                kinds.setdefault(name, set()).add(type(value).__name__)
+                kinds.setdefault(name, set()).add(kind_of(value))
         return kinds
 
     def has_image(self, index: int) -> bool:

@@ -146,7 +146,7 @@ class Table:
 
     Attributes:
         left_out: (id, reason) of the unusable rows.
-        kinds: The names of the other fields, each with the names of the Python types that it has.
+        kinds: The names of the other fields, each with the kinds of its values, as `kind_of` names them.
 
     Raises:
         ValueError: There are no rows.
@@ -274,7 +274,7 @@ class Table:
 
     def _pack(self, fields: Mapping[str, Any]) -> bytes:
         for name, value in fields.items():
-            self.kinds.setdefault(name, set()).add(type(value).__name__)
+            self.kinds.setdefault(name, set()).add(kind_of(value))
         return json.dumps(fields, default=str).encode()
 
 
@@ -438,6 +438,11 @@ def picture_of(value: Any) -> bytes | str:
     if not value:
         raise bad_input("A row needs an image", value, "Fill it in, or remove the row")
     return value
+
+
+def kind_of(value: Any) -> str:
+    """Returns the name of a value's Python type; "big" for integers of more than 64 bits."""
+    return "big" if type(value) is int and not -(2**63) <= value < 2**63 else type(value).__name__
 
 
 def texts_of(name: str, value: Any) -> list[str]:
