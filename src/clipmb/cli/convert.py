@@ -48,7 +48,7 @@ def run(
     ] = False,
     as_json: common.Json = False,
 ) -> None:
-    """Convert a checkpoint to another format and verify every tensor.
+    """Convert a checkpoint to another format, and verify it.
 
     The config, tokenizer and image processor are converted too, and conversion.json records what was done. If the
     process is killed, the disk fills up or verification fails, DST is left untouched.

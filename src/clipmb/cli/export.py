@@ -75,7 +75,7 @@ def run(
     revision: common.Revision = None,
     as_json: common.Json = False,
 ) -> None:
-    """Write a checkpoint for another runtime and compare the results.
+    """Write a checkpoint for another runtime, and compare them.
 
     The written files are run in a process in which clipmb, and every framework but their own runtime, cannot be
     imported. If their results differ from the checkpoint's, the exit code is 1 and nothing is written.

@@ -330,7 +330,7 @@ class BaseConfig(JsonSettings, Uploadable):
     def __eq__(self, other: object) -> bool:
         if type(self) is not type(other):
             return NotImplemented
-        skipped = {"_name_or_path": None, "_commit_hash": None}
+        skipped = dict.fromkeys(("_name_or_path", "_commit_hash", "_attn_implementation_internal"))  # no part of it
         return {**self.__dict__, **skipped} == {**other.__dict__, **skipped}
 
     __hash__ = None  # type: ignore[assignment]
