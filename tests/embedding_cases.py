@@ -29,6 +29,7 @@ class Engine:
 
     backend = "numpy"
     config = CONFIG
+    model = None
 
     def __init__(self, factor=1.0):
         self.factor = factor

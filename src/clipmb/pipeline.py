@@ -39,7 +39,9 @@ class CLIPPipeline:
         self.processor = processor
         self.config: CLIPConfig = engine.config
         self.source: Source | None = None  # of the checkpoint, where it was loaded from one
-        self.dtype = "float32"  # what it computes in
+        quantised = getattr(engine.model, "quantised", False)
+        found = getattr(engine.model, "compute_dtype", None) or getattr(engine.model, "dtype", None)
+        self.dtype = "int8" if quantised else dtype_name(found) or "float32"  # what it computes in
 
     @classmethod
     def from_pretrained(
@@ -76,7 +78,7 @@ class CLIPPipeline:
         def read() -> Self:  # of one save: another process may replace the checkpoint meanwhile
             engine = engine_class.load(source, dtype=dtype, device=device, compile=compile, **options)
             pipeline = cls(engine, processor_for(source, engine.config))
-            pipeline.source, pipeline.dtype = source, dtype_name(dtype) or "float32"
+            pipeline.source = source
             return pipeline
 
         return read_whole(None if source.file is not None else source.folder, read)

@@ -431,3 +431,29 @@ def test_what_was_decided_before_cannot_be_asked_for(data, embedded, tmp_path):
         Index.open(embedded[0], model=pipeline(), backend="pt").search("one")
     with pytest.raises(TypeError, match="model must be a CLIPPipeline"):
         embed(data, tmp_path / "out", model=7)
+
+
+@pytest.mark.parametrize("backend", ENGINES)
+@pytest.mark.parametrize("dtype", ["float32", "float16", "int8"])
+def test_a_pipeline_knows_its_dtype_however_it_was_made(tmp_path, backend, dtype):
+    if dtype not in clipmb.backends.BACKENDS[backend].dtypes:
+        with pytest.raises(ValueError, match="dtype"):
+            clipmb.backends.engine(backend).load(write_checkpoint(tmp_path, MODEL), dtype=dtype)
+        return
+    checkpoint = write_checkpoint(tmp_path, MODEL)
+    engine = clipmb.backends.engine(backend).load(checkpoint, dtype=dtype)
+    assert CLIPPipeline(engine, pipeline().processor).dtype == dtype
+    assert CLIPPipeline.from_pretrained(checkpoint, backend=backend, dtype=dtype).dtype == dtype
+
+
+def test_missing_shards_are_no_vectors(data, tmp_path):
+    embed(data, tmp_path / "out", model=pipeline(), **OPTIONS)
+    (tmp_path / "out" / "images-00000.parquet").unlink()
+    with pytest.raises(CheckpointError, match=rf"must hold the {SOURCE} images of its manifest\.json"):
+        Index.open(tmp_path / "out").vectors()
+
+
+def test_a_refused_job_leaves_no_folder(data, tmp_path):
+    with pytest.raises(ValueError, match="append needs a folder"):
+        embed(data, tmp_path / "out", model=pipeline(), append=True)
+    assert not (tmp_path / "out").exists()

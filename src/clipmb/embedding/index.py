@@ -122,6 +122,9 @@ class Index:
 
         Returns:
             (rows, proj), float32 or float16 as they were stored; read once.
+
+        Raises:
+            CheckpointError: Shards are missing, or cannot be read.
         """
         self._check_kind(kind)
         if kind not in self._vectors:
@@ -130,8 +133,14 @@ class Index:
             for table in self._read(kind, ["embedding"]):
                 for chunk in table.column("embedding").chunks:
                     part = chunk.flatten().to_numpy().reshape(len(chunk), -1)
-                    whole[start : start + len(part)] = part
+                    if start + len(part) <= len(whole):
+                        whole[start : start + len(part)] = part
                     start += len(part)
+            if start != len(whole):
+                raise CheckpointError(
+                    f"{self.folder} must hold the {len(whole)} {kind} of its {store.MANIFEST}. Received: {start}. "
+                    "Restore the shards that are missing or were changed, or embed again."
+                )
             self._vectors[kind] = whole
         return self._vectors[kind]
 

@@ -6,7 +6,7 @@ import json
 import re
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, overload
@@ -82,12 +82,18 @@ def writing(folder: Path) -> Iterator[None]:
     Raises:
         ValueError: Another process embeds into it.
     """
+    made = not folder.exists()
     try:
         with locked(folder, wait=False):
             for path in folder.iterdir():
                 if _BEGUN.fullmatch(path.name):
                     path.unlink()
             yield
+    except ValueError:
+        if made:  # for what was then refused
+            with suppress(OSError):
+                folder.rmdir()
+        raise
     except BlockingIOError:
         raise bad_input(
             "Only one process at a time may embed into a folder", str(folder),
