@@ -131,7 +131,9 @@ def test_a_job_killed_at_any_moment_goes_on(data, embedded, tmp_path):
     assert last > 30
     expected = rows_of(embedded[0])
     pairs, model = Pairs.open(data, partial=True), pipeline()
-    unfinished, calls = 0, 7  # steps of the model in the whole job
+    embed(pairs, tmp_path / "whole", model=model, **OPTIONS)
+    calls = model.engine.calls
+    unfinished = remembered = 0
     for k in range(1, last + 1):
         folder = tmp_path / str(k)
         manifest = folder / "manifest.json"
@@ -141,8 +143,10 @@ def test_a_job_killed_at_any_moment_goes_on(data, embedded, tmp_path):
         embed(pairs, folder, model=model, resume=True, **OPTIONS)
         assert rows_of(folder) == expected, k
         assert model.engine.calls <= calls - len(kept - {0})
+        remembered += bool(kept - {0})
         assert [path.name for path in folder.glob("*.parquet.*")] == []
     assert unfinished > 20
+    assert remembered > 10
 
 
 def test_another_source_is_appended(data, embedded, tmp_path):
