@@ -7,6 +7,7 @@ import json
 import os
 import re
 import sys
+import tracemalloc
 
 import numpy as np
 import pytest
@@ -21,6 +22,7 @@ from clipmb import CheckpointError, CLIPConfig, CLIPPipeline, Index, Pairs, embe
 from clipmb.common.saving import locked
 from clipmb.embedding.index import nearest
 from clipmb.embedding.passport import weights_digest
+from clipmb.embedding.store import Rows, write_shard
 
 TEXT = {"hidden_size": 32, "intermediate_size": 56, "num_hidden_layers": 1, "num_attention_heads": 4}
 MODEL = CLIPConfig({**TEXT, "max_position_embeddings": 16}, VISION, projection_dim=24)
@@ -280,7 +282,8 @@ def test_other_tokenizers_and_processors_are_other_passports():
 @pytest.mark.parametrize("some", [False, True])
 @pytest.mark.parametrize("dtype", ["float32", "float16"])
 def test_search_is_exact(monkeypatch, dtype, some):
-    monkeypatch.setattr("clipmb.embedding.index._BLOCK", 7)
+    for name, size in {"_BLOCK": 7, "_QUERIES": 2, "_PAIRS": 3}.items():
+        monkeypatch.setattr(f"clipmb.embedding.index.{name}", size)
     random = np.random.default_rng(0)
     vectors = random.standard_normal((100, 5)).astype(dtype)
     vectors[50:] = vectors[:50]  # equal ones, whose order counts
@@ -295,6 +298,99 @@ def test_search_is_exact(monkeypatch, dtype, some):
         expected = np.argsort(-cosines, axis=1, kind="stable")[:, :k]
         np.testing.assert_array_equal(found, kept[expected])
         np.testing.assert_allclose(scores, np.take_along_axis(cosines, expected, 1), atol=2e-6)
+
+
+def test_cosines_depend_on_the_row_alone():
+    """Not on its place in a product, whose kernels differ in the last bits."""
+    random = np.random.default_rng(0)
+    vectors = np.repeat(random.standard_normal((1, 33)).astype(np.float32), 1000, axis=0)
+    queries = random.standard_normal((5, 33)).astype(np.float32)
+    queries /= np.linalg.norm(queries, axis=1, keepdims=True)
+    scores, found = nearest(vectors, queries, 1000)
+    assert (found == np.arange(1000)).all()
+    assert (scores == scores[:, :1]).all()
+    wide, row = queries.astype(np.float64), vectors[0].astype(np.float64)
+    exact = wide @ row / np.linalg.norm(row) / np.linalg.norm(wide, axis=1)
+    np.testing.assert_array_equal(scores[:, 0], exact.astype(np.float32))
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
+@pytest.mark.parametrize(
+    "options",
+    [
+        None,
+        {"use_dictionary": False, "compression": "snappy"},
+        {"use_dictionary": False, "compression": "none", "data_page_size": 1 << 10, "write_batch_size": 100},
+        {"use_dictionary": True, "compression": "none"},
+        {"use_dictionary": False, "compression": "none", "use_byte_stream_split": ["embedding.list.element"]},
+    ],
+)
+def test_rows_are_mapped_where_the_files_allow_it(tmp_path, monkeypatch, dtype, options):
+    monkeypatch.setattr("clipmb.embedding.store.GROUP", 60)
+    random = np.random.default_rng(0)
+    vectors = random.standard_normal((250, 24)).astype(dtype)
+    rows = [{"id": str(i), "path": None, "label": None, "fields": {}} for i in range(250)]
+    paths = [tmp_path / f"images-{i:05d}.parquet" for i in (0, 1)]
+    for path, part in zip(paths, (slice(0, 130), slice(130, 250)), strict=True):
+        write_shard(path, rows[part], vectors[part], {}, {})
+        if options:
+            parquet.write_table(parquet.read_table(path), path, **options)
+    found = Rows(paths, 24, dtype)
+    assert {group.place is not None for group in found._groups} == {options is None}
+    assert [group.rows for group in found._groups] == ([60, 60, 10, 60, 60] if options is None else [130, 120])
+    queries = random.standard_normal((3, 24)).astype(np.float32)
+    for some in (None, np.array([0, 59, 60, 131, 132, 249])):
+        numbers, blocks = zip(*found.blocks(50, some), strict=True)
+        np.testing.assert_array_equal(np.concatenate(numbers), np.arange(250) if some is None else some)
+        np.testing.assert_array_equal(np.concatenate(blocks), vectors[np.concatenate(numbers)].astype(np.float32))
+        for one, two in zip(
+            nearest(found, queries, 7, rows=some), nearest(vectors, queries, 7, rows=some), strict=True
+        ):
+            np.testing.assert_array_equal(one, two)
+    assert [row["id"] for row in found.take(np.array([249, 0, 130, 129]))] == ["249", "0", "130", "129"]
+
+
+def test_search_needs_little_memory(tmp_path, monkeypatch):
+    monkeypatch.setattr("clipmb.embedding.index._BLOCK", 1 << 10)
+    count, width = 40_000, 64
+    rows = [{"id": None, "path": None, "label": None, "fields": {}}] * (count // 4)
+    paths = [tmp_path / f"images-{i:05d}.parquet" for i in range(4)]
+    for i, path in enumerate(paths):
+        write_shard(
+            path, rows, np.random.default_rng(i).standard_normal((count // 4, width)).astype(np.float32), {}, {}
+        )
+    before = {path.name for path in tmp_path.iterdir()}
+    tracemalloc.start()
+    try:
+        nearest(Rows(paths, width, "float32"), np.eye(1, width, dtype=np.float32), 10)
+        assert tracemalloc.get_traced_memory()[1] < count * width * 4 / 5
+    finally:
+        tracemalloc.stop()
+    assert {path.name for path in tmp_path.iterdir()} == before
+
+
+def test_shards_of_other_embeddings_are_no_rows(tmp_path):
+    path = tmp_path / "images-00000.parquet"
+    write_shard(path, [{"id": "a", "path": None, "label": None, "fields": {}}], np.ones((1, 5), np.float32), {}, {})
+    for wrong in ((6, "float32"), (5, "float16")):
+        with pytest.raises(CheckpointError, match="must have a column embedding of"):
+            Rows([path], *wrong)
+    path.write_bytes(path.read_bytes()[:-20])
+    with pytest.raises(CheckpointError, match="cannot be read"):
+        Rows([path], 5, "float32")
+
+
+def test_many_queries_at_once(embedded):
+    index = Index.open(embedded[0], model=pipeline())
+    queries = index.vectors()[[3, 5]]
+    scores, rows = index.nearest(2 * queries, 4, where="width>22")
+    for query, own, found in zip(queries, scores, rows, strict=True):
+        hits = index.search(vector=query, k=4, where="width>22")
+        assert [hit["row"] for hit in hits] == found.tolist()
+        assert [hit["score"] for hit in hits] == own.tolist()
+    assert index.nearest(queries[:0], 4)[1].shape == (0, 4)
+    with pytest.raises(ValueError, match="vector must have 6 finite numbers"):
+        index.nearest(queries[0])
 
 
 def test_queries_are_sums_and_differences(data, embedded):
@@ -455,6 +551,8 @@ def test_missing_shards_are_no_vectors(data, tmp_path):
     (tmp_path / "out" / "images-00000.parquet").unlink()
     with pytest.raises(CheckpointError, match=rf"must hold the {SOURCE} images of its manifest\.json"):
         Index.open(tmp_path / "out").vectors()
+    with pytest.raises(CheckpointError, match=rf"must hold the {SOURCE} images of its manifest\.json"):
+        Index.open(tmp_path / "out").table()
 
 
 def test_a_refused_job_leaves_no_folder(data, tmp_path):

@@ -14,10 +14,12 @@ from clipmb.common.errors import CheckpointError, bad_input, one_of, whole_numbe
 from clipmb.common.zero_shot import unit
 from clipmb.embedding import store
 from clipmb.embedding.passport import passport_of, require_equivalent
-from clipmb.embedding.store import KINDS, Manifest
+from clipmb.embedding.store import KINDS, Manifest, Rows
 from clipmb.pipeline import CLIPPipeline, loaded
 
-_BLOCK = 1 << 14  # rows of one product
+_BLOCK = 1 << 13  # rows of one product
+_QUERIES = 1 << 9  # of one product
+_PAIRS = 1 << 12  # of which cosines are computed at once
 _COMPARISONS: dict[str, str] = {  # of ``where``, to pyarrow's functions
     "==": "equal", "!=": "not_equal", "<=": "less_equal", ">=": "greater_equal", "=": "equal", "<": "less",
     ">": "greater",
@@ -27,7 +29,7 @@ _COMPARISONS: dict[str, str] = {  # of ``where``, to pyarrow's functions
 class Index:
     """Embeddings that `clipmb.embed` wrote. Open a folder with `Index.open`.
 
-    Searching is exact. All vectors of the kind that is searched are in memory, in the numbers of the files.
+    Searching is exact. Vectors are read from mapped files in blocks, and few are in memory at once.
 
     Args:
         folder: Where they are.
@@ -45,6 +47,7 @@ class Index:
         self._load = load
         self._vectors: dict[str, np.ndarray] = {}
         self._tables: dict[str, Any] = {}
+        self._opened: dict[str, Rows] = {}
 
     @classmethod
     def open(
@@ -129,34 +132,27 @@ class Index:
         self._check_kind(kind)
         if kind not in self._vectors:
             whole = np.empty((self.count(kind), self.manifest.dimension), self.manifest.store)
-            start = 0
-            for table in self._read(kind, ["embedding"]):
-                for chunk in table.column("embedding").chunks:
-                    part = chunk.flatten().to_numpy().reshape(len(chunk), -1)
-                    if start + len(part) <= len(whole):
-                        whole[start : start + len(part)] = part
-                    start += len(part)
-            if start != len(whole):
-                raise CheckpointError(
-                    f"{self.folder} must hold the {len(whole)} {kind} of its {store.MANIFEST}. Received: {start}. "
-                    "Restore the shards that are missing or were changed, or embed again."
-                )
+            for numbers, block in self._rows(kind).blocks(_BLOCK):
+                whole[numbers] = block
             self._vectors[kind] = whole
         return self._vectors[kind]
 
     def table(self, kind: str = "images") -> Any:
-        """Returns the other columns of a kind, as a ``pyarrow.Table`` of as many rows.
+        """Returns the other columns of a kind, as a ``pyarrow.Table`` of as many rows; read once.
 
         Args:
             kind: "images" or "texts".
+
+        Raises:
+            CheckpointError: Shards are missing, or cannot be read.
         """
         self._check_kind(kind)
         if kind not in self._tables:
             pa = store.pyarrow()
-            parts = list(self._read(kind, None))
-            self._tables[kind] = (
-                pa.concat_tables(parts, promote_options="permissive") if parts else pa.table({"id": []})
-            )
+            parts = list(self._read(kind))
+            table = pa.concat_tables(parts, promote_options="permissive") if parts else pa.table({"id": []})
+            self._check_count(kind, table.num_rows)
+            self._tables[kind] = table
         return self._tables[kind]
 
     def query(
@@ -235,18 +231,51 @@ class Index:
             vector = self.query(text, image, minus_text=minus_text, minus_image=minus_image)
         elif any(value is not None for value in (text, image, minus_text, minus_image)):
             raise bad_input("A query is a vector, or texts and images", "both", "Pass one of them", shown=True)
-        vector = np.asarray(vector, np.float32)
-        if vector.shape != (self.manifest.dimension,) or not np.isfinite(vector).all() or not vector.any():
-            raise bad_input(
-                f"vector must have {self.manifest.dimension} finite numbers that are not all zero", vector, "Correct it"
-            )
-        rows = None if where is None else np.flatnonzero(self._matching(kind, where))
-        scores, found = nearest(self.vectors(kind), unit(vector)[None], k, rows=rows)
-        kept = self.table(kind).take(found[0]).to_pylist()
+        scores, found = self.nearest(np.asarray(vector)[None], k, kind=kind, where=where)
         return [
             {"score": float(score), "row": int(row), **columns}
-            for score, row, columns in zip(scores[0], found[0], kept, strict=True)
+            for score, row, columns in zip(scores[0], found[0], self._rows(kind).take(found[0]), strict=True)
         ]
+
+    def nearest(
+        self,
+        vectors: np.ndarray,
+        k: int = 10,
+        *,
+        kind: str = "images",
+        where: str | Sequence[str] | None = None,
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Returns the rows that are most similar to each of several queries, at little more than the cost of one.
+
+        Args:
+            vectors: (queries, proj); their lengths do not matter.
+            k: How many, at most.
+            kind: As in `search`.
+            where: As in `search`.
+
+        Returns:
+            Cosines, float32, and numbers of rows, int64, (queries, the lesser of k and the rows), from the most
+            similar. Rows that are equally similar keep their order.
+
+        Raises:
+            ValueError: As in `search`.
+        """
+        self._check_kind(kind)
+        whole_number("k", k, 1)
+        vectors = np.asarray(vectors, np.float32)
+        if (
+            vectors.ndim != 2
+            or vectors.shape[1] != self.manifest.dimension
+            or not np.isfinite(vectors).all()
+            or not vectors.any(axis=1).all()
+        ):
+            raise bad_input(
+                f"vector must have {self.manifest.dimension} finite numbers that are not all zero",
+                vectors,
+                "Correct it",
+            )
+        rows = None if where is None else np.flatnonzero(self._matching(kind, where))
+        return nearest(self._rows(kind), unit(vectors), k, rows=rows)
 
     def duplicates(self, threshold: float = 0.95, kind: str = "images") -> list[list[int]]:
         """Groups embeddings that are nearly the same: chains in which each is at least this similar to another.
@@ -264,7 +293,7 @@ class Index:
         self._check_kind(kind)
         if not isinstance(threshold, int | float) or isinstance(threshold, bool) or not 0 < threshold <= 1:
             raise bad_input("threshold must be a cosine above 0 and at most 1", threshold, "Pass for example 0.95")
-        vectors = self.vectors(kind)
+        vectors = self._rows(kind)
         parent = np.arange(len(vectors))
 
         def root(row: int) -> int:
@@ -273,12 +302,11 @@ class Index:
                 row = int(parent[row])
             return row
 
-        for first, left in _blocks(vectors, None, 1 << 11):
-            for second, right in _blocks(vectors, None, 1 << 11):
-                if second < first:
-                    continue
-                near = np.argwhere(left @ right.T >= threshold - 1e-6)  # rounding of 1 - cosine of equal vectors
-                for a, b in near + np.array([first, second]):
+        for first, left in _blocks(vectors, _BLOCK):
+            after = np.arange(first[0], len(vectors))
+            for second, right in _blocks(vectors, _BLOCK, after):
+                near = np.argwhere(unit(left) @ unit(right).T >= threshold - 1e-6)  # rounding, of equal vectors too
+                for a, b in near + np.array([first[0], second[0]]):
                     if a < b and (one := root(int(a))) != (two := root(int(b))):
                         parent[max(one, two)] = min(one, two)
         groups: dict[int, list[int]] = {}
@@ -290,19 +318,32 @@ class Index:
         if kind not in KINDS:
             raise one_of("kind", kind, KINDS)
 
-    def _read(self, kind: str, columns: list[str] | None) -> Iterator[Any]:
-        """Yields the tables of all shards, in their order: these columns, or all but the embedding."""
+    def _check_count(self, kind: str, rows: int) -> None:
+        if rows != self.count(kind):
+            raise CheckpointError(
+                f"{self.folder} must hold the {self.count(kind)} {kind} of its {store.MANIFEST}. Received: {rows}. "
+                "Restore the shards that are missing or were changed, or embed again."
+            )
+
+    def _shards(self, kind: str) -> list[Path]:
+        """Returns the shards that have rows of a kind, in their order."""
+        numbers = (number for source in self.manifest.sources for number in range(*source["shards"]))
+        return [path for number in numbers if (path := store.shard_path(self.folder, kind, number)).exists()]
+
+    def _rows(self, kind: str) -> Rows:
+        if kind not in self._opened:
+            rows = Rows(self._shards(kind), self.manifest.dimension, self.manifest.store)
+            self._check_count(kind, len(rows))
+            self._opened[kind] = rows
+        return self._opened[kind]
+
+    def _read(self, kind: str) -> Iterator[Any]:
+        """Yields the tables of all shards, in their order, without the embedding."""
         pa = store.pyarrow()
-        for source in self.manifest.sources:
-            for number in range(*source["shards"]):
-                path = store.shard_path(self.folder, kind, number)
-                if not path.exists():
-                    continue  # a shard without rows of this kind
-                try:
-                    names = columns or [n for n in pa.parquet.read_schema(path).names if n != "embedding"]
-                    yield pa.parquet.read_table(path, columns=names)
-                except (pa.ArrowException, OSError) as error:
-                    raise CheckpointError(f"{path} cannot be read: {error}. Embed its source again.") from error
+        for path in self._shards(kind):
+            with store.readable(path):
+                names = [name for name in pa.parquet.read_schema(path).names if name != "embedding"]
+                yield pa.parquet.read_table(path, columns=names)
 
     def _matching(self, kind: str, where: str | Sequence[str]) -> np.ndarray:
         """Returns for every row whether it satisfies all conditions."""
@@ -336,9 +377,12 @@ class Index:
 
 
 def nearest(
-    vectors: np.ndarray, queries: np.ndarray, k: int, *, rows: np.ndarray | None = None
+    vectors: np.ndarray | Rows, queries: np.ndarray, k: int, *, rows: np.ndarray | None = None
 ) -> tuple[np.ndarray, np.ndarray]:
     """Finds the rows with the largest cosines to each query, exactly, by blocked products.
+
+    Products in float32 find the rows that can be among the nearest; the cosines of these are computed in float64. What
+    is found depends on neither the blocks, nor the processor, nor which rows are considered besides.
 
     Args:
         vectors: (rows, proj), of unit length or not; float32 or float16.
@@ -350,28 +394,58 @@ def nearest(
         Cosines and rows, (queries, the lesser of k and the rows), from the most similar; of equal ones the first row
         comes first.
     """
-    scores = np.empty((len(queries), 0), np.float32)
-    found = np.empty((len(queries), 0), np.int64)
-    for start, block in _blocks(vectors, rows, _BLOCK):
-        numbers = np.arange(start, start + len(block)) if rows is None else rows[start : start + len(block)]
-        new = queries @ block.T
-        if new.shape[1] > k:  # all that reach the k-th largest, so that equal ones are decided by their rows
-            least = np.partition(new, -k, axis=1)[:, -k].min()
-            some = np.flatnonzero((new >= least).any(axis=0))
-            new, numbers = new[:, some], numbers[some]
-        scores = np.concatenate([scores, new], axis=1)
-        found = np.concatenate([found, np.broadcast_to(numbers, new.shape)], axis=1)
-        order = np.argsort(-scores, axis=1, kind="stable")[:, :k]
-        scores, found = np.take_along_axis(scores, order, 1), np.take_along_axis(found, order, 1)
+    starts = range(0, max(len(queries), 1), _QUERIES)
+    parts = [_nearest(vectors, queries[start : start + _QUERIES], k, rows) for start in starts]
+    scores, found = zip(*parts, strict=True)
+    return np.concatenate(scores), np.concatenate(found)
+
+
+def _nearest(
+    vectors: np.ndarray | Rows, queries: np.ndarray, k: int, rows: np.ndarray | None
+) -> tuple[np.ndarray, np.ndarray]:
+    margin = 2 * queries.shape[1] * np.finfo(np.float32).eps  # more than two cosines in float32 are wrong by
+    count = len(queries)
+    scores, found = np.empty((count, 0), np.float32), np.empty((count, 0), np.int64)
+    for numbers, block in _blocks(vectors, _BLOCK, rows):
+        lengths = np.sqrt(np.einsum("rp,rp->r", block, block))
+        near = queries @ block.T
+        near /= np.where(lengths == 0, 1, lengths)  # (queries, rows)
+        least = scores[:, -1:] - margin if scores.shape[1] == k else np.full((count, 1), -np.inf, np.float32)
+        reach = near >= least
+        if len(numbers) > k and np.count_nonzero(reach) > 2 * k * count:
+            reach &= near >= np.partition(near, -k, axis=1)[:, -k, None] - margin
+        query, place = np.nonzero(reach)
+        new = np.empty(len(query), np.float32)
+        for i in range(0, len(query), _PAIRS):
+            new[i : i + _PAIRS] = _cosines(queries[query[i : i + _PAIRS]], block[place[i : i + _PAIRS]])
+        most = min(k, scores.shape[1] + len(numbers))
+        query = np.concatenate([np.repeat(np.arange(count), scores.shape[1]), query])
+        score = np.concatenate([scores.reshape(-1), new])
+        row = np.concatenate([found.reshape(-1), numbers[place]])
+        order = np.lexsort((row, -score, query))
+        best = order[np.searchsorted(query[order], np.arange(count))[:, None] + np.arange(most)]
+        scores, found = score[best], row[best]
     return scores, found
 
 
-def _blocks(vectors: np.ndarray, rows: np.ndarray | None, size: int) -> Iterator[tuple[int, np.ndarray]]:
-    """Yields where each block of rows begins, and its rows in float32 and of unit length."""
-    count = len(vectors) if rows is None else len(rows)
-    for start in range(0, count, size):
-        part = vectors[start : start + size] if rows is None else vectors[rows[start : start + size]]
-        yield start, unit(np.asarray(part, np.float32))
+def _cosines(left: np.ndarray, right: np.ndarray) -> np.ndarray:
+    """Returns the cosines of pairs of rows, computed in float64, as float32."""
+    left, right = left.astype(np.float64), right.astype(np.float64)
+    lengths = np.sqrt(np.einsum("pd,pd->p", left, left) * np.einsum("pd,pd->p", right, right))
+    return (np.einsum("pd,pd->p", left, right) / np.where(lengths == 0, 1, lengths)).astype(np.float32)
+
+
+def _blocks(
+    vectors: np.ndarray | Rows, size: int, rows: np.ndarray | None = None
+) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """Yields the numbers of the rows of each block, and these rows in float32."""
+    if isinstance(vectors, Rows):
+        yield from vectors.blocks(size, rows)
+        return
+    for start in range(0, len(vectors if rows is None else rows), size):
+        part = slice(start, start + size)
+        some = np.arange(len(vectors))[part] if rows is None else rows[part]
+        yield some, np.asarray(vectors[part] if rows is None else vectors[some], np.float32)
 
 
 def columns_of(hit: Mapping[str, Any]) -> dict[str, Any]:

@@ -8,8 +8,9 @@ import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
+from itertools import groupby
 from pathlib import Path
-from typing import Any, overload
+from typing import Any, NamedTuple, overload
 
 import numpy as np
 
@@ -21,6 +22,7 @@ MANIFEST = "manifest.json"
 ERRORS = "errors.parquet"
 KINDS = ("images", "texts")
 STORED = ("float32", "float16")
+GROUP = 1 << 14  # rows of a row group, in which the embeddings are one page
 _FORMAT = 1
 _UNDER_WAY = ".clipmb-embed"
 _BEGUN = re.compile(r"\.((images|texts)-\d{5,}\.parquet|errors\.parquet|manifest\.json)\.\d+")  # of write_atomically
@@ -179,8 +181,160 @@ def write_shard(
     columns["embedding"] = pa.FixedSizeListArray.from_arrays(flat, embeds.shape[1])
     table = pa.table(columns).replace_schema_metadata({"clipmb": json.dumps(dict(passport))})
     buffer = pa.BufferOutputStream()
-    pa.parquet.write_table(table, buffer, use_dictionary=False)
-    write_atomically(path, buffer.getvalue().to_pybytes())
+    # Embeddings do not compress; plain and in one page, `Rows` maps them.
+    compression = {**dict.fromkeys(columns, "snappy"), "embedding.list.element": "none"}
+    pa.parquet.write_table(
+        table, buffer, use_dictionary=False, compression=compression, data_page_size=1 << 30, row_group_size=GROUP
+    )
+    write_atomically(path, buffer.getvalue())
+
+
+class _Group(NamedTuple):
+    """A row group of a shard."""
+
+    path: Path
+    number: int
+    rows: int
+    place: int | None  # of the embeddings in the file, where they can be mapped
+
+
+class Rows:
+    """The embeddings of shards as one sequence of rows, of which a block at a time is in memory.
+
+    Blocks are copied from mapped files; shards of other programs, whose embeddings are compressed or in several pages,
+    are decoded a row group at a time.
+
+    Args:
+        paths: The shards, in their order.
+        dimension: Numbers in an embedding.
+        stored: "float32" or "float16".
+
+    Attributes:
+        names: All columns of the shards but the embedding.
+
+    Raises:
+        CheckpointError: A shard cannot be read, or holds other embeddings.
+    """
+
+    def __init__(self, paths: Sequence[Path], dimension: int, stored: str) -> None:
+        self._dimension, self._stored = dimension, np.dtype(stored)
+        self._groups: list[_Group] = []
+        self.names: list[str] = []
+        pa = pyarrow()
+        kind = pa.list_(pa.from_numpy_dtype(self._stored), dimension)
+        for path in paths:
+            with readable(path), pa.parquet.ParquetFile(path) as file, open(path, "rb") as content:
+                schema = file.schema_arrow
+                if "embedding" not in schema.names or schema.field("embedding").type != kind:
+                    raise CheckpointError(f"{path} must have a column embedding of {dimension} {stored}. Embed again.")
+                self.names = list(dict.fromkeys([*self.names, *schema.names]))
+                for number in range(file.num_row_groups):
+                    rows = file.metadata.row_group(number).num_rows
+                    place = _mapped(content, file.metadata.row_group(number), rows * dimension, self._stored.itemsize)
+                    self._groups.append(_Group(path, number, rows, place))
+        self.names = [name for name in self.names if name != "embedding"]
+        self._ends = np.cumsum([group.rows for group in self._groups], dtype=np.int64)
+
+    def __len__(self) -> int:
+        return int(self._ends[-1]) if len(self._ends) else 0
+
+    def blocks(self, size: int, chosen: np.ndarray | None = None) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        """Yields the numbers (n,) of up to ``size`` rows, and these rows, (n, proj) float32.
+
+        Args:
+            size: Rows of a block, at most.
+            chosen: (m,) numbers of rows, ascending; all when None.
+        """
+        start = 0
+        for path, groups in groupby(self._groups, key=lambda group: group.path):
+            content = None  # mapped when it is needed: more shards than files that a process may have open
+            for group in groups:
+                numbers = np.arange(start, start + group.rows)
+                if chosen is not None:
+                    numbers = chosen[slice(*np.searchsorted(chosen, (start, start + group.rows)))]
+                for first in range(0, len(numbers), size):
+                    if content is None:
+                        with readable(path):
+                            content = np.memmap(path, mode="r")
+                    if first == 0:
+                        values = self._values(group, content)
+                    some = numbers[first : first + size]
+                    part = values[some[0] - start : some[-1] + 1 - start] if chosen is None else values[some - start]
+                    yield some, np.array(part, np.float32)
+                start += group.rows
+
+    def _values(self, group: _Group, content: np.ndarray) -> np.ndarray:
+        if group.place is not None:
+            end = group.place + group.rows * self._dimension * self._stored.itemsize
+            return np.asarray(content)[group.place : end].view(self._stored).reshape(group.rows, -1)
+        with readable(group.path), pyarrow().parquet.ParquetFile(group.path, memory_map=True) as file:
+            column = file.read_row_group(group.number, columns=["embedding"]).column("embedding").combine_chunks()
+        return column.flatten().to_numpy().reshape(group.rows, -1)
+
+    def take(self, rows: np.ndarray) -> list[dict[str, Any]]:
+        """Returns the other columns of some rows (n,), in their order; None where a shard has no such column."""
+        found: list[dict[str, Any]] = [{} for _ in rows]
+        places = np.searchsorted(self._ends, rows, side="right")
+        for place in np.unique(places):
+            group = self._groups[place]
+            mine = np.flatnonzero(places == place)
+            with readable(group.path), pyarrow().parquet.ParquetFile(group.path) as file:
+                names = [name for name in file.schema_arrow.names if name != "embedding"]
+                table = file.read_row_group(group.number, columns=names)
+            for i, row in zip(mine, table.take(rows[mine] - (self._ends[place] - group.rows)).to_pylist(), strict=True):
+                found[i] = {name: row.get(name) for name in self.names}
+        return found
+
+
+@contextmanager
+def readable(path: Path) -> Iterator[None]:
+    """Says which shard cannot be read."""
+    try:
+        yield
+    except CheckpointError:
+        raise
+    except (pyarrow().ArrowException, OSError) as error:
+        raise CheckpointError(f"{path} cannot be read: {error}. Embed its source again.") from error
+
+
+def _mapped(content: Any, group: Any, count: int, size: int) -> int | None:
+    """Returns where in a file the embeddings of a row group lie one after the other, or None where they do not.
+
+    They do when one page has all of them, plain and not compressed: they are its last bytes, after the levels.
+
+    Args:
+        content: The opened file.
+        group: The metadata of the row group.
+        count: How many numbers there are.
+        size: Bytes of a number.
+
+    Source: parquet.thrift and Encodings.md of apache/parquet-format; a page's header is a struct in Thrift's compact
+    protocol.
+    """
+    columns = [group.column(i) for i in range(group.num_columns)]
+    column = next(column for column in columns if column.path_in_schema.partition(".")[0] == "embedding")
+    if column.compression != "UNCOMPRESSED" or column.has_dictionary_page or column.num_values != count:
+        return None
+    if column.statistics is None or column.statistics.null_count:
+        return None
+    content.seek(column.data_page_offset)
+    fields, head = {}, iter(content.read(64))
+    field, inside = 0, 0
+    for byte in head:  # 1: type; 2, 3: sizes; 4: checksum; 5: of a data page, 1: how many values, 2: their encoding
+        field, kind = field + (byte >> 4), byte & 15
+        if kind == 12 and field == 5 and not inside:
+            field, inside = 0, 10
+        elif kind == 5:
+            value = shift = 0
+            for part in head:
+                value, shift = value | (part & 127) << shift, shift + 7
+                if part < 128:
+                    break
+            fields[inside + field] = (value >> 1) ^ -(value & 1)
+        else:
+            break
+    plain = fields.get(1) == 0 and fields.get(11) == count and fields.get(12) == 0
+    return column.data_page_offset + column.total_compressed_size - count * size if plain else None
 
 
 def write_errors(folder: Path, source: int, errors: Sequence[Mapping[str, Any]]) -> None:
