@@ -247,20 +247,20 @@ class Rows:
         """
         start = 0
         for path, groups in groupby(self._groups, key=lambda group: group.path):
-            content = None  # mapped when it is needed: more shards than files that a process may have open
+            content = None  # mapped for this while: there may be more shards than files that a process may have open
             for group in groups:
                 numbers = np.arange(start, start + group.rows)
                 if chosen is not None:
                     numbers = chosen[slice(*np.searchsorted(chosen, (start, start + group.rows)))]
-                for first in range(0, len(numbers), size):
+                if len(numbers):
                     if content is None:
                         with readable(path):
                             content = np.memmap(path, mode="r")
-                    if first == 0:
-                        values = self._values(group, content)
-                    some = numbers[first : first + size]
-                    part = values[some[0] - start : some[-1] + 1 - start] if chosen is None else values[some - start]
-                    yield some, np.array(part, np.float32)
+                    values = self._values(group, content)
+                    for first in range(0, len(numbers), size):
+                        some = numbers[first : first + size]
+                        place = slice(first, first + size) if chosen is None else some - start
+                        yield some, np.array(values[place], np.float32)
                 start += group.rows
 
     def _values(self, group: _Group, content: np.ndarray) -> np.ndarray:
