@@ -8,7 +8,6 @@ import re
 
 import numpy as np
 import pytest
-import typer
 from cases import CONFIGS, VISION, write_checkpoint
 from conftest import BACKENDS
 from PIL import Image
@@ -16,15 +15,11 @@ from processes import clipmb, invoke
 from safetensors import safe_open
 
 from clipmb import CLIPConfig, CLIPPipeline
-from clipmb.backends import BACKENDS as KNOWN
-from clipmb.cli import app
 from clipmb.cli.common import print_json
 from clipmb.cli.info import describe
-from clipmb.common.checkpoint.formats import FORMATS
-from clipmb.common.dtypes import DTYPES
 from clipmb.common.hub import Source
 from clipmb.common.small_model import TEMPLATES, held_out_pictures, small_model
-from clipmb.common.training.recipe import LOSSES, Recipe
+from clipmb.common.training.recipe import Recipe
 
 CONFIG = CLIPConfig(
     {"hidden_size": 32, "intermediate_size": 56, "num_hidden_layers": 2, "num_attention_heads": 4},
@@ -253,59 +248,6 @@ def test_a_model_that_is_not_cached_is_named_without_the_network(tmp_path):
 def test_help_and_version():
     assert clipmb("--version").stdout.startswith("clipmb 0.")
     assert "Usage: clipmb" in clipmb("--help").stdout
-
-
-COMMANDS = typer.main.get_command(app)
-
-
-def commands():
-    context = typer.Context(COMMANDS)
-    return {name: COMMANDS.get_command(context, name) for name in COMMANDS.list_commands(context)}
-
-
-def test_the_summary_of_every_command_fits_on_a_line():
-    shown = clipmb("--help", COLUMNS="80").stdout
-    for name, command in commands().items():
-        summary = command.help.partition("\n")[0]
-        assert re.search(rf"^  {name} +{re.escape(summary)}$", shown, re.MULTILINE)
-        assert summary in clipmb(name, "--help", COLUMNS="80").stdout
-
-
-def test_a_short_option_means_the_same_in_every_command():
-    meanings = {}
-    for command in commands().values():
-        for option in command.params:
-            for short in option.opts + option.secondary_opts:
-                if not short.startswith("--") and short.startswith("-"):
-                    meanings.setdefault(short, set()).add(option.opts[0])
-    assert meanings["-t"] == {"--template"}
-    assert all(len(long) == 1 for long in meanings.values()), meanings
-
-
-@pytest.mark.parametrize("name", sorted(commands()))
-def test_every_option_says_what_it_is_and_typer_shows_its_default(name):
-    for option in commands()[name].params:
-        assert option.help.endswith("."), option.name
-        assert "[" not in option.help, option.name
-        assert not re.match(r"(Of|As|If)\b", option.help), option.name
-    shown = clipmb(name, "--help", COLUMNS="120").stdout
-    assert max(map(len, shown.splitlines())) <= 120
-    for option in commands()[name].params:
-        for long in option.opts:
-            assert not long.startswith("--") or re.search(rf"{long}\b", shown), long
-
-
-def test_choices_are_those_of_the_tables():
-    shown = {name: re.sub(r"\s+", " ", clipmb(name, "--help", COLUMNS="400").stdout) for name in commands()}
-    assert f"Format to write: {', '.join(FORMATS)}." in shown["convert"]
-    assert f"Contrastive loss: {', '.join(LOSSES)}." in shown["train"]
-    assert f"train with: {', '.join(name for name, known in KNOWN.items() if known.trains)}." in shown["train"]
-    for name in ("classify", "encode", "evaluate"):
-        assert f"compute with: {', '.join(KNOWN)}." in shown[name]
-    for name in ("demo", "doctor", "verify"):
-        assert f"run (repeatable): {', '.join(KNOWN)}." in shown[name]
-    for name in ("classify", "encode", "evaluate", "verify"):
-        assert f"compute in (int8 with onnx only): {', '.join(DTYPES)}, int8." in shown[name]
 
 
 def test_train_passes_on_columns_and_the_recipe_that_is_given_only(monkeypatch):
