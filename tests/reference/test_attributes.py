@@ -90,7 +90,7 @@ def test_dtype_of_a_config(name, given):
 @pytest.mark.parametrize("name", ["CLIPTokenizer", "CLIPTokenizerFast"])
 def test_attributes_of_a_tokenizer(name):
     theirs, ours = (getattr(package, name).from_pretrained(small_model()) for package in PACKAGES)
-    for field in ("SPECIAL_TOKENS_ATTRIBUTES", "chat_template", "verbose", "name_or_path"):
+    for field in ("SPECIAL_TOKENS_ATTRIBUTES", "chat_template", "verbose", "name_or_path", "init_inputs"):
         assert getattr(ours, field) == getattr(theirs, field)
     expected = {key: value for key, value in theirs.init_kwargs.items() if not key.endswith("_file")}
     assert {key: str(value) for key, value in ours.init_kwargs.items()} == {k: str(v) for k, v in expected.items()}

@@ -126,6 +126,7 @@ class Tokens:
     cls_token_id = SpecialTokenId()
     mask_token_id = SpecialTokenId()
     pad_token_type_id = 0
+    init_inputs: tuple[Any, ...] = ()
 
     def __init__(
         self,
