@@ -1,10 +1,42 @@
-"""Side-by-side timing: both contenders alternate in one process, so that what disturbs one disturbs the other."""
+"""Side-by-side timing: the contenders alternate in one process, so that what disturbs one disturbs the others."""
 
 from __future__ import annotations
 
+import json
+import os
+import random
 import statistics
 import time
 from collections.abc import Callable
+
+ROWS = "CLIPMB_BENCH_ROWS"  # the file to which `run.py` has rows of its tables written
+
+
+def medians(
+    runs: dict[str, Callable[[], object]], rounds: int, clock: Callable[[], float] = time.perf_counter
+) -> dict[str, float]:
+    """Times several contenders in alternation, after one warm-up each.
+
+    Args:
+        runs: One run of each, by name, on the same input.
+        rounds: Timed runs of each, in a random order in each round, so that none gains or loses by what another left
+            in caches and in the allocator.
+        clock: What is measured: the time that passes, or `time.process_time`, which other load disturbs less.
+
+    Returns:
+        The median seconds of each.
+    """
+    taken: dict[str, list[float]] = {name: [] for name in runs}
+    for run in runs.values():
+        run()
+    order = list(runs)
+    for _ in range(rounds):
+        random.shuffle(order)
+        for name in order:
+            start = clock()
+            runs[name]()
+            taken[name].append(clock() - start)
+    return {name: statistics.median(times) for name, times in taken.items()}
 
 
 def compare(
@@ -17,8 +49,9 @@ def compare(
     rounds: int = 7,
     goal: float | None = None,
     clock: Callable[[], float] = time.perf_counter,
+    peer: str = "transformers",
 ) -> float:
-    """Times both in alternation after one warm-up each and prints the ratio of medians.
+    """Times both in alternation and prints the ratio of medians.
 
     Args:
         name: What is measured.
@@ -26,27 +59,33 @@ def compare(
         theirs: One run of the peer, on the same input.
         count: Items per run.
         unit: What an item is.
-        rounds: Timed runs of each.
-        clock: What is measured: the time that passes, or `time.process_time`, which other load disturbs less.
+        rounds: As in `medians`.
         goal: The ratio that is promised, shown beside the one measured.
+        clock: As in `medians`.
+        peer: The name of the peer.
 
     Returns:
         Median time of the peer over median time of clipmb: above 1, clipmb is faster.
     """
-    times: dict[Callable[[], object], list[float]] = {ours: [], theirs: []}
-    for run in times:
-        run()
-    order = list(times.items())
-    for _ in range(rounds):
-        order.reverse()  # so that neither gains or loses by what the other left in caches and in the allocator
-        for run, taken in order:
-            start = clock()
-            run()
-            taken.append(clock() - start)
-    mine, peer = statistics.median(times[ours]), statistics.median(times[theirs])
-    ratio = peer / mine
-    promise = "" if goal is None else f"  (goal {goal:g}x: {'met' if ratio >= goal else 'NOT MET'})"
-    print(
-        f"{name:<44} {count / mine:>12,.1f} {unit}/s   peer {count / peer:>12,.1f}   {ratio:6.2f}x{promise}", flush=True
-    )
+    found = medians({"ours": ours, "theirs": theirs}, rounds, clock)
+    ratio = found["theirs"] / found["ours"]
+    row(
+        name, clipmb=f"{count / found['ours']:,.1f} {unit}/s", peer=f"{count / found['theirs']:,.1f} ({peer})",
+        ratio=f"{ratio:.2f}", goal="" if goal is None else f"{goal:g} ({'met' if ratio >= goal else 'not met'})",
+    )  # fmt: skip
     return ratio
+
+
+def row(what: str, table: str = "", **cells: str) -> None:
+    """Prints one line of a table, which `run.py` writes down.
+
+    Args:
+        what: What was measured.
+        table: The title of the table, where a benchmark has several.
+        cells: The other columns.
+    """
+    shown = "   ".join(f"{name} {value}" for name, value in cells.items() if value)
+    print(f"{what:<44} {shown}", flush=True)
+    if path := os.environ.get(ROWS):
+        with open(path, "a", encoding="utf-8") as file:
+            file.write(json.dumps({"table": table, "what": what.strip(), **cells}) + "\n")

@@ -11,6 +11,7 @@ import time
 from pathlib import Path
 
 from _checkpoint import vit_b_32
+from _compare import row
 
 from clipmb import CLIPConfig
 
@@ -57,18 +58,18 @@ def main() -> None:
     # cp leaves its copy in the page cache; a conversion syncs its result to disk, so the copy is synced too.
     plain, _ = timed(["sh", "-c", f"cp '{file}' '{copy}' && sync '{copy}'"])
     copy.unlink()
-    print(f"cp and sync of {size / 1e9:.2f} GB: {plain:.1f} s")
+    row(f"cp and sync of {size / 1e9:.2f} GB", seconds=f"{plain:.1f}")
     for case in given.cases:
         to, dtype = case.split(":")
         seconds, output = timed([sys.executable, "-c", CONVERT, str(folder), str(result), to, dtype])
         shutil.rmtree(result)
         cpu, peak = json.loads(output)
-        verdict = "met" if peak <= GOAL * size else "NOT MET"
-        print(
-            f"convert to {to}, read back, compare, hash, {dtype or 'as it is'}: {seconds:.1f} s "
-            f"({seconds / plain:.1f} x cp), {cpu:.1f} s of CPU; "
-            f"peak memory {peak / size:.2f} x the file (goal at most {GOAL}: {verdict})"
-        )
+        verdict = "met" if peak <= GOAL * size else "not met"
+        row(
+            f"convert to {to}, {dtype or 'as it is'}, with comparison", seconds=f"{seconds:.1f}",
+            ratio=f"{seconds / plain:.1f} x cp", cpu=f"{cpu:.1f} s",
+            memory=f"{peak / size:.2f} x the file", goal=f"memory at most {GOAL} ({verdict})",
+        )  # fmt: skip
 
 
 if __name__ == "__main__":

@@ -85,6 +85,7 @@ def main() -> None:
             lambda: [batch.pixel_values.shape for batch in plain.epoch(0)],
             count=COUNT,
             unit="pictures",
+            peer="no augmentation",
         )
 
 

@@ -6,7 +6,6 @@ The ceiling is what the matrix products alone would take at the rate of the larg
 from __future__ import annotations
 
 import argparse
-import random
 import statistics
 import time
 from collections.abc import Callable
@@ -16,6 +15,7 @@ import numpy as np
 import torch  # before tensorflow
 import transformers
 from _checkpoint import vit_b_32
+from _compare import medians, row
 
 from clipmb import CLIPConfig, backends
 from clipmb.backends import Engine
@@ -27,6 +27,7 @@ MODES = {
     "onnx": [{}, {"dtype": "int8"}],
 }
 LENGTH = 16
+PEER = "transformers, PyTorch"
 
 
 def main() -> None:
@@ -60,15 +61,14 @@ def measure(
     pixels = numbers.normal(size=(batch, 3, side, side)).astype(np.float32)
     ids = numbers.integers(1, 40_000, (batch, LENGTH))
     ids[:, -1] = config.text_config.eos_token_id
-    runs: dict[str, Callable[[], np.ndarray]] = {"transformers pt": lambda: theirs(peer, tower, pixels, ids)}
+    runs: dict[str, Callable[[], np.ndarray]] = {PEER: lambda: theirs(peer, tower, pixels, ids)}
     for name, engine in engines.items():
         runs[name] = (
             (lambda engine=engine: engine.image_features(pixels))
             if tower == "image"
             else (lambda engine=engine: engine.text_features(ids))
         )
-    report(tower, batch, runs, rounds)
-    print(f"  {'ceiling, float32':<20}{batch / ceiling(config, tower, batch):>10.1f} items/s", flush=True)
+    report(f"{tower}, batch {batch}", batch, runs, rounds, ceiling(config, tower, batch))
 
 
 def theirs(model: transformers.CLIPModel, tower: str, pixels: np.ndarray, ids: np.ndarray) -> np.ndarray:
@@ -78,26 +78,17 @@ def theirs(model: transformers.CLIPModel, tower: str, pixels: np.ndarray, ids: n
         return model.get_text_features(input_ids=torch.from_numpy(ids)).numpy()
 
 
-def report(tower: str, batch: int, runs: dict[str, Callable[[], np.ndarray]], rounds: int) -> None:
-    """Times all in alternation, in a random order each time, after a warm-up."""
-    exact = {name: run() for name, run in runs.items()}["transformers pt"]
+def report(table: str, batch: int, runs: dict[str, Callable[[], np.ndarray]], rounds: int, least: float) -> None:
+    """Times all in alternation; the ratios are to transformers."""
+    exact = runs[PEER]()
     cosines = {name: cosine(run(), exact) for name, run in runs.items()}
-    taken: dict[str, list[float]] = {name: [] for name in runs}
-    order = list(runs)
-    for _ in range(rounds):
-        random.shuffle(order)
-        for name in order:
-            start = time.perf_counter()
-            runs[name]()
-            taken[name].append(time.perf_counter() - start)
-    base = statistics.median(taken["transformers pt"])
-    print(f"{tower}, batch {batch}", flush=True)
-    for name, times in taken.items():
-        middle = statistics.median(times)
-        print(
-            f"  {name:<20}{batch / middle:>10.1f} items/s {base / middle:>7.2f}x   cosine {cosines[name]:.6f}",
-            flush=True,
-        )
+    taken = medians(runs, rounds)
+    for name, middle in taken.items():
+        row(
+            name, table, **{"items/s": f"{batch / middle:,.1f}"}, ratio=f"{taken[PEER] / middle:.2f}",
+            ceiling=f"{100 * least / middle:.0f} %", cosine=f"{cosines[name]:.6f}",
+        )  # fmt: skip
+    row("matrix products alone, float32", table, **{"items/s": f"{batch / least:,.1f}"}, ceiling="100 %")
 
 
 def cosine(found: np.ndarray, exact: np.ndarray) -> float:

@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 import simplejpeg
 import transformers
-from _compare import compare
+from _compare import compare, row
 from PIL import Image
 
 from clipmb import CLIPImageProcessor
@@ -80,7 +80,7 @@ def main() -> None:
         count=COUNT,
         unit="pictures",
     )
-    print(f"{'  Pillow resize alone, 1 thread':<44} {resize_only(images):>12,.1f} images/s")
+    row("  Pillow resize alone, 1 thread", alone=f"{resize_only(images):,.1f} pictures/s")
     compare(
         "one image at a time (latency)",
         lambda: [ours(image, return_tensors="np") for image in images[:6]],
@@ -130,13 +130,14 @@ def torchvision_too(ours: CLIPImageProcessor, images: list[Image.Image]) -> None
         "  beside transformers' fast processor, 1 thread",
         lambda: ours(images, return_tensors="np", num_workers=1),
         lambda: fast(images, return_tensors="pt"),
+        peer="transformers, fast",
         count=len(images),
         unit="pictures",
         clock=time.process_time,
     )
     exact = ours(images[:3], return_tensors="np")["pixel_values"]
     levels = np.abs(exact - fast(images[:3], return_tensors="pt")["pixel_values"].numpy()).max() * 255 * 0.2686
-    print(f"  its largest difference from the exact pixels: some {levels:.1f} of 255 levels")
+    row("  its largest difference from the exact pixels", alone=f"some {levels:.1f} of 255 levels")
 
 
 def floors(path: str) -> None:
@@ -152,7 +153,7 @@ def floors(path: str) -> None:
             start = time.process_time()
             run()
             taken.append(time.process_time() - start)
-        print(f"{'  ' + what + ', 1 thread':<44} {1 / statistics.median(taken):>12,.1f} images/s")
+        row(f"  {what}, 1 thread", alone=f"{1 / statistics.median(taken):,.1f} pictures/s")
 
 
 if __name__ == "__main__":

@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 from _checkpoint import for_each_backend
-from _compare import compare
+from _compare import compare, row
 
 PEAK = """
 import re, sys
@@ -61,8 +61,8 @@ def measure(backend: str, folder: Path) -> None:
         goal=speed,
     )
     ratio = peak(backend, folder) / size
-    verdict = "met" if ratio <= memory else "NOT MET"
-    print(f"peak memory of loading ({backend}): {ratio:.3f} x the file  (goal at most {memory}: {verdict})", flush=True)
+    verdict = "met" if ratio <= memory else "not met"
+    row(f"peak memory of loading ({backend})", clipmb=f"{ratio:.3f} x the file", goal=f"at most {memory} ({verdict})")
 
 
 if __name__ == "__main__":

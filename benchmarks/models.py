@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 from _checkpoint import for_each_backend
-from _compare import compare
+from _compare import compare, row
 
 from clipmb import backends
 
@@ -136,8 +136,9 @@ def modes(backend: str, folder: Path, rounds: int) -> None:
             count=8,
             unit="images",
             rounds=rounds,
+            peer="float32, eager",
         )
-        print(f"{'':<44} smallest cosine to float32: {cosine.min():.6f}")
+        row("  its smallest cosine to float32", clipmb=f"{cosine.min():.6f}")
         other.free()
 
 

@@ -14,7 +14,7 @@ import time
 import warnings
 from collections.abc import Callable
 
-from _compare import compare
+from _compare import compare, row
 
 import clipmb
 
@@ -166,7 +166,7 @@ def main() -> None:
     warnings.simplefilter("ignore")
     start = time.perf_counter()
     ours = clipmb.CLIPTokenizerFast()
-    print(f"{'construction':<44} {1000 * (time.perf_counter() - start):.1f} ms")
+    row("construction", clipmb=f"{1000 * (time.perf_counter() - start):.1f} ms")
     theirs = transformers_4(ours)
 
     batches = [captions(COUNT, seed) for seed in range(ROUNDS + 1)]
@@ -213,7 +213,7 @@ def main() -> None:
         start = time.perf_counter()
         ours(text)
         taken.append(time.perf_counter() - start)
-    print(f"{'one caption, median latency':<44} {1e6 * statistics.median(taken):.0f} µs")
+    row("one caption, median latency", clipmb=f"{1e6 * statistics.median(taken):.0f} µs")
 
 
 if __name__ == "__main__":
