@@ -38,10 +38,11 @@ test-without-compiler: $(VENV)/.installed
 	CLIPMB_REQUIRE_KERNEL=0 PYTHONPATH=build/without-compiler $(BIN)/python -m pytest -q tests/unit/common/image \
 		tests/reference/test_image_processor.py
 
-# accelerate, peft, transformers 5 and others with our models, in an environment of their own; what loads exported files,
-# in one without a framework; Keras' and Flax's programs.
+# accelerate, peft, transformers 5 and others with our models, in an environment of their own; the Trainer of transformers 4;
+# what loads exported files, in an environment without a framework; Keras' and Flax's programs.
 clients: $(CLIENTS)/.installed $(EXPORTS)/.installed $(VENV)/.installed
 	CLIPMB_TEST_BACKENDS=pt $(CLIENTS)/bin/python -m pytest -q $(or $(ARGS),tests/clients/torch)
+	$(if $(ARGS),,CLIPMB_TEST_BACKENDS=pt $(BIN)/python -m pytest -q tests/clients/torch/test_transformers.py -k trainer)
 	$(if $(ARGS),,CLIPMB_TEST_BACKENDS=onnx $(EXPORTS)/bin/python -m pytest -q tests/clients/exports)
 	$(if $(ARGS),,$(BIN)/python -m pytest -q -n 2 --dist loadfile tests/clients/keras tests/clients/flax)
 	$(if $(ARGS),,$(if $(shell command -v npm),$(MAKE) --no-print-directory javascript,@echo "clients: there is no npm, so transformers.js did not run"))
