@@ -30,6 +30,7 @@ class Engine:
     backend = "numpy"
     config = CONFIG
     model = None
+    logit_scale = 5.0
 
     def __init__(self, factor=1.0):
         self.factor = factor

@@ -47,6 +47,9 @@ if TYPE_CHECKING:
         pt as pt,
     )
     from clipmb import (
+        serving as serving,
+    )
+    from clipmb import (
         testing as testing,
     )
     from clipmb import (
@@ -142,6 +145,7 @@ if TYPE_CHECKING:
     from clipmb.pt import (
         CLIPVisionModelWithProjection as CLIPVisionModelWithProjection,
     )
+    from clipmb.serving.server import application, serve
     from clipmb.tf import (
         TFCLIPForImageClassification as TFCLIPForImageClassification,
     )
@@ -204,6 +208,7 @@ __all__ = [
     "Recipe",
     "TrainingResult",
     "__version__",
+    "application",
     "class_embeddings",
     "convert",
     "embed",
@@ -211,6 +216,7 @@ __all__ = [
     "export",
     "held_out_pictures",
     "register",
+    "serve",
     "small_labels",
     "small_model",
     "train",
@@ -255,12 +261,13 @@ _PUBLIC = {
         "TFCLIPForImageClassification", "TFCLIPModel", "TFCLIPPreTrainedModel", "TFCLIPTextModel",
         "TFCLIPTextModelWithProjection", "TFCLIPVisionModel", "TFCLIPVisionModelWithProjection",
     ),
+    "clipmb.serving.server": ("application", "serve"),
     "clipmb.training": ("TrainingResult", "train"),
 }  # fmt: skip
 _MODULE_OF = {name: module for module, names in _PUBLIC.items() for name in names}
 _SUBMODULES = (
     "backends", "common", "doctor", "embedding", "evaluation", "exporting", "flax", "layouts", "onnx", "pipeline",
-    "programs", "pt", "testing", "tf", "training", "verification",
+    "programs", "pt", "serving", "testing", "tf", "training", "verification",
 )  # fmt: skip
 
 if not TYPE_CHECKING:  # a type checker would take any name for one that exists

@@ -190,7 +190,6 @@ class CLIPPipeline:
             ValueError: The embedding of a text is not finite, or has no direction and is to be normalised.
             CheckpointError: The model's weights are not finite.
         """
-        count = owners[-1] + 1 if owners else 0
         limit = self.config.text_config.max_position_embeddings
         order = sorted(range(len(rows)), key=lambda i: len(rows[i]))
         parts = []
@@ -209,13 +208,8 @@ class CLIPPipeline:
         features = self._joined(parts, False)
         restored = np.empty_like(features)
         restored[order] = features
-        if len(rows) > count:
-            means = np.zeros((count, features.shape[1]), features.dtype)
-            ends = np.searchsorted(owners, np.arange(count + 1))  # the pieces of a text follow each other
-            for text in range(count):
-                pieces = restored[ends[text] : ends[text + 1]]
-                means[text] = pieces[0] if len(pieces) == 1 else unit(pieces).mean(axis=0)
-            restored = means
+        if owners and len(rows) > owners[-1] + 1:
+            restored = piece_means(restored, owners)
         return unit(restored) if normalize and len(restored) else restored
 
     def token_rows(
@@ -275,7 +269,7 @@ class CLIPPipeline:
             ValueError: As in `encode_image` and `encode_text`, or the logits are not finite.
         """
         of_text = {name: options.pop(name) for name in ("long_text", "split_special_tokens") if name in options}
-        return self._logits(self.encode_image(images, **options), self.encode_text(texts, **of_text, **options))
+        return self.logits(self.encode_image(images, **options), self.encode_text(texts, **of_text, **options))
 
     def classify(
         self,
@@ -305,9 +299,18 @@ class CLIPPipeline:
         """
         classes = class_embeddings(functools.partial(self.encode_text, long_text=long_text), labels, templates)
         embeds = self.encode_image(images, batch_size=batch_size, progress=progress)
-        return softmax(self._logits(embeds, classes))
+        return softmax(self.logits(embeds, classes))
 
-    def _logits(self, images: np.ndarray, texts: np.ndarray) -> np.ndarray:
+    def logits(self, images: np.ndarray, texts: np.ndarray) -> np.ndarray:
+        """Returns the scaled cosine similarities (images, texts) of embeddings.
+
+        Args:
+            images: (images, proj), of unit length.
+            texts: (texts, proj), of unit length.
+
+        Raises:
+            CheckpointError: The factor of the model is not finite.
+        """
         scale = self.engine.logit_scale
         if not scale < np.finfo(np.float32).max:
             raise CheckpointError(
@@ -361,6 +364,25 @@ class CLIPPipeline:
             return np.zeros((0, self.config.projection_dim), np.float32)
         features = np.concatenate(parts)
         return unit(features) if normalize else features
+
+
+def piece_means(features: np.ndarray, owners: Sequence[int]) -> np.ndarray:
+    """Puts the pieces of long texts together: the mean of the unit embeddings of those of one text.
+
+    Args:
+        features: (pieces, proj), not normalised.
+        owners: The text that each belongs to, from 0, ascending.
+
+    Returns:
+        (texts, proj); a text of one piece keeps its embedding.
+    """
+    count = owners[-1] + 1
+    means = np.zeros((count, features.shape[1]), features.dtype)
+    ends = np.searchsorted(owners, np.arange(count + 1))  # the pieces of a text follow each other
+    for text in range(count):
+        pieces = features[ends[text] : ends[text + 1]]
+        means[text] = pieces[0] if len(pieces) == 1 else unit(pieces).mean(axis=0)
+    return means
 
 
 def loaded(

@@ -16,6 +16,7 @@ from clipmb.cli import (
     export,
     info,
     search,
+    serve,
     train,
     verify,
 )
@@ -48,7 +49,7 @@ def _options(
 
 
 for _module in (
-    classify, convert, demo, doctor, duplicates, embed, encode, evaluate, export, info, search, train, verify,
+    classify, convert, demo, doctor, duplicates, embed, encode, evaluate, export, info, search, serve, train, verify,
 ):  # fmt: skip
     app.command(_module.__name__.rpartition(".")[2])(guarded(_module.run))
 

@@ -64,6 +64,11 @@ def class_embeddings(
     Raises:
         ValueError: There are no labels, or the templates are wrong.
     """
+    return class_means(encode(class_prompts(labels, templates)), len(labels))
+
+
+def class_prompts(labels: Sequence[str], templates: str | Sequence[str] | None = None) -> list[str]:
+    """Returns every label in every template, label by label. Arguments and errors as in `class_embeddings`."""
     if (
         isinstance(labels, str)
         or not len(labels)
@@ -71,9 +76,13 @@ def class_embeddings(
     ):
         raise bad_input("labels must be a list of at least one non-empty text", labels, "Pass a list of class names")
     found = prompt_templates(templates)
-    embeds = encode([template.replace("{}", label) for label in labels for template in found])
-    means = embeds.reshape(len(labels), len(found), -1).mean(axis=1)
-    return means if len(found) == 1 else unit(means)
+    return [template.replace("{}", label) for label in labels for template in found]
+
+
+def class_means(embeds: np.ndarray, labels: int) -> np.ndarray:
+    """Returns the embeddings of classes, (labels, proj), from those of their prompts, (labels x templates, proj)."""
+    means = embeds.reshape(labels, len(embeds) // labels, -1).mean(axis=1)
+    return means if len(embeds) == labels else unit(means)
 
 
 def unit(embeds: np.ndarray) -> np.ndarray:

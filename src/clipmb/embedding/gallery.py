@@ -53,16 +53,24 @@ def _about(hit: Mapping[str, Any]) -> str:
     return f'<p class="score">{hit["score"]:.3f}</p>{shown}'
 
 
-def _thumbnail(hit: Mapping[str, Any]) -> str:
-    if not hit.get("path"):
-        return ""
+def thumbnail(path: str) -> tuple[bytes, int, int] | None:
+    """Returns an image as a small JPEG file, with its width and height in pixels; None where it cannot be read."""
     try:
-        picture = as_image(px.read_image(hit["path"], hit["path"]))
+        picture = as_image(px.read_image(path, path))
     except (ValueError, OSError):
-        return "<p>(no image)</p>"
+        return None
     picture.thumbnail((_SIDE, _SIDE), Image.Resampling.LANCZOS)
     buffer = io.BytesIO()
     picture.convert("RGB").save(buffer, "JPEG", quality=85)
-    source = base64.b64encode(buffer.getvalue()).decode()
+    return buffer.getvalue(), picture.width, picture.height
+
+
+def _thumbnail(hit: Mapping[str, Any]) -> str:
+    if not hit.get("path"):
+        return ""
+    if (made := thumbnail(hit["path"])) is None:
+        return "<p>(no image)</p>"
+    content, width, height = made
+    source = base64.b64encode(content).decode()
     name = html.escape(str(hit["id"]), quote=True)
-    return f'<img src="data:image/jpeg;base64,{source}" alt="{name}" width="{picture.width}" height="{picture.height}">'
+    return f'<img src="data:image/jpeg;base64,{source}" alt="{name}" width="{width}" height="{height}">'

@@ -79,6 +79,12 @@ def require_equivalent(known: Mapping[str, Any], other: Mapping[str, Any], owner
         )
 
 
+def passport_digest(passport: Mapping[str, Any]) -> str:
+    """SHA-256 of what is compared: equal where embeddings may be mixed and compared."""
+    compared = {name: _class(name, passport.get(name)) for name in COMPARED}
+    return sha256(json.dumps(compared, sort_keys=True).encode()).hexdigest()
+
+
 def weights_digest(arrays: Mapping[str, Any]) -> str:
     """SHA-256 of weights by canonical name: the same for every file format and dtype that holds the same values."""
     hashed = sha256(b"clipmb-weights-1")

@@ -1,0 +1,704 @@
+"""The server: right answers whoever else asks, one clear error for each wrong request, limits, and an orderly end."""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import hashlib
+import json
+import re
+import signal
+import socket
+import threading
+import urllib.request
+
+import httpx
+import numpy as np
+import pytest
+from data_cases import jpeg
+from embedding_cases import Engine, collection, pipeline
+from processes import HANG, excerpt, invoke, start
+
+import clipmb
+from clipmb import CLIPPipeline, Index, application, embed, serve
+from clipmb.embedding.passport import passport_digest, passport_of
+from clipmb.serving.batching import Batcher
+from clipmb.serving.metrics import Metrics
+
+TEXTS = ["a cat", "a picture of a very small dog on a chair", "rocket", "b", "two words"]
+
+
+def uri(content, kind="jpeg"):
+    return f"data:image/{kind};base64,{base64.b64encode(content).decode()}"
+
+
+def picture(number=0, size=(30, 22)):
+    return uri(jpeg(number, size))
+
+
+def pixels(number=0, size=(30, 22)):
+    """What `CLIPPipeline.encode_image` takes for the same image."""
+    return clipmb.common.image.pixels.read_image("it", jpeg(number, size))
+
+
+def decoded(numbers):
+    return [clipmb.common.image.resampling.as_image(pixels(number)) for number in numbers]
+
+
+class Slow(Engine):
+    """An engine that waits for leave before each step, and counts them."""
+
+    def __init__(self):
+        super().__init__()
+        self.go = threading.Event()
+        self.begun = threading.Event()
+
+    def image_features(self, pixel_values):
+        self.begun.set()
+        assert self.go.wait(HANG)
+        return super().image_features(pixel_values)
+
+    def text_features(self, input_ids, attention_mask):
+        self.begun.set()
+        assert self.go.wait(HANG)
+        return super().text_features(input_ids, attention_mask)
+
+
+def with_engine(engine):
+    return CLIPPipeline(engine, pipeline().processor)
+
+
+def client(app):
+    return httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://server", timeout=HANG)
+
+
+def ask(app, *requests):
+    """Sends requests (method, path, options) at the same time; returns the responses."""
+
+    async def run():
+        async with client(app) as session:
+            return await asyncio.gather(*(session.request(m, p, **options) for m, p, options in requests))
+
+    return asyncio.run(run())
+
+
+def post(app, path, body, **options):
+    return ask(app, ("POST", path, {"json": body, **options}))[0]
+
+
+def get(app, path, **options):
+    return ask(app, ("GET", path, options))[0]
+
+
+def vectors(response):
+    assert response.status_code == 200, response.text
+    return np.array([row["embedding"] for row in response.json()["data"]], np.float32)
+
+
+def error(response, status, code, param=None):
+    assert response.status_code == status, response.text
+    found = response.json()["error"]
+    assert found.keys() == {"message", "type", "param", "code"}
+    assert (found["code"], found["param"]) == (code, param), found
+    return found["message"]
+
+
+async def until(condition):
+    while not condition():
+        await asyncio.sleep(0.001)
+
+
+@pytest.fixture(scope="module")
+def app():
+    return application(pipeline(), name="tiny")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    where = tmp_path_factory.mktemp("served")
+    embed(collection(where / "pictures"), where / "out", model=pipeline(), workers=2)
+    return where / "out"
+
+
+@pytest.fixture(scope="module")
+def searching(folder):
+    return application(Index.open(folder, model=pipeline()))
+
+
+def test_embeddings_of_texts(app):
+    response = post(app, "/v1/embeddings", {"model": "tiny", "input": TEXTS})
+    np.testing.assert_allclose(vectors(response), pipeline().encode_text(TEXTS), rtol=0, atol=1e-6)
+    answer = response.json()
+    rows, _ = pipeline().token_rows(TEXTS)
+    tokens = sum(map(len, rows))
+    assert answer["usage"] == {"prompt_tokens": tokens, "total_tokens": tokens}
+    assert (answer["object"], answer["model"]) == ("list", "tiny")
+    assert [(row["object"], row["index"]) for row in answer["data"]] == [("embedding", i) for i in range(5)]
+    one = vectors(post(app, "/v1/embeddings", {"input": TEXTS[0], "encoding_format": "float", "user": "me"}))
+    np.testing.assert_allclose(one, pipeline().encode_text(TEXTS[0]), rtol=0, atol=1e-6)
+
+
+def test_embeddings_of_images(app):
+    response = post(app, "/v1/embeddings", {"input": [picture(i) for i in range(3)], "modality": "image"})
+    np.testing.assert_allclose(vectors(response), pipeline().encode_image(decoded(range(3))), rtol=0, atol=1e-6)
+    assert response.json()["usage"] == {"prompt_tokens": 0, "total_tokens": 0}
+
+
+def test_base64_is_little_endian_float32(app):
+    body = {"input": TEXTS[:2], "encoding_format": "base64"}
+    answer = post(app, "/v1/embeddings", body).json()
+    rows = [np.frombuffer(base64.b64decode(row["embedding"]), "<f4") for row in answer["data"]]
+    np.testing.assert_array_equal(rows, vectors(post(app, "/v1/embeddings", {"input": TEXTS[:2]})))
+
+
+def test_messages_have_one_part(app):
+    image = {"type": "image_url", "image_url": {"url": picture(4), "detail": "auto"}}
+    for content, expected in (
+        ([image], pipeline().encode_image(decoded([4]))),
+        ([{"type": "text", "text": "a cat"}], pipeline().encode_text("a cat")),
+        ("a cat", pipeline().encode_text("a cat")),
+    ):
+        body = {"messages": [{"role": "user", "content": content}]}
+        np.testing.assert_allclose(vectors(post(app, "/v1/embeddings", body)), expected, rtol=0, atol=1e-6)
+    both = {"messages": [{"role": "user", "content": [image, {"type": "text", "text": "a cat"}]}]}
+    assert "must have one part" in error(post(app, "/v1/embeddings", both), 400, "invalid_value", "messages")
+
+
+@pytest.mark.parametrize(
+    ("body", "param", "message"),
+    [
+        ({}, "input", "either input or messages"),
+        ({"input": "a", "messages": []}, "input", "either input or messages"),
+        ({"input": []}, "input", "not empty"),
+        ({"input": ""}, "input", "must not be empty"),
+        ({"input": ["a", " "]}, "input[1]", "must not be empty"),
+        ({"input": ["a", None]}, "input[1]", "must be a text"),
+        ({"input": [1, 2]}, "input", "ids of tokens"),
+        ({"input": [[1, 2]]}, "input", "ids of tokens"),
+        ({"input": {"a": 1}}, "input", "a text or a list"),
+        ({"input": "a", "dimensions": 3}, "dimensions", "have 6 numbers"),
+        ({"input": "a", "encoding_format": "int8"}, "encoding_format", "'float' or 'base64'"),
+        ({"input": "a", "modality": "audio"}, "modality", "'text' or 'image'"),
+        ({"input": "a", "truncate": True}, "truncate", "no field 'truncate'"),
+        ({"input": "no", "modality": "image"}, "input", "data URI"),
+        ({"input": ["data:image/png;base64,????"], "modality": "image"}, "input[0]", "base64"),
+        ({"messages": [{"role": "system", "content": "a"}]}, "messages[0]", "role 'user'"),
+        ({"messages": "a"}, "messages[0]", "role 'user'"),
+        ({"messages": [{"role": "user", "content": 1}]}, "messages[0].content", "a text or a list"),
+        ({"messages": [{"role": "user", "content": [{"type": "audio"}]}]}, "messages[0].content[0]", "A part"),
+        ({"messages": [{"role": "user", "content": [1]}]}, "messages[0].content[0]", "A part"),
+        ({"messages": [], "modality": "text"}, "modality", "Leave modality out"),
+    ],
+)  # fmt: skip
+def test_what_a_request_may_not_say(app, body, param, message):
+    code = "invalid_value"
+    assert message in error(post(app, "/v1/embeddings", body), 400, code, param)
+
+
+def test_the_dimension_may_be_said_and_the_model_may_not_be_another(app):
+    assert vectors(post(app, "/v1/embeddings", {"input": "a", "dimensions": 6})).shape == (1, 6)
+    wrong = post(app, "/v1/embeddings", {"input": "a", "model": "another"})
+    assert "'tiny'" in error(wrong, 404, "model_not_found", "model")
+
+
+@pytest.mark.parametrize("url", ["http://example.org/a.jpg", "HTTPS://example.org/a.jpg"])
+def test_nothing_is_fetched(app, url):
+    bodies = [
+        ({"input": [url], "modality": "image"}, "input[0]"),
+        (
+            {"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": url}}]}]},
+            "messages[0].content[0].image_url.url",
+        ),
+    ]
+    for body, param in bodies:
+        assert "Nothing is fetched" in error(post(app, "/v1/embeddings", body), 400, "url_not_fetched", param)
+
+
+def test_a_path_is_not_read(app, tmp_path):
+    (tmp_path / "secret.jpg").write_bytes(jpeg(1))
+    for text in (str(tmp_path / "secret.jpg"), f"file://{tmp_path}/secret.jpg"):
+        error(post(app, "/v1/embeddings", {"input": text, "modality": "image"}), 400, "invalid_value", "input")
+
+
+def test_a_data_uri_may_be_percent_encoded_and_a_bomb_is_refused(app, monkeypatch):
+    from urllib.parse import quote_from_bytes
+
+    content = f"data:image/jpeg,{quote_from_bytes(jpeg(2, (30, 22)))}"
+    found = vectors(post(app, "/v1/embeddings", {"input": content, "modality": "image"}))
+    np.testing.assert_allclose(found, pipeline().encode_image(decoded([2])), rtol=0, atol=1e-6)
+    monkeypatch.setattr("PIL.Image.MAX_IMAGE_PIXELS", 100)
+    response = post(app, "/v1/embeddings", {"input": picture(), "modality": "image"})
+    assert "reasonable size" in error(response, 400, "image_unreadable", "input")
+
+
+def test_long_texts(app):
+    long = "very " * 40 + "long"
+    for option in ("truncate", "mean"):
+        found = post(application(pipeline(), long_text=option), "/v1/embeddings", {"input": ["a", long, "b"]})
+        expected = pipeline().encode_text(["a", long, "b"], long_text=option)
+        np.testing.assert_allclose(vectors(found), expected, rtol=0, atol=1e-6)
+    assert "at most 14 tokens" in error(
+        post(application(pipeline(), long_text="error"), "/v1/embeddings", {"input": ["a", long]}),
+        400, "text_too_long", "input[1]",
+    )  # fmt: skip
+
+
+def test_many_clients_share_steps_and_get_their_own_results():
+    engine = Slow()
+    app = application(with_engine(engine), batch_size=8, max_wait=50)
+    bodies = [{"input": picture(i), "modality": "image"} for i in range(20)]
+    bodies[5]["input"] = uri(jpeg(5)[:300])
+    bodies += [{"input": [f"text {i}", f"another text of a client {i}"]} for i in range(10)]
+
+    async def run():
+        async with client(app) as session:
+            asked = [asyncio.ensure_future(session.post("/v1/embeddings", json=body)) for body in bodies]
+            await until(engine.begun.is_set)
+            await until(asked[5].done)  # the broken image is answered while the model is busy
+            assert not any(one.done() for one in asked[:5])
+            engine.go.set()
+            return await asyncio.gather(*asked)
+
+    found = asyncio.run(run())
+    assert "readable image" in error(found[5], 400, "image_unreadable", "input")
+    good = [i for i in range(20) if i != 5]
+    images = pipeline().encode_image(decoded(good))
+    np.testing.assert_allclose(np.concatenate([vectors(found[i]) for i in good]), images, rtol=0, atol=1e-6)
+    texts = pipeline().encode_text([text for body in bodies[20:] for text in body["input"]])
+    np.testing.assert_allclose(np.concatenate(list(map(vectors, found[20:]))), texts, rtol=0, atol=1e-6)
+    assert engine.calls < 15  # for 39 items
+    assert {shape[0] for shape in engine.shapes} <= {1, 2, 4, 8}
+    assert max(shape[0] for shape in engine.shapes if len(shape) == 4) == 8
+
+
+def test_only_the_request_of_the_item_at_fault_fails():
+    calls = []
+
+    def compute(values):
+        calls.append(len(values))
+        if 3 in values:
+            raise RuntimeError("three")
+        return np.array(values)[:, None] * 2
+
+    batcher = Batcher({"a": compute}, {"a": 4}, 10)
+    first, second = batcher.submit("a", [1, 2], "xx"), batcher.submit("a", [3, 4], "xx")
+    assert first.result(HANG).tolist() == [[2], [4]]
+    with pytest.raises(RuntimeError, match="three"):
+        second.result(HANG)
+    assert calls == [4, 1, 1, 1, 1]
+    batcher.close()
+    assert not batcher.alive
+    with pytest.raises(RuntimeError, match="closed"):
+        batcher.submit("a", [1], "x")
+
+
+def test_shapes_do_not_share_steps_and_an_end_computes_what_waits():
+    steps = []
+
+    def compute(values):
+        steps.append(values)
+        return np.array(values)[:, None]
+
+    batcher = Batcher({"a": compute}, {"a": 4}, 1000)
+    work = batcher.submit("a", list(range(9)), "xyxyxyxyx")
+    batcher.close()
+    assert work.result(0).ravel().tolist() == list(range(9))
+    assert sorted(steps) == [[0, 2, 4, 6], [1, 3, 5, 7], [8]]
+
+
+def test_a_full_queue_is_429_and_nothing_of_it_is_lost():
+    engine = Slow()
+    app = application(with_engine(engine), queue=4, max_wait=0)
+
+    async def run():
+        async with client(app) as session:
+            body = {"input": ["a", "b", "c"]}
+            asked = asyncio.ensure_future(session.post("/v1/embeddings", json=body))
+            await until(engine.begun.is_set)
+            refused = await session.post("/v1/embeddings", json={"input": ["d", "e"]})
+            taken = asyncio.ensure_future(session.post("/v1/embeddings", json={"input": "d"}))
+            await asyncio.sleep(0.05)
+            metrics = (await session.get("/metrics")).text
+            engine.go.set()
+            later = [await asked, await taken, await session.post("/v1/embeddings", json={"input": ["d", "e"]})]
+            return refused, metrics, later
+
+    refused, metrics, later = asyncio.run(run())
+    assert "queue is full" in error(refused, 429, "queue_full")
+    assert refused.headers["retry-after"] == "1"
+    assert "\nclipmb_queue_items 4\n" in metrics
+    assert [len(vectors(response)) for response in later] == [3, 1, 2]
+    too_many = post(app, "/v1/embeddings", {"input": list("abcde")})
+    assert "at most 4" in error(too_many, 400, "too_many_inputs")
+
+
+def test_a_deadline_is_503_and_takes_the_work_away():
+    engine = Slow()
+    app = application(with_engine(engine), deadline=0.2, max_wait=0, queue=3)
+
+    async def run():
+        async with client(app) as session:
+            late = [session.post("/v1/embeddings", json={"input": text}) for text in ("a", "b", "c")]
+            late = await asyncio.gather(*late)
+            engine.go.set()
+            return late, await session.post("/v1/embeddings", json={"input": ["d", "e", "f"]})
+
+    late, later = asyncio.run(run())
+    for response in late:
+        assert "0.2 seconds" in error(response, 503, "deadline_exceeded")
+        assert response.headers["retry-after"] == "1"
+    assert len(vectors(later)) == 3
+    assert sum(shape[0] for shape in engine.shapes) <= 4  # b and c were not computed
+
+
+def test_a_client_that_goes_away_takes_its_work_along():
+    engine = Slow()
+    app = application(with_engine(engine), max_wait=0)
+    gone = asyncio.Event
+
+    async def run():
+        left = gone()
+
+        async def receive(parts=[{"type": "http.request", "body": b'{"input": "never computed"}'}]):  # noqa: B006
+            if parts:
+                return parts.pop()
+            await left.wait()
+            return {"type": "http.disconnect"}
+
+        async def send(message):
+            sent.append(message)
+
+        sent = []
+        scope = {"type": "http", "method": "POST", "path": "/v1/embeddings", "headers": [], "query_string": b""}
+        async with client(app) as session:
+            busy = asyncio.ensure_future(session.post("/v1/embeddings", json={"input": "a"}))
+            await until(engine.begun.is_set)
+            call = asyncio.ensure_future(app({**scope, "app": None}, receive, send))
+            await asyncio.sleep(0.05)
+            assert "\nclipmb_queue_items 2\n" in (await session.get("/metrics")).text
+            left.set()
+            await call
+            metrics = (await session.get("/metrics")).text
+            engine.go.set()
+            await busy
+            return metrics
+
+    metrics = asyncio.run(run())
+    assert "\nclipmb_queue_items 1\n" in metrics
+    assert 'clipmb_requests_total{route="/v1/embeddings",status="499"} 1\n' in metrics
+    assert engine.calls == 1
+
+
+def test_bodies(app):
+    small = application(pipeline(), max_bytes=200)
+    assert post(small, "/v1/embeddings", {"input": "a"}).status_code == 200
+    large = json.dumps({"input": "a" * 250}).encode()
+    assert "at most 200 bytes" in error(post(small, "/v1/embeddings", {"input": "a" * 250}), 413, "too_large")
+
+    async def pieces():
+        for at in range(0, len(large), 10):
+            yield large[at : at + 10]
+
+    error(ask(small, ("POST", "/v1/embeddings", {"content": pieces()}))[0], 413, "too_large")
+    for content in (b"", b"{", b"\xff", b"[" * 10**5, b'{"input": NaN'):
+        error(ask(app, ("POST", "/v1/embeddings", {"content": content}))[0], 400, "invalid_json")
+    error(ask(app, ("POST", "/v1/embeddings", {"content": b"[1]"}))[0], 400, "invalid_json")
+
+
+def test_large_bodies_are_held_within_a_limit():
+    engine = Slow()
+    app = application(with_engine(engine), max_bytes=100, max_wait=0)
+
+    async def run():
+        async with client(app) as session:
+            body = {"input": "a" * 70}
+            asked = [asyncio.ensure_future(session.post("/v1/embeddings", json=body)) for _ in range(12)]
+            await until(lambda: sum(one.done() for one in asked))
+            engine.go.set()
+            return await asyncio.gather(*asked)
+
+    statuses = [response.status_code for response in asyncio.run(run())]
+    assert sorted(statuses) == [200] * 9 + [429] * 3  # 82 bytes each, at most 800
+
+
+def test_routes_and_methods(app):
+    assert "no GET /nothing" in error(get(app, "/nothing"), 404, "not_found")
+    assert "does not take GET" in error(get(app, "/v1/embeddings"), 405, "method_not_allowed")
+    assert get(app, "/v1/embeddings").headers["allow"] == "POST"
+    assert set(ask(app, ("PUT", "/search", {}))[0].headers["allow"].split(", ")) == {"GET", "HEAD", "POST"}
+    listed = get(app, "/v1/models").json()
+    assert listed["object"] == "list"
+    assert listed["data"] == [get(app, "/v1/models/tiny").json()]
+    assert listed["data"][0]["id"] == "tiny"
+    error(get(app, "/v1/models/other"), 404, "model_not_found", "model")
+    assert get(app, "/health").json() == {"status": "ok"}
+
+
+def test_the_page_needs_nothing_from_elsewhere(app):
+    response = get(app, "/")
+    assert (response.status_code, response.headers["content-type"]) == (200, "text/html; charset=utf-8")
+    policy = response.headers["content-security-policy"]
+    assert policy.startswith("default-src 'none'; ")
+    assert not re.search(r"https?:|unsafe|\*", policy)
+    page = response.text
+    assert not re.search(r"https?:|//[a-z]|@import|url\(|\bon\w+=|style=", page)
+    for tag, content in re.findall(r"<(script|style)>(.*?)</", page, re.S):
+        digest = base64.b64encode(hashlib.sha256(content.encode()).digest()).decode()
+        assert f"{tag}-src 'sha256-{digest}'" in policy
+    assert page.count("<script") == page.count("<style") == 1
+
+
+def test_token():
+    app = application(pipeline(), token="a-secret")
+    paths = ["/v1/models", "/metrics", "/search?q=a", "/thumbnail/images/0"]
+    for given in (None, "Bearer wrong", "a-secret", "Basic a-secret", "Bearer a-secret-", "Bearer"):
+        headers = {} if given is None else {"authorization": given}
+        for path in paths:
+            response = get(app, path, headers=headers)
+            assert "bearer token" in error(response, 401, "invalid_api_key")
+            assert response.headers["www-authenticate"] == "Bearer"
+            assert "a-secret" not in response.text
+        error(post(app, "/v1/embeddings", {"input": "a"}, headers=headers), 401, "invalid_api_key")
+    right = {"authorization": "bearer a-secret"}
+    assert get(app, "/v1/models", headers=right).status_code == 200
+    assert vectors(post(app, "/v1/embeddings", {"input": "a"}, headers=right)).shape == (1, 6)
+    assert get(app, "/health").status_code == 200
+    assert get(app, "/").status_code == 200  # it asks for the token
+
+
+def test_hosts():
+    app = application(pipeline(), hosts={"localhost", "127.0.0.1"})
+    assert get(app, "/health", headers={"host": "LOCALHOST:8000"}).status_code == 200
+    assert get(app, "/health", headers={"host": "127.0.0.1"}).status_code == 200
+    for host in ("evil.example", "127.0.0.1.evil.example:80", ""):
+        assert "127.0.0.1 or localhost" in error(get(app, "/health", headers={"host": host}), 421, "wrong_host")
+
+
+def test_passport(app, searching, folder):
+    passport = passport_of(pipeline(), normalized=True, long_text="truncate")
+    digest = passport_digest(passport)
+    assert re.fullmatch("[0-9a-f]{64}", digest)
+    for one in (app, searching):
+        assert get(one, "/health").headers["x-clipmb-passport"] == digest
+        assert get(one, "/nothing").headers["x-clipmb-passport"] == digest
+    assert passport_digest({**passport, "backend": "other", "dtype": "float64"}) == digest
+    assert passport_digest({**passport, "dtype": "bfloat16"}) != digest
+    assert get(app, "/v1/models").json()["data"][0]["passport"] == passport
+
+
+def test_classify(app):
+    labels, numbers = ["cat", "small dog", "rocket"], range(4)
+    expected = pipeline().classify(decoded(numbers), labels, ["a {}.", "the {}"])
+    body = {"images": [picture(i) for i in numbers], "labels": labels, "templates": ["a {}.", "the {}"]}
+    for _ in range(2):  # the second time with kept embeddings of the classes
+        answer = post(app, "/classify", body).json()
+        found = [row["probabilities"] for row in answer["results"]]
+        np.testing.assert_allclose(found, expected, rtol=1e-5)
+        assert [row["label"] for row in answer["results"]] == [labels[i] for i in expected.argmax(1)]
+        assert [row["index"] for row in answer["results"]] == list(numbers)
+    one = post(app, "/classify", {"images": picture(1), "labels": labels, "templates": "seven", "model": "tiny"})
+    expected = pipeline().classify(decoded([1]), labels, "seven")
+    np.testing.assert_allclose(one.json()["results"][0]["probabilities"], expected[0], rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("change", "param"),
+    [
+        ({"labels": []}, "labels"), ({"labels": ["a", "a"]}, "labels"), ({"labels": "a"}, "labels"),
+        ({"labels": None}, "labels"), ({"images": []}, "images"), ({"images": "http://a/b"}, "images"),
+        ({"templates": "no place"}, "templates"), ({"templates": [1]}, "templates"), ({"more": 1}, "more"),
+    ],
+)  # fmt: skip
+def test_what_a_classification_may_not_say(app, change, param):
+    response = post(app, "/classify", {"images": picture(), "labels": ["a", "b"], **change})
+    assert response.status_code == 400
+    assert response.json()["error"]["param"] == param
+
+
+def test_search(searching, folder):
+    index = Index.open(folder, model=pipeline())
+    for kind in ("images", "texts"):
+        found = get(searching, f"/search?q=a%20cat&q=a+dog&minus=b&k=4&kind={kind}&where=width%3E%3D22").json()
+        assert found["kind"] == kind
+        expected = index.search(["a cat", "a dog"], k=4, kind=kind, where="width>=22", minus_text="b")
+        assert [hit["row"] for hit in found["results"]] == [hit["row"] for hit in expected]
+        assert [hit["id"] for hit in found["results"]] == [hit["id"] for hit in expected]
+        np.testing.assert_allclose(
+            [hit["score"] for hit in found["results"]], [hit["score"] for hit in expected], atol=1e-6
+        )
+        assert all("path" not in hit and "width" in hit for hit in found["results"])
+    body = {"image": [picture(3)], "text": "a cat", "minus_image": picture(1), "k": 3}
+    expected = index.search("a cat", decoded([3]), k=3, minus_image=decoded([1]))
+    found = post(searching, "/search", body).json()["results"]
+    assert [hit["row"] for hit in found] == [hit["row"] for hit in expected]
+
+
+@pytest.mark.parametrize(
+    ("query", "param"),
+    [
+        ("", "text"), ("q=", "text[0]"), ("q=a&k=0", "k"), ("q=a&k=x", "k"), ("q=a&k=1001", "k"), ("q=a&k=1&k=2", "k"),
+        ("q=a&kind=sounds", "kind"), ("q=a&where=nothing", "where"), ("q=a&where=nowhere%3D1", "where"),
+        ("q=a&more=1", "more"), ("q=a&minus=a", "minus_text"),
+    ],
+)  # fmt: skip
+def test_what_a_search_may_not_say(searching, query, param):
+    response = get(searching, f"/search?{query}")
+    assert response.status_code == 400, response.text
+    assert response.json()["error"]["param"] == param
+
+
+def test_a_model_alone_cannot_be_searched(app):
+    error(get(app, "/search?q=a"), 404, "no_index")
+    error(get(app, "/thumbnail/images/0"), 404, "no_index")
+
+
+def test_thumbnails_are_of_rows_only(searching, folder):
+    hit = get(searching, "/search?q=a&k=1").json()["results"][0]
+    response = get(searching, "/" + hit["thumbnail"])
+    assert response.status_code == 200
+    assert response.headers["content-type"] == "image/jpeg"
+    assert response.content.startswith(b"\xff\xd8")
+    assert "thumbnail" not in get(searching, "/search?q=alone&kind=texts&k=1&where=width%3D2").json()["results"][0]
+    for path in ("images/11", "images/-1", "sounds/0", "images/..%2F..%2Fetc%2Fpasswd", f"texts/{10**30}", "texts/11"):
+        error(get(searching, f"/thumbnail/{path}"), 404, "not_found")
+
+
+def test_metrics(app):
+    fresh = application(pipeline(), name="tiny", batch_size=4)
+    post(fresh, "/v1/embeddings", {"input": ["a", "b", "c"]})
+    post(fresh, "/v1/embeddings", {"input": ""})
+    get(fresh, "/nothing")
+    text = get(fresh, "/metrics").text
+    for line in (
+        'clipmb_requests_total{route="/v1/embeddings",status="200"} 1',
+        'clipmb_requests_total{route="/v1/embeddings",status="400"} 1',
+        'clipmb_requests_total{route="other",status="404"} 1',
+        'clipmb_request_seconds_count{route="/v1/embeddings"} 2',
+        'clipmb_request_seconds_bucket{route="/v1/embeddings",le="+Inf"} 2',
+        'clipmb_items_total{kind="text"} 3',
+        'clipmb_batch_size_bucket{kind="text",le="1"} 1',
+        'clipmb_batch_size_bucket{kind="text",le="2"} 2',
+        'clipmb_batch_size_sum{kind="text"} 3',
+        "clipmb_queue_items 0",
+        "# TYPE clipmb_batch_size histogram",
+    ):
+        assert f"\n{line}\n" in f"\n{text}", line
+    assert get(app, "/metrics").headers["content-type"] == "text/plain; version=0.0.4; charset=utf-8"
+
+
+def test_labels_are_escaped():
+    metrics = Metrics()
+    add = metrics.counter("a_total", "About.", ("name",))
+    add('quote " slash \\ line \n', by=2.5)
+    assert (
+        metrics.text()
+        == '# HELP a_total About.\n# TYPE a_total counter\na_total{name="quote \\" slash \\\\ line \\n"} 2.5\n'
+    )
+
+
+def test_embeddings_that_cannot_be_used_are_an_error_of_the_server():
+    app = application(pipeline(float("inf")))
+    assert "must be finite" in error(post(app, "/v1/embeddings", {"input": "a"}), 500, "not_finite")
+
+
+def test_an_error_of_the_server_says_nothing_of_its_inside(app, monkeypatch, caplog):
+    monkeypatch.setattr("clipmb.serving.app._embeddings", lambda *_: 1 / 0)
+    message = error(post(app, "/v1/embeddings", {"input": "a"}), 500, "internal_error")
+    assert "division" not in message
+    assert "ZeroDivisionError" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"token": ""}, "token must be"), ({"token": "a b"}, "token must be"), ({"token": "ä"}, "token must be"),
+        ({"batch_size": 0}, "batch_size"), ({"queue": 0}, "queue"), ({"deadline": 0}, "deadline"),
+        ({"max_wait": -1}, "max_wait"), ({"max_bytes": 0}, "max_bytes"), ({"workers": 0}, "workers"),
+        ({"long_text": "cut"}, "long_text"), ({"model": "another"}, "folder of embeddings"),
+        ({"dtype": "float16"}, "fixed when the pipeline is created"),
+    ],
+)  # fmt: skip
+def test_wrong_options(options, message):
+    with pytest.raises(ValueError, match=message):
+        application(pipeline(), **options)
+
+
+@pytest.mark.parametrize("options", [{"dtype": "float16"}, {"long_text": "mean"}])
+def test_what_a_folder_decides_cannot_be_chosen(folder, options):
+    with pytest.raises(ValueError, match=f"decides how queries are embedded. Received: {next(iter(options))}"):
+        application(folder, model=pipeline(), **options)
+
+
+def test_a_folder_needs_the_model_that_made_it(folder):
+    with pytest.raises(ValueError, match="one model made them"):
+        application(folder, model=pipeline(2.0))
+
+
+@pytest.mark.parametrize("host", ["0.0.0.0", "::", "192.0.2.1", "a.example"])
+def test_other_machines_need_a_token(host):
+    with pytest.raises(ValueError, match="needs a token"):
+        serve(pipeline(), host=host, port=0)
+    done = invoke("serve", "nothing", "--host", host)
+    assert done.exit_code == 1
+    assert "--no-token" in done.stderr
+
+
+def test_a_token_and_none_exclude_each_other():
+    with pytest.raises(ValueError, match="a token or is open"):
+        serve(pipeline(), token="a", open_to_all=True)
+
+
+def test_a_port_that_is_taken_is_said_before_the_model_is_loaded():
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        with pytest.raises(OSError, match=f"127.0.0.1 port {port} cannot be had"):
+            serve("no such model", port=port)
+
+
+SERVER = """
+import sys, time
+from embedding_cases import Engine, pipeline
+import clipmb
+wait = Engine.text_features
+Engine.text_features = lambda *given: (print("begun", flush=True), time.sleep(0.5), wait(*given))[2]
+clipmb.serve(pipeline(), port=0, started=lambda url: print(url, flush=True))
+print("ended", flush=True)
+"""
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_ends_the_server_after_what_was_accepted(number):
+    process = start("-c", SERVER, PYTHONPATH=":".join(__import__("sys").path))
+    url = process.stdout.readline().strip()
+    assert re.fullmatch(r"http://127.0.0.1:\d+", url), excerpt(process.stderr.read())
+    answers = []
+
+    def asks():
+        request = urllib.request.Request(f"{url}/v1/embeddings", b'{"input": "a"}')
+        with urllib.request.urlopen(request, timeout=HANG) as response:
+            answers.append(json.load(response))
+
+    asking = threading.Thread(target=asks)
+    asking.start()
+    assert process.stdout.readline() == "begun\n"
+    process.send_signal(number)
+    asking.join()
+    out, errors = process.communicate(timeout=HANG)
+    assert len(answers[0]["data"][0]["embedding"]) == 6
+    assert (process.returncode, out) == (0, "ended\n"), excerpt(errors)
+    assert errors == ""
+
+
+def test_the_command_serves_the_small_model(tmp_path):
+    process = start("-m", "clipmb", "serve", "--port", "0", "--backend", "onnx", "--token", "abc", "--name", "emoji")
+    try:
+        said, _, url = process.stdout.readline().strip().rpartition(" ")
+        assert said.endswith("emoji:"), excerpt(process.stderr.read())
+        request = urllib.request.Request(f"{url}/v1/models", headers={"authorization": "Bearer abc"})
+        with urllib.request.urlopen(request, timeout=HANG) as response:
+            assert json.load(response)["data"][0]["id"] == "emoji"
+    finally:
+        process.terminate()
+    _, errors = process.communicate(timeout=HANG)
+    assert process.returncode == 0, excerpt(errors)
+    assert errors.startswith("Using the small model")
