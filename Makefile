@@ -45,6 +45,7 @@ clients: $(CLIENTS)/.installed $(EXPORTS)/.installed $(VENV)/.installed
 	$(if $(ARGS),,CLIPMB_TEST_BACKENDS=pt $(BIN)/python -m pytest -q tests/clients/torch/test_transformers.py -k trainer)
 	$(if $(ARGS),,CLIPMB_TEST_BACKENDS=onnx $(EXPORTS)/bin/python -m pytest -q tests/clients/exports)
 	$(if $(ARGS),,$(BIN)/python -m pytest -q -n 2 --dist loadfile tests/clients/keras tests/clients/flax)
+	$(if $(ARGS),,$(BIN)/python -m pytest -q tests/clients/browser)
 	$(if $(ARGS),,$(if $(shell command -v npm),$(MAKE) --no-print-directory javascript,@echo "clients: there is no npm, so transformers.js did not run"))
 
 # transformers.js, in Node and in a browser where there is Chromium. Its packages' own scripts fetch what nothing here needs.
