@@ -16,13 +16,14 @@ from pathlib import Path
 from _compare import ROWS
 
 BENCHMARKS = (
-    "tokenizer", "image_processor", "data", "loading", "models", "engines", "embedding", "training", "convert",
+    "tokenizer", "image_processor", "data", "loading", "models", "engines", "embedding", "serving", "training",
+    "convert",
 )  # fmt: skip
 RESULTS = Path(__file__).with_name("RESULTS.md")
 PACKAGES = (
     "torch", "tensorflow-cpu", "tensorflow", "keras", "jax", "flax", "onnxruntime", "numpy", "pillow", "simplejpeg",
     "transformers", "tokenizers", "open_clip_torch", "torchvision", "sentence-transformers", "fastembed", "keras-hub",
-    "faiss-cpu", "usearch", "instant-clip-tokenizer",
+    "starlette", "uvicorn", "faiss-cpu", "usearch", "instant-clip-tokenizer",
 )  # fmt: skip
 HEAD = """# Results
 
