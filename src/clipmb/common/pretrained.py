@@ -404,11 +404,17 @@ def _check_pooling(config: BaseConfig, head: str) -> None:
         )
 
 
-def dummy_arrays(config: Any, head: str) -> dict[str, np.ndarray]:
-    """Returns inputs that fit a head: ids as in transformers 4 (3, 5), and images (3, channels, size, size)."""
+def dummy_arrays(config: Any, head: str, ids: Any = np.int64) -> dict[str, np.ndarray]:
+    """Returns inputs that fit a head: ids as in transformers 4 (3, 5), and images (3, channels, size, size).
+
+    Args:
+        config: The model's config.
+        head: A key of `HEADS`.
+        ids: The dtype of the ids.
+    """
     found: dict[str, np.ndarray] = {}
     if HEADS[head][0]:
-        found["input_ids"] = np.array([[7, 6, 0, 0, 1], [1, 2, 3, 0, 0], [0, 0, 0, 4, 5]])
+        found["input_ids"] = np.array([[7, 6, 0, 0, 1], [1, 2, 3, 0, 0], [0, 0, 0, 4, 5]], ids)
     if HEADS[head][1]:
         vision = getattr(config, "vision_config", config)
         found["pixel_values"] = np.ones((3, vision.num_channels, vision.image_size, vision.image_size), np.float32)

@@ -152,8 +152,8 @@ class KerasModel(PretrainedMixin, keras.Model):
 
     @property
     def dummy_inputs(self) -> dict[str, Tensor]:
-        """Inputs that fit the model: ids (3, 5), and images (3, channels, size, size)."""
-        return {name: to_tensor(array) for name, array in dummy_arrays(self.config, self.head).items()}
+        """Inputs that fit the model: ids (3, 5) of int32, and images (3, channels, size, size)."""
+        return {name: to_tensor(array) for name, array in dummy_arrays(self.config, self.head, np.int32).items()}
 
     def init_weights(self) -> None:
         """Draws every parameter from its initial normal distribution."""

@@ -10,6 +10,7 @@ from safetensors.numpy import load_file, save_file
 
 import clipmb
 from clipmb import CheckpointError
+from clipmb.common.features import to_numpy
 
 PREFIX = {"pt": "", "tf": "TF", "flax": "Flax"}
 CONFIG = cases.CONFIGS["plain"]
@@ -39,7 +40,10 @@ def test_small_things(backend, folder):
 @pytest.mark.parametrize("backend", sorted({"pt", "tf"} & set(BACKENDS)))
 def test_dummy_inputs_fit_the_model(backend, head, tmp_path):
     model = model_class(backend, head).from_pretrained(cases.write_checkpoint(tmp_path, CONFIG, head))
-    output = model(**model.dummy_inputs)
+    inputs = model.dummy_inputs
+    if "input_ids" in inputs:
+        assert to_numpy(inputs["input_ids"]).dtype == {"pt": "int64", "tf": "int32"}[backend]
+    output = model(**inputs)
     assert all(value.shape[0] == 3 for value in output.to_tuple() if hasattr(value, "shape"))
 
 
