@@ -10,7 +10,6 @@ import hashlib
 import importlib
 import json
 import os
-import shutil
 import subprocess
 import sys
 import tempfile
@@ -33,7 +32,7 @@ from clipmb.common.json_files import json_text
 from clipmb.common.outputs import EXPORTED
 from clipmb.common.parameters import specs
 from clipmb.common.processor import image_processor_of
-from clipmb.common.saving import umask
+from clipmb.common.saving import prepared_beside, umask
 from clipmb.common.small_model import held_out_pictures, small_model
 from clipmb.evaluation import evaluate
 from clipmb.layouts import INPUTS, LAYOUTS, PLAIN, Exported
@@ -293,70 +292,67 @@ def _written(
         form = replace(form, keep=_most_sensitive(engine, tower, expected, keep, min_cosine))
     else:
         form = replace(form, keep=frozenset(keep))
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    staging = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
     try:
-        found: dict[str, dict[str, Any]] = {}
-        files: dict[str, dict[str, Any]] = {}
-        stems = {part: staging / program.files[part].format(to=to, end=end) for part in towers}
-        for stem in stems.values():
-            stem.parent.mkdir(parents=True, exist_ok=True)
-        program.save_beside(staging, Exported(source, engine.config, towers, form.ids, form.length))
-        if form.processor is not None:
-            path = writer.write_preprocessing(engine.model, form.processor, staging / "preprocessing.onnx")
-            _require_pixels(_computed(writer.RUN, path, _images(expected)), expected)
-            path.unlink()
-        for part, stem in stems.items():
-            written = writer.write(engine.model, part, stem, **asdict(form))
-            outputs = _compared(writer.RUN, written[0], part, expected, form)
-            _require_agreement(written[0].name, outputs, form.dtype, min_cosine)
-            own = {
-                path.relative_to(staging).as_posix(): {"sha256": _sha256(path), "bytes": path.stat().st_size}
-                for path in (file for path in written for file in _files(path))
+        with prepared_beside(folder) as staging:
+            found: dict[str, dict[str, Any]] = {}
+            files: dict[str, dict[str, Any]] = {}
+            stems = {part: staging / program.files[part].format(to=to, end=end) for part in towers}
+            for stem in stems.values():
+                stem.parent.mkdir(parents=True, exist_ok=True)
+            program.save_beside(staging, Exported(source, engine.config, towers, form.ids, form.length))
+            if form.processor is not None:
+                path = writer.write_preprocessing(engine.model, form.processor, staging / "preprocessing.onnx")
+                _require_pixels(_computed(writer.RUN, path, _images(expected)), expected)
+                path.unlink()
+            for part, stem in stems.items():
+                written = writer.write(engine.model, part, stem, **asdict(form))
+                outputs = _compared(writer.RUN, written[0], part, expected, form)
+                _require_agreement(written[0].name, outputs, form.dtype, min_cosine)
+                own = {
+                    path.relative_to(staging).as_posix(): {"sha256": _sha256(path), "bytes": path.stat().st_size}
+                    for path in (file for path in written for file in _files(path))
+                }
+                found[part] = {
+                    "load": written[0].relative_to(staging).as_posix(),
+                    "files": sorted(own),
+                    "outputs": outputs,
+                }
+                files |= own
+            scores = None
+            if form.dtype == "int8" and (
+                pairs is not None or (len(_singles(tower)) == 2 and source.folder == small_model())
+            ):
+                scores = _zero_shot(source, engine, form, pairs)
+            record = {
+                "clipmb": __version__,
+                "source": str(source),
+                "commit": source.commit(),
+                "to": to,
+                "layout": layout,
+                "tower": tower,
+                "dtype": form.dtype,
+                "normalize": form.normalize,
+                "ids": form.ids,
+                "length": form.length,
+                "keep": sorted(form.keep),
+                "preprocessing": form.processor and rule_name(form.processor.pass_order),
+                "zero_shot": scores,
+                "compared_with": standard,
+                "batches": list(BATCHES),
+                "versions": engine.environment()["versions"],
+                "towers": found,
+                "files": files,
             }
-            found[part] = {
-                "load": written[0].relative_to(staging).as_posix(),
-                "files": sorted(own),
-                "outputs": outputs,
-            }
-            files |= own
-        scores = None
-        if form.dtype == "int8" and (
-            pairs is not None or (len(_singles(tower)) == 2 and source.folder == small_model())
-        ):
-            scores = _zero_shot(source, engine, form, pairs)
-        record = {
-            "clipmb": __version__,
-            "source": str(source),
-            "commit": source.commit(),
-            "to": to,
-            "layout": layout,
-            "tower": tower,
-            "dtype": form.dtype,
-            "normalize": form.normalize,
-            "ids": form.ids,
-            "length": form.length,
-            "keep": sorted(form.keep),
-            "preprocessing": form.processor and rule_name(form.processor.pass_order),
-            "zero_shot": scores,
-            "compared_with": standard,
-            "batches": list(BATCHES),
-            "versions": engine.environment()["versions"],
-            "towers": found,
-            "files": files,
-        }
-        (staging / RECORD_NAME).write_text(json_text(record), encoding="utf-8")
-        staging.chmod(0o777 & ~umask())
-        _require_free(folder)
-        if folder.exists():
-            folder.rmdir()
-        os.rename(staging, folder)
+            (staging / RECORD_NAME).write_text(json_text(record), encoding="utf-8")
+            staging.chmod(0o777 & ~umask())
+            _require_free(folder)
+            if folder.exists():
+                folder.rmdir()
+            os.rename(staging, folder)
     except ClipmbError:  # which is an OSError too
         raise
     except OSError as error:
         raise OSError(error.errno, f"The export could not be written: {error.strerror}", str(folder)) from error
-    finally:
-        shutil.rmtree(staging, ignore_errors=True)
     return record
 
 

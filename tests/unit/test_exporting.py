@@ -17,6 +17,7 @@ from cases import CONFIGS, STRESS, TEXT, VISION, image_inputs, random_arrays, re
 from conftest import ENGINES
 from PIL import Image
 from processes import clipmb as command
+from processes import python
 
 import clipmb
 from clipmb import CheckpointError, CLIPConfig, CLIPImageProcessor, CLIPPipeline, CLIPTokenizerFast, backends, exporting
@@ -657,6 +658,15 @@ def test_command(folder, tmp_path):
     bad = command("export", folder["plain"], "--out", tmp_path / "b", "--dtype", "int8", "--min-cosine", "1")
     assert bad.returncode == 1
     assert "Nothing was written" in bad.stderr
+    assert left(tmp_path) == ["out"]
+
+
+def test_a_killed_export_leaves_nothing_for_long(folder, tmp_path):
+    export = f"import clipmb; clipmb.export({str(folder['plain'])!r}, {str(tmp_path / 'out')!r}, tower='image')"
+    killed = f"import os, signal; os.rename = lambda *_: os.kill(os.getpid(), signal.SIGKILL); {export}"
+    assert python("-c", killed).returncode == -9
+    assert len(left(tmp_path)) == 1
+    clipmb.export(folder["plain"], tmp_path / "out", tower="image")
     assert left(tmp_path) == ["out"]
 
 

@@ -32,6 +32,7 @@ from clipmb.common.errors import CheckpointError, bad_input, logger
 _COMMITTED = ".clipmb-save"
 _PLAN = "clipmb-save.json"
 _STAGING = ".clipmb-staging-"
+_BESIDE = ".clipmb-beside-"
 _OWN = re.compile(r"[^./\\\0][^/\\\0]*")  # what a save may consist of: no hidden file, nothing in another folder
 _GROWING = (".jsonl", ".png", ".log")  # what a training run changes between its saves
 _OPTIMISTIC = 3  # attempts at reading before the readers' lock is taken
@@ -249,6 +250,35 @@ def write_atomically(path: Path, content: bytes) -> None:
         temporary.unlink(missing_ok=True)
 
 
+@contextmanager
+def prepared_beside(folder: Path) -> Iterator[Path]:
+    """Yields a new folder in a hidden one beside another, to be filled and then renamed to that; else it is removed.
+
+    What processes that were killed left for the same folder is removed first; living ones hold the lock of their own
+    hidden folder, in which that to be filled can be locked by what is saved into it.
+    """
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    prefix = f"{_BESIDE}{folder.name}-"
+    own = re.compile(re.escape(prefix) + "[^-]*")
+    for path in folder.parent.iterdir():
+        if own.fullmatch(path.name) and path.is_dir() and not path.is_symlink() and _is_left(path):
+            with suppress(OSError), locked(path, wait=False):
+                shutil.rmtree(path, ignore_errors=True)
+    staging = Path(tempfile.mkdtemp(prefix=prefix, dir=folder.parent))
+    try:
+        with locked(staging):
+            filled = staging / "new"
+            filled.mkdir()
+            yield filled
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)
+
+
+def _is_left(staging: Path) -> bool:
+    """Whether nobody can be writing here, as far as it shows without the lock."""
+    return fcntl is not None or time.time() - staging.stat().st_mtime > _UNLOCKED_SECONDS
+
+
 def _repair(folder: Path) -> None:
     """Finishes a save whose writer was killed after it was committed, and removes what those killed before it left.
 
@@ -265,7 +295,7 @@ def _repair(folder: Path) -> None:
         else:
             _finish(folder, plan)
     for path in folder.glob(f"{_STAGING}*"):
-        if not path.is_symlink() and (fcntl or time.time() - path.stat().st_mtime > _UNLOCKED_SECONDS):
+        if not path.is_symlink() and _is_left(path):
             shutil.rmtree(path, ignore_errors=True)
 
 

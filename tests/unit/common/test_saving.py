@@ -20,7 +20,7 @@ from clipmb import CheckpointError, CLIPTextConfig
 from clipmb.common.checkpoint import write_safetensors
 from clipmb.common.checkpoint.tensors import Deferred, lazy
 from clipmb.common.pretrained import PretrainedMixin
-from clipmb.common.saving import Transaction, current, names, read_whole
+from clipmb.common.saving import Transaction, current, names, prepared_beside, read_whole
 
 OLD = {"config.json": "old", "model.safetensors": "old", "model.safetensors.index.json": "old"}
 NEW = {"config.json": "new", "model.safetensors": "new", "tokenizer.json": "new"}
@@ -403,3 +403,29 @@ def test_a_model_is_not_saved_where_there_is_no_room_for_it(tmp_path, monkeypatc
         model.save_arrays(weights, tmp_path / "to")
     assert (caught.value.errno, caught.value.filename) == (errno.ENOSPC, str(tmp_path / "to"))
     assert not (tmp_path / "to").exists()
+
+
+def test_what_a_killed_process_prepared_is_removed_by_the_next_for_the_same_folder(tmp_path):
+    killed = """
+import os, pathlib, signal, sys
+from clipmb.common.saving import prepared_beside
+with prepared_beside(pathlib.Path(sys.argv[1])) as staging:
+    (staging / "half").write_text("a half")
+    os.kill(os.getpid(), signal.SIGKILL)
+"""
+    target, other = tmp_path / "to", tmp_path / "to-another"
+    for folder in (target, other):
+        assert python("-c", killed, folder).returncode == -9
+    (tmp_path / ".clipmb-beside-to-mine").write_text("a file of somebody else")
+    left = {path for path in tmp_path.iterdir() if path.is_dir()}
+    assert len(left) == 2
+    with prepared_beside(target) as living, prepared_beside(target) as second:
+        here = {path for path in tmp_path.iterdir() if path.is_dir()}
+        assert {living.parent, second.parent} < here
+        assert len(here & left) == 1
+        Transaction(second).__enter__().__exit__(None, None, None)  # a save into it does not wait for its own process
+        (second / "whole").write_text("whole")
+        second.rename(target)
+    assert left & set(tmp_path.iterdir()) == here & left
+    assert sorted(path.name for path in tmp_path.iterdir() if path not in left) == [".clipmb-beside-to-mine", "to"]
+    assert (target / "whole").read_text() == "whole"
