@@ -11,6 +11,7 @@ import signal
 import socket
 import threading
 import urllib.request
+import weakref
 
 import httpx
 import numpy as np
@@ -306,6 +307,35 @@ def test_shapes_do_not_share_steps_and_an_end_computes_what_waits():
     assert sorted(steps) == [[0, 2, 4, 6], [1, 3, 5, 7], [8]]
 
 
+def test_cancelled_items_are_not_computed_and_not_kept():
+    go, begun, steps = threading.Event(), threading.Event(), []
+
+    def compute(values):
+        begun.set()
+        assert go.wait(HANG)
+        steps.append([int(value.sum()) for value in values])
+        return np.array(values)
+
+    batcher = Batcher({"a": compute}, {"a": 8}, 0)
+    first = batcher.submit("a", [np.array([1])], "x")
+    assert begun.wait(HANG)
+    values = [np.array([2]), np.array([3])]
+    kept = [weakref.ref(value) for value in values]
+    cancelled = batcher.submit("a", values, "xx")
+    last = batcher.submit("a", [np.array([4])], "x")
+    between = batcher.submit("a", [np.array([5])], "x")
+    after = batcher.submit("a", [np.array([6])], "x")
+    assert cancelled.cancel()
+    batcher.withdraw()
+    del values
+    assert [reference() for reference in kept] == [None, None]
+    assert between.cancel()  # and is not withdrawn
+    go.set()
+    assert [int(work.result(HANG)[0, 0]) for work in (first, last, after)] == [1, 4, 6]
+    batcher.close()
+    assert sorted(one for step in steps for one in step) == [1, 4, 6]
+
+
 def test_a_full_queue_is_429_and_nothing_of_it_is_lost():
     engine = Slow()
     app = application(with_engine(engine), queue=4, max_wait=0)
@@ -467,11 +497,12 @@ def test_token():
 
 
 def test_hosts():
-    app = application(pipeline(), hosts={"localhost", "127.0.0.1"})
+    app = application(pipeline(), hosts={"localhost", "127.0.0.1", "::1"})
     assert get(app, "/health", headers={"host": "LOCALHOST:8000"}).status_code == 200
     assert get(app, "/health", headers={"host": "127.0.0.1"}).status_code == 200
-    for host in ("evil.example", "127.0.0.1.evil.example:80", ""):
-        assert "127.0.0.1 or localhost" in error(get(app, "/health", headers={"host": host}), 421, "wrong_host")
+    assert get(app, "/health", headers={"host": "[::1]:8000"}).status_code == 200
+    for host in ("evil.example", "127.0.0.1.evil.example:80", "", "[", "localhost:a", "[::2]:80"):
+        assert "127.0.0.1 or ::1 or localhost" in error(get(app, "/health", headers={"host": host}), 421, "wrong_host")
 
 
 def test_passport(app, searching, folder):

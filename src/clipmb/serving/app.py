@@ -7,6 +7,7 @@ import base64
 import functools
 import hmac
 import json
+import re
 import time
 from collections.abc import AsyncIterator, Callable, Collection, Coroutine
 from contextlib import asynccontextmanager
@@ -21,7 +22,7 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 from starlette.routing import Route
 
-from clipmb.common.errors import ClipmbError, logger
+from clipmb.common.errors import logger
 from clipmb.common.json_files import json_values
 from clipmb.serving.metrics import CONTENT_TYPE, Metrics
 from clipmb.serving.requests import Classification, Embeddings, Refused, Search, json_object
@@ -32,6 +33,8 @@ _BODIES = 8  # largest bodies that are held at a time
 _MOST_RESULTS = 1000
 _OPEN = ("/", "/health")  # without a token
 _GONE = 499  # the client went away; only the metrics see it
+
+_HOST = re.compile(r"(?:\[([^\]]+)\]|([^:]*))(?::\d+)?")
 
 Handler = Callable[
     [Request, dict[str, Any]], Coroutine[Any, Any, Response]
@@ -114,9 +117,9 @@ class Application:
             response = self.refusal(Refused(503, message, "deadline_exceeded", headers={"retry-after": "1"}))
         except ClientDisconnect:
             response = Response(status_code=_GONE)
-        except Exception as error:
+        except Exception:
             logger.exception("clipmb: %s %s failed", request.method, path)
-            message = str(error) if isinstance(error, ClipmbError) else "The server failed; its log says why."
+            message = "The server failed; its log says why."
             response = self.refusal(Refused(500, message, "internal_error"))
         return self.finished(response)
 
@@ -126,7 +129,8 @@ class Application:
         Raises:
             Refused: The token is missing or wrong, or the server is addressed by a name that is not its own.
         """
-        if self.hosts is not None and (request.url.hostname or "").rstrip(".").lower() not in self.hosts:
+        host = _HOST.fullmatch(request.headers.get("host", ""))
+        if self.hosts is not None and (host is None or (host[1] or host[2]).lower() not in self.hosts):
             names = " or ".join(sorted(self.hosts))
             message = f"The Host of a request must be {names}. Received: another. Address the server as one of these."
             raise Refused(421, message, "wrong_host")
@@ -143,10 +147,10 @@ class Application:
         allowed = dict(getattr(error, "headers", None) or {})
         self.count("other", str(status))
         if status == 405:
-            path, method = request.url.path, request.method
+            path, method = request.scope["path"], request.method
             message = f"{path} does not take {method}. Use {allowed.get('Allow', 'another method')}."
             return self.finished(self.refusal(Refused(405, message, "method_not_allowed", headers=allowed)))
-        message = f"There is no {request.method} {request.url.path}. See docs/serving.md for what there is."
+        message = f"There is no {request.method} {request.scope['path']}. GET / and GET /v1/models are there."
         return self.finished(self.refusal(Refused(status, message, "not_found")))
 
     def finished(self, response: Response) -> Response:
@@ -200,7 +204,7 @@ class Application:
     async def embeddings(self, request: Request, body: dict[str, Any]) -> Response:
         """POST /v1/embeddings."""
         service = self.service
-        asked = Embeddings.of(body, service.name, service.dimension)
+        asked = await service.run(Embeddings.of, body, service.name, service.dimension)
         embeds, tokens = await service.embed(asked.inputs, service.passport["normalized"])
         return await service.run(_embeddings, embeds, tokens, service.name, asked.base64)
 
@@ -226,7 +230,7 @@ class Application:
 
     async def classify(self, request: Request, body: dict[str, Any]) -> Response:
         """POST /classify."""
-        asked = Classification.of(body, self.service.name)
+        asked = await self.service.run(Classification.of, body, self.service.name)
         found = await self.service.classify(asked)
         results = [
             {"index": i, "label": asked.labels[int(row.argmax())], "probabilities": row.tolist()}
@@ -237,7 +241,7 @@ class Application:
     async def search(self, request: Request, body: dict[str, Any]) -> Response:
         """GET and POST /search."""
         if request.method == "POST":
-            asked = Search.of(body, _MOST_RESULTS)
+            asked = await self.service.run(Search.of, body, _MOST_RESULTS)
         else:
             asked = Search.of_query(request.query_params.multi_items(), _MOST_RESULTS)
         return _json({"kind": asked.kind, "results": json_values(await self.service.search(asked))})

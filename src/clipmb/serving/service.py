@@ -6,7 +6,7 @@ import asyncio
 import functools
 import time
 from collections import OrderedDict
-from collections.abc import Callable, Coroutine, Iterator, Sequence
+from collections.abc import Awaitable, Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
@@ -69,7 +69,8 @@ class Service:
         self._size = pipeline.config.vision_config.image_size
         self._classes: OrderedDict[Any, np.ndarray] = OrderedDict()
         self._thumbnail = functools.lru_cache(_THUMBNAILS)(thumbnail)
-        self._pool = ThreadPoolExecutor(workers, thread_name_prefix="clipmb-serve")
+        self._requests = ThreadPoolExecutor(2, thread_name_prefix="clipmb-requests")  # never behind many images
+        self._images = ThreadPoolExecutor(workers, thread_name_prefix="clipmb-images")
         self._searcher = ThreadPoolExecutor(1, thread_name_prefix="clipmb-search")
         if index:
             for kind in filter(index.count, KINDS):  # read now, not at the first search
@@ -86,19 +87,19 @@ class Service:
             busy(kind, by=seconds)
 
         self.batcher = Batcher(
-            {"image": self._images, "text": functools.partial(self._texts, batch_size)},
+            {"image": self._image_step, "text": functools.partial(self._text_step, batch_size)},
             dict.fromkeys(("image", "text"), batch_size), max_wait / 1000, observe,
         )  # fmt: skip
 
     def close(self) -> None:
         """Computes what was accepted, and ends the threads."""
         self.batcher.close()
-        self._pool.shutdown()
-        self._searcher.shutdown()
+        for pool in (self._requests, self._images, self._searcher):
+            pool.shutdown()
 
     async def run(self, work: Callable[..., Any], *arguments: Any) -> Any:
-        """Runs what takes long in a thread, so that other requests go on."""
-        return await asyncio.get_running_loop().run_in_executor(self._pool, work, *arguments)
+        """Runs what may take some milliseconds in a thread, so that other requests go on."""
+        return await asyncio.get_running_loop().run_in_executor(self._requests, work, *arguments)
 
     async def embed(self, inputs: Sequence[Input], normalize: bool) -> tuple[np.ndarray, int]:
         """Embeds texts and images.
@@ -113,6 +114,7 @@ class Service:
         Raises:
             Refused: The queue is full, an image cannot be read, or a text is too long.
         """
+        self._check_count(len(inputs))
         places: dict[str, list[int]] = {"text": [], "image": []}
         for place, given in enumerate(inputs):
             places[given.kind].append(place)
@@ -208,7 +210,8 @@ class Service:
         if kind not in KINDS or row >= index.count(kind):
             return None
         path = index.table(kind).column("path")[row].as_py()
-        made = await self.run(self._thumbnail, path) if path else None
+        loop = asyncio.get_running_loop()
+        made = await loop.run_in_executor(self._images, self._thumbnail, path) if path else None
         return made[0] if made else None
 
     def searched(self) -> Index:
@@ -222,12 +225,16 @@ class Service:
             raise Refused(404, message, "no_index")
         return self.index
 
-    @contextmanager
-    def _room(self, count: int) -> Iterator[None]:
-        """Counts items as being in the server meanwhile."""
+    def _check_count(self, count: int) -> None:
+        """Refuses more items in a request than the server ever has room for."""
         if count > self.queue:
             rule = f"A request may have at most {self.queue} images and texts, pieces of long texts included"
             raise invalid(None, bad_input(rule, count, "Send several requests, one after the other"), "too_many_inputs")
+
+    @contextmanager
+    def _room(self, count: int) -> Iterator[None]:
+        """Counts items as being in the server meanwhile."""
+        self._check_count(count)
         if self.items + count > self.queue:
             message = f"The queue is full: {self.items} of at most {self.queue} images and texts wait. Try again later."
             raise Refused(429, message, "queue_full", headers={"retry-after": "1"})
@@ -238,7 +245,8 @@ class Service:
             self.items -= count
 
     async def _pictures(self, inputs: Sequence[Input]) -> np.ndarray | None:
-        pixels = await _all(*(self.run(self._decoded, given) for given in inputs))
+        loop = asyncio.get_running_loop()
+        pixels = await _all(*(loop.run_in_executor(self._images, self._decoded, given) for given in inputs))
         return await self._computed("image", pixels, [pixel.shape for pixel in pixels])
 
     async def _computed(self, kind: str, values: Sequence[Any], shapes: Sequence[Any]) -> np.ndarray | None:
@@ -271,25 +279,27 @@ class Service:
             owners += [number] * len(pieces)
         return rows, owners
 
-    def _images(self, pixels: list[np.ndarray]) -> np.ndarray:
+    def _image_step(self, pixels: list[np.ndarray]) -> np.ndarray:
         """Computes a step of images, in the model's thread."""
         return self.pipeline.engine.image_features(np.stack(pixels))
 
-    def _texts(self, batch_size: int, rows: list[list[int]]) -> np.ndarray:
+    def _text_step(self, batch_size: int, rows: list[list[int]]) -> np.ndarray:
         """Computes a step of texts, in the model's thread."""
         return self.pipeline.encode_rows(
             rows, list(range(len(rows))), batch_size=batch_size, normalize=False, few_shapes=True, check=False
         )
 
 
-async def _all(*works: Coroutine[Any, Any, Any]) -> list[Any]:
-    """Runs several at once and returns their results; the first error ends all of them."""
+async def _all(*works: Awaitable[Any]) -> list[Any]:
+    """Waits for several at once and returns their results; the first error ends all of them."""
+    tasks = [asyncio.ensure_future(work) for work in works]
     try:
-        async with asyncio.TaskGroup() as group:
-            tasks = [group.create_task(work) for work in works]
-    except ExceptionGroup as errors:
-        raise errors.exceptions[0] from None
-    return [task.result() for task in tasks]
+        return await asyncio.gather(*tasks)
+    except BaseException:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+        raise
 
 
 def name_of(source: Any) -> str:
