@@ -3,7 +3,8 @@
 First some minutes of mixed load by 64 clients, of whose requests 5 % are wrong, on a server in a process of its own
 with the small model and an index: every answer is compared with `CLIPPipeline`'s. Then images and texts alone, with the
 small model and with one of ViT-B/32's size, in alternation with the bulk path on the same files: `clipmb.embed` and
-`CLIPPipeline.encode_text`. The clients take their share of the processors.
+`CLIPPipeline.encode_text`. The clients take their share of the processors; the column of that name compares the
+processors' time of the server alone.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import base64
 import contextlib
 import io
 import json
+import os
 import random
 import re
 import statistics
@@ -32,6 +34,7 @@ from _compare import row
 from image_processor import photos
 
 import clipmb
+from clipmb.embedding.passport import passport_of
 
 CLIENTS, ROUNDS = 64, 3
 TOLERANCE = 2e-6
@@ -177,6 +180,12 @@ def memory(process: int) -> float:
     return int(re.findall(r"VmRSS:\s+(\d+)", text)[0]) / 1024
 
 
+def computed(process: int) -> float:
+    """Returns the seconds that the processors have worked for a process."""
+    fields = Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+
 async def soak(load: Load, process: int, port: int, minutes: float) -> None:
     """Asks for some minutes; prints counts, latencies and memory."""
     end = time.monotonic() + 60 * minutes
@@ -240,6 +249,9 @@ def throughput(
 ) -> None:
     """Compares the server with the pipeline, on images and on texts, by requests of one and of eight."""
     pipeline = clipmb.CLIPPipeline.from_pretrained(model, backend=backend)
+    begun = time.process_time()
+    passport_of(pipeline, normalized=True, long_text="truncate")
+    passport = time.process_time() - begun
     uris = ["data:image/jpeg;base64," + base64.b64encode(content).decode() for content in files]
     fields = {
         "images": [{"input": uri, "modality": "image"} for uri in uris],
@@ -249,32 +261,43 @@ def throughput(
     }
     with (
         tempfile.TemporaryDirectory() as folder,
-        server(model, *(["--backend", backend] if backend else [])) as (_, port),
+        server(model, *(["--backend", backend] if backend else [])) as (process, port),
     ):
         paths = []
         for number, content in enumerate(files):
             paths.append(str(Path(folder, f"{number}.jpg")))
             Path(paths[-1]).write_bytes(content)
 
-        def bulk(what: str) -> float:
-            """Seconds for each item."""
+        def bulk(what: str) -> tuple[float, float]:
+            """Seconds for each item, by the clock and of the processors."""
+            begun, worked = time.perf_counter(), time.process_time()
             if what.startswith("images"):
                 with tempfile.TemporaryDirectory() as out:
-                    return clipmb.embed(paths, Path(out, "out"), model=pipeline)["seconds"]["total"] / len(paths)
-            begun = time.perf_counter()
-            pipeline.encode_text(texts)
-            return (time.perf_counter() - begun) / len(texts)
+                    taken = clipmb.embed(paths, Path(out, "out"), model=pipeline)["seconds"]["total"]
+                worked += passport  # is no part of the job
+            else:
+                pipeline.encode_text(texts)
+                taken = time.perf_counter() - begun
+            count = len(paths if what.startswith("images") else texts)
+            return taken / count, (time.process_time() - worked) / count
+
+        def served(bodies: list[bytes], count: int, each: int) -> tuple[float, float]:
+            """The same of the server."""
+            worked = computed(process)
+            taken = asyncio.run(drain(port, bodies, count))
+            return taken / count / each, (computed(process) - worked) / count / each
 
         for what, asked in fields.items():
             bodies = [embedding_request(field) for field in asked]
             each = 8 if "8" in what else 1
-            count = max(len(bodies), int(seconds / bulk(what) / each))
-            asyncio.run(drain(port, bodies, len(bodies)))  # warms up
-            pairs = [(bulk(what), asyncio.run(drain(port, bodies, count)) / count / each) for _ in range(ROUNDS)]
-            own, server_own = (statistics.median(column) for column in zip(*pairs, strict=True))
+            count = max(len(bodies), int(seconds / bulk(what)[0] / each))
+            served(bodies, len(bodies), each)  # warms up
+            pairs = [(*bulk(what), *served(bodies, count, each)) for _ in range(ROUNDS)]
+            own, own_work, other, other_work = map(statistics.median, zip(*pairs, strict=True))
             row(
-                f"{name}, {what}", "throughput", server=f"{1 / server_own:,.0f}/s", bulk=f"{1 / own:,.0f}/s",
-                ratio=f"{own / server_own:.2f}", goal=f"0.9 ({'met' if own / server_own >= 0.9 else 'not met'})",
+                f"{name}, {what}", "throughput", server=f"{1 / other:,.0f}/s", bulk=f"{1 / own:,.0f}/s",
+                ratio=f"{own / other:.2f}", processors=f"{own_work / other_work:.2f}",
+                goal=f"0.9 ({'met' if own / other >= 0.9 else 'not met'})",
             )  # fmt: skip
 
 
@@ -302,7 +325,9 @@ def main() -> None:
         files.append(buffer.getvalue())
     texts = [f"a photo of a thing that was turned by {number} degrees" for number in range(256)]
     throughput("small model", model, files, texts, arguments.backend, arguments.seconds)
-    throughput("ViT-B/32", str(vit_b_32(arguments.folder)), files, texts, arguments.backend, arguments.seconds)
+    throughput(
+        "ViT-B/32", str(vit_b_32(arguments.folder)), files[:32], texts[:96], arguments.backend, arguments.seconds
+    )
 
 
 if __name__ == "__main__":

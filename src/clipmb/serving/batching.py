@@ -45,7 +45,7 @@ class Batcher:
         compute: For each kind, what computes a step.
         sizes: For each kind, the most items of a step.
         max_wait: Seconds that an item waits at most for others.
-        observe: Called after each step.
+        observe: Called after each step that did not fail, before its results are there.
     """
 
     def __init__(
@@ -108,19 +108,19 @@ class Batcher:
     def _run(self) -> None:
         while (step := self._next()) is not None:
             kind, items = step
-            begun = time.monotonic()
             for part in (items, *([item] for item in items if len(items) > 1)):
+                begun = time.monotonic()
                 try:
                     rows = self._compute[kind]([item.value for item in part])
                 except Exception as error:
                     if len(part) == 1:
                         _fail(part[0].work, error)
                     continue
+                self._observe(kind, len(part), time.monotonic() - begun)
                 for item, row in zip(part, rows, strict=True):
                     _finish(item, row)
                 if part is items:
                     break
-            self._observe(kind, len(items), time.monotonic() - begun)
 
     def _next(self) -> tuple[str, list[_Item]] | None:
         """Waits for the next step and takes its items; None when the batcher is closed and nothing is left."""
