@@ -290,7 +290,9 @@ def throughput(
         for what, asked in fields.items():
             bodies = [embedding_request(field) for field in asked]
             each = 8 if "8" in what else 1
-            count = max(len(bodies), int(seconds / bulk(what)[0] / each))
+            count = max(
+                4 * CLIENTS, int(seconds / bulk(what)[0] / each)
+            )  # fewer would end with steps that are not full
             served(bodies, len(bodies), each)  # warms up
             pairs = [(*bulk(what), *served(bodies, count, each)) for _ in range(ROUNDS)]
             own, own_work, other, other_work = map(statistics.median, zip(*pairs, strict=True))
