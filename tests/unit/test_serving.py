@@ -330,6 +330,7 @@ def test_cancelled_items_are_not_computed_and_not_kept():
     del values
     assert [reference() for reference in kept] == [None, None]
     assert between.cancel()  # and is not withdrawn
+    assert batcher.submit("a", [np.array([7])], "y").cancel()
     go.set()
     assert [int(work.result(HANG)[0, 0]) for work in (first, last, after)] == [1, 4, 6]
     batcher.close()
