@@ -16,8 +16,8 @@ from pathlib import Path
 from _compare import ROWS
 
 BENCHMARKS = (
-    "tokenizer", "image_processor", "data", "loading", "models", "engines", "embedding", "serving", "training",
-    "convert",
+    "tokenizer", "image_processor", "data", "loading", "models", "engines", "embedding", "search", "serving",
+    "training", "convert",
 )  # fmt: skip
 RESULTS = Path(__file__).with_name("RESULTS.md")
 PACKAGES = (
