@@ -326,8 +326,21 @@ def _retrieval(
     """
     number: dict[str, int] = {}  # of every distinct caption; each is embedded once, so that equal ones tie exactly
     owned = [[number.setdefault(text, len(number)) for text in texts] for texts in captions]
-    texts = _finite(encode_text(list(number)), "text")
-    times = np.bincount([text for several in owned for text in several], minlength=len(number))
+    return retrieval(images, _finite(encode_text(list(number)), "text"), owned)
+
+
+def retrieval(images: np.ndarray, texts: np.ndarray, owned: Sequence[Sequence[int]]) -> Retrieval:
+    """Ranks captions for images and images for captions, as `evaluate` describes.
+
+    Args:
+        images: (images, proj), of unit length.
+        texts: (texts, proj), of unit length: every distinct caption once.
+        owned: The numbers of the captions of each image, at least one, and as often as the image has it.
+
+    Returns:
+        Recall in both directions.
+    """
+    times = np.bincount([text for several in owned for text in several], minlength=len(texts))
     right = np.array([(image, text) for image, several in enumerate(owned) for text in sorted(set(several))])
     by_text = right[np.argsort(right[:, 1], kind="stable")][:, ::-1]
     to_text = _ranks(images, texts, right, times)

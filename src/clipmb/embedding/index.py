@@ -3,27 +3,65 @@
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Self, TypedDict
 
 import numpy as np
 
 from clipmb.common.errors import CheckpointError, bad_input, one_of, whole_number
 from clipmb.common.zero_shot import unit
+from clipmb.embedding import approximate as approximate_index
 from clipmb.embedding import store
+from clipmb.embedding.approximate import Approximate
 from clipmb.embedding.passport import passport_of, require_equivalent
 from clipmb.embedding.store import KINDS, Manifest, Rows
+from clipmb.evaluation import Retrieval, retrieval
 from clipmb.pipeline import CLIPPipeline, loaded
 
 _BLOCK = 1 << 13  # rows of one product
 _QUERIES = 1 << 9  # of one product
 _PAIRS = 1 << 12  # of which cosines are computed at once
+_SPARE = 4  # times as many rows as results are asked of an approximate index, whose vectors have 8 bits a number
+_FEW, _SHARE = 10_000, 20  # so many rows, or this part of all, are searched exactly
 _COMPARISONS: dict[str, str] = {  # of ``where``, to pyarrow's functions
     "==": "equal", "!=": "not_equal", "<=": "less_equal", ">=": "greater_equal", "=": "equal", "<": "less",
     ">": "greater",
 }  # fmt: skip
+
+
+class ApproximateSearch(TypedDict):
+    """What approximate search misses.
+
+    Attributes:
+        kind: "images" or "texts".
+        method: "hnsw" or "ivf".
+        k: How many results each query had.
+        queries: How many queries there were.
+        recall: The fraction of results that are as similar as the k nearest.
+        milliseconds: What a query took on average, "exact" and "approximate".
+    """
+
+    kind: str
+    method: str
+    k: int
+    queries: int
+    recall: float
+    milliseconds: dict[str, float]
+
+
+class IndexEvaluation(TypedDict, total=False):
+    """Quality of search in a folder of embeddings.
+
+    Attributes:
+        approximate: What approximate search misses.
+        retrieval: How well images find their captions, and captions their images, as in `clipmb.Retrieval`.
+    """
+
+    approximate: ApproximateSearch
+    retrieval: Retrieval
 
 
 class Index:
@@ -48,6 +86,7 @@ class Index:
         self._vectors: dict[str, np.ndarray] = {}
         self._tables: dict[str, Any] = {}
         self._opened: dict[str, Rows] = {}
+        self._approximates: dict[str, Approximate] = {}
 
     @classmethod
     def open(
@@ -204,6 +243,9 @@ class Index:
         where: str | Sequence[str] | None = None,
         minus_text: str | Sequence[str] | None = None,
         minus_image: Any = None,
+        approximate: bool = False,
+        ef: int | None = None,
+        probes: int | None = None,
     ) -> list[dict[str, Any]]:
         """Returns the embeddings that are most similar to a query.
 
@@ -217,6 +259,9 @@ class Index:
                 ``<=``, ``>`` or ``>=``. Rows without a value never match.
             minus_text: As in `query`.
             minus_image: As in `query`.
+            approximate: As in `nearest`.
+            ef: As in `nearest`.
+            probes: As in `nearest`.
 
         Returns:
             For each, from the most similar: ``score``, the cosine; ``row``, its number; and all columns. Rows that are
@@ -231,7 +276,9 @@ class Index:
             vector = self.query(text, image, minus_text=minus_text, minus_image=minus_image)
         elif any(value is not None for value in (text, image, minus_text, minus_image)):
             raise bad_input("A query is a vector, or texts and images", "both", "Pass one of them", shown=True)
-        scores, found = self.nearest(np.asarray(vector)[None], k, kind=kind, where=where)
+        scores, found = self.nearest(
+            np.asarray(vector)[None], k, kind=kind, where=where, approximate=approximate, ef=ef, probes=probes
+        )
         return [
             {"score": float(score), "row": int(row), **columns}
             for score, row, columns in zip(scores[0], found[0], self._rows(kind).take(found[0]), strict=True)
@@ -244,6 +291,9 @@ class Index:
         *,
         kind: str = "images",
         where: str | Sequence[str] | None = None,
+        approximate: bool = False,
+        ef: int | None = None,
+        probes: int | None = None,
     ) -> tuple[np.ndarray, np.ndarray]:
         """Returns the rows that are most similar to each of several queries, at little more than the cost of one.
 
@@ -252,6 +302,12 @@ class Index:
             k: How many, at most.
             kind: As in `search`.
             where: As in `search`.
+            approximate: Look only at rows that the index of `build` proposes: the scores are exact, but rows may be
+                missed. Where conditions leave few rows, or the index proposes too few that satisfy them, the search is
+                exact.
+            ef: Rows that are in sight of a search in an index of "hnsw": more are slower, and miss fewer. 128 when
+                None.
+            probes: Lists that a search in an index of "ivf" goes through, likewise; a 16th of them when None.
 
         Returns:
             Cosines, float32, and numbers of rows, int64, (queries, the lesser of k and the rows), from the most
@@ -274,8 +330,173 @@ class Index:
                 vectors,
                 "Correct it",
             )
+        for name, value in (("ef", ef), ("probes", probes)):
+            if value is not None and not approximate:
+                raise bad_input(f"{name} is for approximate search", value, "Pass approximate=True too")
+            if value is not None:
+                whole_number(name, value, 1)
         rows = None if where is None else np.flatnonzero(self._matching(kind, where))
-        return nearest(self._rows(kind), unit(vectors), k, rows=rows)
+        queries, known = unit(vectors), self._rows(kind)
+        index = self._approximate(kind) if approximate else None
+        if index is None or (rows is not None and len(rows) < max(_FEW, len(known) // _SHARE)):
+            return nearest(known, queries, k, rows=rows)
+        most = min(k, len(known if rows is None else rows))
+        scores = np.empty((len(queries), most), np.float32)
+        found = np.empty((len(queries), most), np.int64)
+        for i, own in enumerate(index.candidates(queries, min(_SPARE * k, len(known)), rows, ef, probes)):
+            one = nearest(known, queries[i : i + 1], k, rows=own if len(own) >= most else rows)
+            scores[i], found[i] = one[0][0], one[1][0]
+        return scores, found
+
+    def build(
+        self,
+        kind: str = "images",
+        *,
+        method: str = "hnsw",
+        m: int | None = None,
+        ef_construction: int | None = None,
+        lists: int | None = None,
+    ) -> dict[str, Any]:
+        """Writes an index for approximate search into the folder, in place of one that is there; needs faiss.
+
+        Worth it from some hundred thousand rows. It is of the rows that are there now: after others were appended it is
+        refused, and has to be built anew.
+
+        Args:
+            kind: "images" or "texts".
+            method: "hnsw", a graph: fast, slow to build; or "ivf", lists of similar rows: faster to build, and smaller.
+            m: Neighbours of a row in the graph of "hnsw"; 32 when None.
+            ef_construction: Rows that are in sight when one is added to the graph; 200 when None.
+            lists: How many lists "ivf" has; four times the square root of the rows when None.
+
+        Returns:
+            What it is of: ``method``, ``rows``, its parameters, and ``manifest``, a hash.
+
+        Raises:
+            ValueError: An argument is out of its range or for the other method, or there are no rows.
+            ImportError: faiss is not installed.
+        """
+        self._check_kind(kind)
+        if method not in approximate_index.METHODS:
+            raise one_of("method", method, approximate_index.METHODS)
+        for name, value, least, own in (
+            ("m", m, 2, "hnsw"), ("ef_construction", ef_construction, 1, "hnsw"), ("lists", lists, 1, "ivf")
+        ):  # fmt: skip
+            if value is not None and own != method:
+                raise bad_input(f"{name} is for {own}", f"method {method}", f"Remove {name}", shown=True)
+            if value is not None:
+                whole_number(name, value, least, self.count(kind) if name == "lists" else 512)
+        if not self.count(kind):
+            raise bad_input("An index needs rows", f"{self.folder} without {kind}", "Build that of another kind",
+                            shown=True)  # fmt: skip
+        about = approximate_index.build(
+            self.folder, self.manifest, kind, self._rows(kind), method=method, m=m or approximate_index.M,
+            ef_construction=ef_construction or approximate_index.EF_CONSTRUCTION, lists=lists,
+        )  # fmt: skip
+        self._approximates.pop(kind, None)
+        return about
+
+    def _approximate(self, kind: str) -> Approximate:
+        if kind not in self._approximates:
+            self._approximates[kind] = approximate_index.read(self.folder, self.manifest, kind)
+        return self._approximates[kind]
+
+    def evaluate(
+        self,
+        k: int = 10,
+        *,
+        kind: str = "images",
+        sample: int = 1000,
+        ef: int | None = None,
+        probes: int | None = None,
+    ) -> IndexEvaluation:
+        """Measures what approximate search misses, and how well captions find their images.
+
+        Args:
+            k: How many results of each query.
+            kind: "images" or "texts", for approximate search.
+            sample: How many rows, evenly spread, are the queries of approximate search; each looks for others.
+            ef: As in `nearest`.
+            probes: As in `nearest`.
+
+        Returns:
+            "approximate", where there is an index of the kind, and "retrieval", over all images with captions, where
+            the folder has some; both are described by `IndexEvaluation`.
+
+        Raises:
+            ValueError: An argument is out of its range, or there is nothing to measure.
+        """
+        self._check_kind(kind)
+        whole_number("k", k, 1)
+        whole_number("sample", sample, 1)
+        found: IndexEvaluation = {}
+        if (self.folder / f"{kind}.faiss").exists():
+            self._approximate(kind)  # read before the clock runs
+            count = self.count(kind)
+            rows = np.unique(np.linspace(0, count - 1, min(sample, count)).astype(np.int64))
+            queries = np.concatenate([block for _, block in self._rows(kind).blocks(_BLOCK, rows)])
+            begun = time.perf_counter()
+            exact = self._others(*self.nearest(queries, k + 1, kind=kind), rows, k)
+            between = time.perf_counter()
+            near = self._others(
+                *self.nearest(queries, k + 1, kind=kind, approximate=True, ef=ef, probes=probes), rows, k
+            )
+            taken = {"exact": between - begun, "approximate": time.perf_counter() - between}
+            found["approximate"] = {
+                "kind": kind, "method": self._approximate(kind).method, "k": k, "queries": len(rows),
+                "recall": float((near >= exact[:, -1:]).mean()) if exact.size else 1.0,
+                "milliseconds": {name: 1000 * seconds / len(rows) for name, seconds in taken.items()},
+            }  # fmt: skip
+        elif ef is not None or probes is not None:
+            raise bad_input(
+                f"ef and probes are for an index of {kind}", f"no {kind}.faiss", "Build it first", shown=True
+            )
+        if retrieval := self._retrieval():
+            found["retrieval"] = retrieval
+        if not found:
+            raise bad_input(
+                "There must be an approximate index, or images and their captions", "neither",
+                f"Build an index with clipmb index {self.folder}", shown=True,
+            )  # fmt: skip
+        return found
+
+    @staticmethod
+    def _others(scores: np.ndarray, found: np.ndarray, rows: np.ndarray, k: int) -> np.ndarray:
+        """Returns the scores of up to k results of each query that are not its own row."""
+        own = found == rows[:, None]
+        own[~own.any(axis=1), -1:] = True  # its own row was missed, or is behind others that are equal to it
+        return scores[~own].reshape(len(rows), -1)[:, :k]
+
+    def _retrieval(self) -> Retrieval | None:
+        """Ranks images and captions of the same id and source."""
+        if not self.count("images") or not self.count("texts"):
+            return None
+        owners = {kind: self._owners(kind) for kind in KINDS}
+        captions: dict[tuple[int, str], list[int]] = {}
+        number: dict[str, int] = {}  # of every distinct caption
+        first = []  # row of each
+        for row, (owner, caption) in enumerate(
+            zip(owners["texts"], self.table("texts").column("caption").to_pylist(), strict=True)
+        ):
+            if caption not in number:
+                number[caption] = len(number)
+                first.append(row)
+            captions.setdefault(owner, []).append(number[caption])
+        images = [row for row, owner in enumerate(owners["images"]) if owner in captions]
+        if not images:
+            return None
+        used = {text for row in images for text in captions[owners["images"][row]]}
+        renumbered = {text: place for place, text in enumerate(sorted(used))}
+        return retrieval(
+            unit(self.vectors("images")[images].astype(np.float32)),
+            unit(self.vectors("texts")[[first[text] for text in renumbered]].astype(np.float32)),
+            [[renumbered[text] for text in captions[owners["images"][row]]] for row in images],
+        )
+
+    def _owners(self, kind: str) -> list[tuple[int, str]]:
+        """Returns the number of its source and the id of each row."""
+        sources = np.repeat(np.arange(len(self.manifest.sources)), [source[kind] for source in self.manifest.sources])
+        return list(zip(sources.tolist(), self.table(kind).column("id").to_pylist(), strict=True))
 
     def duplicates(self, threshold: float = 0.95, kind: str = "images") -> list[list[int]]:
         """Groups embeddings that are nearly the same: chains in which each is at least this similar to another.

@@ -245,23 +245,30 @@ class Rows:
             size: Rows of a block, at most.
             chosen: (m,) numbers of rows, ascending; all when None.
         """
-        start = 0
-        for path, groups in groupby(self._groups, key=lambda group: group.path):
+        places = range(len(self._groups)) if chosen is None else np.unique(self._places(chosen)).tolist()
+        for path, some in groupby(places, key=lambda place: self._groups[place].path):
             content = None  # mapped for this while: there may be more shards than files that a process may have open
-            for group in groups:
-                numbers = np.arange(start, start + group.rows)
-                if chosen is not None:
-                    numbers = chosen[slice(*np.searchsorted(chosen, (start, start + group.rows)))]
-                if len(numbers):
-                    if content is None:
-                        with readable(path):
-                            content = np.memmap(path, mode="r")
-                    values = self._values(group, content)
-                    for first in range(0, len(numbers), size):
-                        some = numbers[first : first + size]
-                        place = slice(first, first + size) if chosen is None else some - start
-                        yield some, np.array(values[place], np.float32)
-                start += group.rows
+            for place in some:
+                group, end = self._groups[place], int(self._ends[place])
+                start = end - group.rows
+                if chosen is None:
+                    numbers = np.arange(start, end)
+                else:
+                    numbers = chosen[slice(*np.searchsorted(chosen, (start, end)))]
+                if content is None:
+                    with readable(path):
+                        content = np.memmap(path, mode="r")
+                values = self._values(group, content)
+                for first in range(0, len(numbers), size):
+                    own = numbers[first : first + size]
+                    yield (
+                        own,
+                        np.array(values[slice(first, first + size) if chosen is None else own - start], np.float32),
+                    )
+
+    def _places(self, rows: np.ndarray) -> np.ndarray:
+        """Returns which row group each row is in."""
+        return np.searchsorted(self._ends, rows, side="right")
 
     def _values(self, group: _Group, content: np.ndarray) -> np.ndarray:
         if group.place is not None:
@@ -274,7 +281,7 @@ class Rows:
     def take(self, rows: np.ndarray) -> list[dict[str, Any]]:
         """Returns the other columns of some rows (n,), in their order; None where a shard has no such column."""
         found: list[dict[str, Any]] = [{} for _ in rows]
-        places = np.searchsorted(self._ends, rows, side="right")
+        places = self._places(rows)
         for place in np.unique(places):
             group = self._groups[place]
             mine = np.flatnonzero(places == place)
