@@ -82,8 +82,9 @@ def main() -> None:
             for count in (1, QUERIES):
                 some = queries[:count]
                 compare(
-                    f"{arguments.rows:,} rows, {count} queries: {name}", lambda q=some: index.nearest(q, K),
+                    f"{arguments.rows:,} rows, {count} at a time", lambda q=some: index.nearest(q, K),
                     lambda q=some, search=search: search(q), count=count, unit="queries", rounds=arguments.rounds,
+                    peer=name,
                 )  # fmt: skip
 
 

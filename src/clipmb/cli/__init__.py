@@ -14,6 +14,7 @@ from clipmb.cli import (
     encode,
     evaluate,
     export,
+    index,
     info,
     search,
     serve,
@@ -49,7 +50,8 @@ def _options(
 
 
 for _module in (
-    classify, convert, demo, doctor, duplicates, embed, encode, evaluate, export, info, search, serve, train, verify,
+    classify, convert, demo, doctor, duplicates, embed, encode, evaluate, export, index, info, search, serve, train,
+    verify,
 ):  # fmt: skip
     app.command(_module.__name__.rpartition(".")[2])(guarded(_module.run))
 

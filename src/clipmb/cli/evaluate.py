@@ -76,11 +76,11 @@ def run(
     if as_json:
         common.print_json({"model": model, "backend": name, "data": data, **found})
         return
-    for parts in _report(found, f"{model} on {name}: {data}"):
+    for parts in report(found, f"{model} on {name}: {data}"):
         common.table(*parts)
 
 
-def _report(found: Mapping[str, Any], title: str) -> list[tuple[str, list[str], list[list[str]], tuple[int, ...]]]:
+def report(found: Mapping[str, Any], title: str) -> list[tuple[str, list[str], list[list[str]], tuple[int, ...]]]:
     """Returns the tables of an evaluation, each as title, columns, rows and the columns aligned to the right."""
     tables = []
     if scores := found.get("zero_shot"):
