@@ -205,7 +205,9 @@ def test_captions_belong_to_images_of_the_same_source(tmp_path):
     vectors = clusters(6)
     written(tmp_path, vectors[:3], vectors[:3], ["a", "b", "c"])
     index = written(tmp_path, vectors[3:], vectors[3:], ["d", "e", "f"], source=1)
-    assert index.evaluate()["retrieval"]["image_to_text"]["recall@1"] == 1
+    assert index.pairs().tolist() == [[i, i] for i in range(6)]
+    found = index.evaluate()["retrieval"]
+    assert (found["images"], found["captions"], found["image_to_text"]["recall@1"]) == (6, 6, 1)
 
 
 def test_nothing_to_measure(tmp_path):

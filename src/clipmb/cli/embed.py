@@ -7,6 +7,7 @@ from typing import Annotated
 import typer
 
 from clipmb.cli import common
+from clipmb.embedding.clip_retrieval import LAYOUTS
 from clipmb.embedding.store import STORED
 
 
@@ -46,6 +47,12 @@ def run(
     shard_size: Annotated[int, typer.Option(metavar="N", min=1, help="Items of SRC in a shard.")] = 10_000,
     resume: Annotated[bool, typer.Option("--resume", help="Finish an interrupted job, or begin it.")] = False,
     append: Annotated[bool, typer.Option("--append", help="Add to the embeddings that are there.")] = False,
+    layout: Annotated[
+        str | None,
+        common.choice(
+            "--layout", values=LAYOUTS, help="Write the embeddings as this program does too", show_default="none"
+        ),
+    ] = None,
     image_column: common.ImageColumn = None,
     caption_column: common.CaptionColumn = None,
     label_column: common.LabelColumn = None,
@@ -74,6 +81,7 @@ def run(
         shard_size=shard_size,
         resume=resume,
         append=append,
+        layout=layout,
         progress=True,
         image_column=image_column,
         caption_column=caption_column,

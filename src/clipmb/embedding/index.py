@@ -171,7 +171,7 @@ class Index:
         self._check_kind(kind)
         if kind not in self._vectors:
             whole = np.empty((self.count(kind), self.manifest.dimension), self.manifest.store)
-            for numbers, block in self._rows(kind).blocks(_BLOCK):
+            for numbers, block in self.rows(kind).blocks(_BLOCK):
                 whole[numbers] = block
             self._vectors[kind] = whole
         return self._vectors[kind]
@@ -281,7 +281,7 @@ class Index:
         )
         return [
             {"score": float(score), "row": int(row), **columns}
-            for score, row, columns in zip(scores[0], found[0], self._rows(kind).take(found[0]), strict=True)
+            for score, row, columns in zip(scores[0], found[0], self.rows(kind).take(found[0]), strict=True)
         ]
 
     def nearest(
@@ -336,7 +336,7 @@ class Index:
             if value is not None:
                 whole_number(name, value, 1)
         rows = None if where is None else np.flatnonzero(self._matching(kind, where))
-        queries, known = unit(vectors), self._rows(kind)
+        queries, known = unit(vectors), self.rows(kind)
         index = self._approximate(kind) if approximate else None
         if index is None or (rows is not None and len(rows) < max(_FEW, len(known) // _SHARE)):
             return nearest(known, queries, k, rows=rows)
@@ -390,7 +390,7 @@ class Index:
             raise bad_input("An index needs rows", f"{self.folder} without {kind}", "Build that of another kind",
                             shown=True)  # fmt: skip
         about = approximate_index.build(
-            self.folder, self.manifest, kind, self._rows(kind), method=method, m=m or approximate_index.M,
+            self.folder, self.manifest, kind, self.rows(kind), method=method, m=m or approximate_index.M,
             ef_construction=ef_construction or approximate_index.EF_CONSTRUCTION, lists=lists,
         )  # fmt: skip
         self._approximates.pop(kind, None)
@@ -434,7 +434,7 @@ class Index:
             self._approximate(kind)  # read before the clock runs
             count = self.count(kind)
             rows = np.unique(np.linspace(0, count - 1, min(sample, count)).astype(np.int64))
-            queries = np.concatenate([block for _, block in self._rows(kind).blocks(_BLOCK, rows)])
+            queries = np.concatenate([block for _, block in self.rows(kind).blocks(_BLOCK, rows)])
             begun = time.perf_counter()
             exact = self._others(*self.nearest(queries, k + 1, kind=kind), rows, k)
             between = time.perf_counter()
@@ -467,36 +467,41 @@ class Index:
         own[~own.any(axis=1), -1:] = True  # its own row was missed, or is behind others that are equal to it
         return scores[~own].reshape(len(rows), -1)[:, :k]
 
-    def _retrieval(self) -> Retrieval | None:
-        """Ranks images and captions of the same id and source."""
-        if not self.count("images") or not self.count("texts"):
-            return None
-        owners = {kind: self._owners(kind) for kind in KINDS}
+    def pairs(self) -> np.ndarray:
+        """Returns which images and captions belong together: those of one item, and of items with the same id.
+
+        Returns:
+            (pairs, 2): the rows of an image and of one of its captions, ascending. Ids are those of one source.
+
+        Raises:
+            CheckpointError: Shards are missing, or cannot be read.
+        """
         captions: dict[tuple[int, str], list[int]] = {}
-        number: dict[str, int] = {}  # of every distinct caption
-        first = []  # row of each
-        for row, (owner, caption) in enumerate(
-            zip(owners["texts"], self.table("texts").column("caption").to_pylist(), strict=True)
-        ):
-            if caption not in number:
-                number[caption] = len(number)
-                first.append(row)
-            captions.setdefault(owner, []).append(number[caption])
-        images = [row for row, owner in enumerate(owners["images"]) if owner in captions]
-        if not images:
-            return None
-        used = {text for row in images for text in captions[owners["images"][row]]}
-        renumbered = {text: place for place, text in enumerate(sorted(used))}
-        return retrieval(
-            unit(self.vectors("images")[images].astype(np.float32)),
-            unit(self.vectors("texts")[[first[text] for text in renumbered]].astype(np.float32)),
-            [[renumbered[text] for text in captions[owners["images"][row]]] for row in images],
-        )
+        for row, owner in enumerate(self._owners("texts")):
+            captions.setdefault(owner, []).append(row)
+        images = enumerate(self._owners("images"))
+        return np.array([(row, text) for row, owner in images for text in captions.get(owner, ())]).reshape(-1, 2)
 
     def _owners(self, kind: str) -> list[tuple[int, str]]:
         """Returns the number of its source and the id of each row."""
         sources = np.repeat(np.arange(len(self.manifest.sources)), [source[kind] for source in self.manifest.sources])
         return list(zip(sources.tolist(), self.table(kind).column("id").to_pylist(), strict=True))
+
+    def _retrieval(self) -> Retrieval | None:
+        """Ranks images and captions that belong together."""
+        if not self.count("images") or not self.count("texts") or not len(pairs := self.pairs()):
+            return None
+        captions = self.table("texts").column("caption").take(pairs[:, 1]).to_pylist()
+        number: dict[str, int] = {}  # of every distinct caption
+        owned: dict[int, list[int]] = {}
+        for row, caption in zip(pairs[:, 0].tolist(), captions, strict=True):
+            owned.setdefault(row, []).append(number.setdefault(caption, len(number)))
+        first = dict(zip(reversed(captions), reversed(pairs[:, 1].tolist()), strict=True))  # a row of each caption
+        return retrieval(
+            unit(self.vectors("images")[list(owned)].astype(np.float32)),
+            unit(self.vectors("texts")[[first[caption] for caption in number]].astype(np.float32)),
+            list(owned.values()),
+        )
 
     def duplicates(self, threshold: float = 0.95, kind: str = "images") -> list[list[int]]:
         """Groups embeddings that are nearly the same: chains in which each is at least this similar to another.
@@ -514,7 +519,7 @@ class Index:
         self._check_kind(kind)
         if not isinstance(threshold, int | float) or isinstance(threshold, bool) or not 0 < threshold <= 1:
             raise bad_input("threshold must be a cosine above 0 and at most 1", threshold, "Pass for example 0.95")
-        vectors = self._rows(kind)
+        vectors = self.rows(kind)
         parent = np.arange(len(vectors))
 
         def root(row: int) -> int:
@@ -551,7 +556,16 @@ class Index:
         numbers = (number for source in self.manifest.sources for number in range(*source["shards"]))
         return [path for number in numbers if (path := store.shard_path(self.folder, kind, number)).exists()]
 
-    def _rows(self, kind: str) -> Rows:
+    def rows(self, kind: str = "images") -> Rows:
+        """Returns all embeddings of a kind, to be read in blocks.
+
+        Args:
+            kind: "images" or "texts".
+
+        Raises:
+            CheckpointError: Shards are missing, or cannot be read.
+        """
+        self._check_kind(kind)
         if kind not in self._opened:
             rows = Rows(self._shards(kind), self.manifest.dimension, self.manifest.store)
             self._check_count(kind, len(rows))

@@ -20,7 +20,7 @@ from clipmb.common.errors import bad_input, logger, one_of, whole_number
 from clipmb.common.progress import progress_bar
 from clipmb.common.workers import default_workers
 from clipmb.common.zero_shot import unit
-from clipmb.embedding import store
+from clipmb.embedding import clip_retrieval, store
 from clipmb.embedding.passport import passport_of, require_equivalent
 from clipmb.embedding.store import Manifest, writable
 from clipmb.pipeline import LONG_TEXT, CLIPPipeline, loaded, step_size
@@ -65,6 +65,7 @@ def embed(
     shard_size: int = 10_000,
     resume: bool = False,
     append: bool = False,
+    layout: str | None = None,
     progress: bool = False,
     **columns: Any,
 ) -> Embedded:
@@ -95,6 +96,9 @@ def embed(
         shard_size: Items of the source in a shard; a job continues at a shard's beginning.
         resume: Continue a job that was interrupted, or begin it.
         append: Add another source to the embeddings that are there.
+        layout: "clip-retrieval" also writes all embeddings of the folder as clip-retrieval does, into its folder
+            clip-retrieval: ``img_emb/img_emb_0.npy``, ``text_emb/text_emb_0.npy`` and ``metadata/metadata_0.parquet``.
+            A row is an image with one of its captions, or, where there are only images or only texts, each of these.
         progress: Show a progress bar, when there is a terminal.
         **columns: ``image_column``, ``caption_column``, ``label_column``, ``separator`` and ``image_root``, as in
             `Pairs.open`.
@@ -112,6 +116,8 @@ def embed(
     store.pyarrow()
     if stored not in store.STORED:
         raise one_of("stored", stored, store.STORED)
+    if layout is not None and layout not in clip_retrieval.LAYOUTS:
+        raise one_of("layout", layout, clip_retrieval.LAYOUTS)
     if long_text not in LONG_TEXT:
         raise one_of("long_text", long_text, LONG_TEXT)
     if batch_size != "auto":
@@ -131,7 +137,10 @@ def embed(
     passport = passport_of(pipeline, normalized=normalize, long_text=long_text)
     with store.writing(folder):
         manifest = _prepared(folder, source, passport, pipeline, stored, shard_size, batch_size, resume, append)
-        return _Job(folder, manifest, source, pipeline, workers, progress).run()
+        done = _Job(folder, manifest, source, pipeline, workers, progress).run()
+        if layout is not None:
+            clip_retrieval.write(folder)
+        return done
 
 
 def _prepared(

@@ -24,6 +24,7 @@ KINDS = ("images", "texts")
 STORED = ("float32", "float16")
 GROUP = 1 << 14  # rows of a row group, in which the embeddings are one page
 _FORMAT = 1
+LAYOUT_BEGUN = ".clipmb-layout."  # and more: a folder that is not whole
 _UNDER_WAY = ".clipmb-embed"
 _BEGUN = re.compile(r"\.((images|texts)-\d{5,}\.parquet|errors\.parquet|manifest\.json)\.\d+")  # of write_atomically
 
@@ -90,6 +91,8 @@ def writing(folder: Path) -> Iterator[None]:
             for path in folder.iterdir():
                 if _BEGUN.fullmatch(path.name):
                     path.unlink()
+                elif path.name.startswith(LAYOUT_BEGUN):
+                    shutil.rmtree(path, ignore_errors=True)
             yield
     except ValueError:
         if made:  # for what was then refused
