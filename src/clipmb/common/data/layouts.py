@@ -7,12 +7,13 @@ import os
 from collections.abc import Iterator, Mapping, Sequence
 from functools import cached_property
 from hashlib import sha256
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any
 
 import numpy as np
 from PIL import Image
 
+from clipmb.common.data.strings import Strings
 from clipmb.common.data.tables import (
     Columns,
     Lines,
@@ -164,42 +165,47 @@ def open_folder(folder: Path, name: str, columns: Columns, *, prefix: bool = Fal
     Raises:
         ValueError: The folders of classes lie in folders of splits.
     """
-    found: dict[Path, set[str]] = {}
-    pictures: list[Path] = []
+    found: dict[str, set[str]] = {}
+    pictures = Strings()  # paths from here; there may be millions
+    splits: set[str] = set()
     for parent, folders, files in os.walk(folder):
         folders[:] = sorted(entry for entry in folders if not entry.startswith("."))
+        inside = Path(parent).relative_to(folder)
         for file in sorted(files):
-            path = Path(parent, file)
-            if path.suffix.lower() in PICTURES and not file.startswith("."):
-                pictures.append(path)
-            elif path.suffix in _TEXTS:
-                found.setdefault(path.with_suffix(""), set()).add(path.suffix)
-    beside = any(path.with_suffix("") in found for path in pictures)
-    parts = [path.relative_to(folder).parts for path in pictures]
-    splits = sorted({part[0] for part in parts if len(part) > 2})
+            suffix = PurePath(file).suffix
+            if suffix.lower() in PICTURES and not file.startswith("."):
+                pictures.append(os.fsencode((inside / file).as_posix()))
+                splits.update(inside.parts[:1] if len(inside.parts) > 1 else ())
+            elif suffix in _TEXTS:
+                found.setdefault((inside / file).with_suffix("").as_posix(), set()).add(suffix)
+    beside = any(_stem(os.fsdecode(picture)) in found for picture in pictures) if found else False
     if not beside and not columns.partial and splits and all(split.lower() in _SPLITS for split in splits):
         raise bad_input(
             "A folder must hold one split",
-            f"{', '.join(splits)} in {folder}",
-            f"Pass one of them, for example {folder / splits[0]}",
+            f"{', '.join(sorted(splits))} in {folder}",
+            f"Pass one of them, for example {folder / min(splits)}",
             shown=True,
         )
 
     def rows() -> Iterator[Row]:
-        for path in pictures:
-            shown = path.relative_to(folder).as_posix()
-            if texts := found.get(path.with_suffix("")):
-                row = _beside(path, texts, columns, shown)
+        for picture in pictures:
+            shown = os.fsdecode(picture)
+            inside = shown.split("/")[:-1]
+            if texts := found.get(_stem(shown)):
+                row = _beside(folder / shown, texts, columns, shown)
             elif columns.partial:
                 row = {"image": shown}
             elif not beside:
-                inside = path.relative_to(folder).parts[:-1]
                 row = {"image": shown, "label": inside[0]} if inside else "It is not in the folder of a class."
             else:
                 row = "There is no text (.txt, .json or .cls) beside it."
             yield f"/{shown}", row
 
-    return Table(name, rows(), [folder], prefix=prefix, partial=columns.partial)
+    return Table(name, rows(), [folder], prefix=prefix, partial=columns.partial, distinct=True)
+
+
+def _stem(path: str) -> str:
+    return path[: -len(PurePath(path).suffix)]
 
 
 def _beside(path: Path, texts: set[str], columns: Columns, shown: str) -> dict[str, Any] | str:

@@ -143,6 +143,7 @@ class Table:
         stamp: Identifies the version of the file, beside its rows.
         partial: Take images without captions and captions without images too, and keep the other fields; only rows that
             agree in those are one pair.
+        distinct: The rows are of different images, which need not be compared.
 
     Attributes:
         left_out: (id, reason) of the unusable rows.
@@ -162,6 +163,7 @@ class Table:
         prefix: bool = False,
         stamp: str = "",
         partial: bool = False,
+        distinct: bool = False,
     ) -> None:
         self.name, self._prefix, self._embedded, self._stamp = name, prefix, pictures, stamp
         self._partial = partial
@@ -179,7 +181,7 @@ class Table:
                 self.left_out.append((name + where, str(error)))
                 continue
             pair = len(self)
-            if self._embedded is None and picture:
+            if self._embedded is None and picture and not distinct:
                 pair = pairs.setdefault((picture, label, fields), pair)
             if pair == len(self):
                 if self._embedded is not None or partial:
