@@ -170,6 +170,19 @@ def test_what_approximate_search_misses(built):
     assert "retrieval" not in built.evaluate(5, sample=100)
 
 
+def test_what_is_in_memory_is_searched_there(tmp_path, monkeypatch):
+    index = written(tmp_path, clusters(300))
+    index.build()
+    queries = clusters(5, seed=1)
+    expected = [index.nearest(queries, 5, **options) for options in ({}, {"where": "label=1"}, {"approximate": True})]
+    index.vectors()
+    monkeypatch.setattr("clipmb.embedding.store.Rows.blocks", None)
+    found = [index.nearest(queries, 5, **options) for options in ({}, {"where": "label=1"}, {"approximate": True})]
+    for one, two in zip(expected, found, strict=True):
+        np.testing.assert_array_equal(one[0], two[0])
+        np.testing.assert_array_equal(one[1], two[1])
+
+
 def test_a_query_does_not_find_itself(tmp_path):
     """Rows in pairs, of which the other is the only near one: recall of 1 result is known."""
     random = np.random.default_rng(0)
