@@ -88,6 +88,7 @@ if TYPE_CHECKING:
     from clipmb.common.text.tokenizer import BatchEncoding, CLIPTokenizer, CLIPTokenizerFast
     from clipmb.common.training.recipe import Recipe
     from clipmb.common.zero_shot import TEMPLATES, class_embeddings
+    from clipmb.embedding.classes import Classes
     from clipmb.embedding.index import Index
     from clipmb.embedding.job import Embedded, embed
     from clipmb.evaluation import Evaluation, evaluate
@@ -196,6 +197,7 @@ __all__ = [
     "CLIPVisionConfig",
     "CLIPVisionModelOutput",
     "CheckpointError",
+    "Classes",
     "ClipmbError",
     "Conversion",
     "Embedded",
@@ -242,6 +244,7 @@ _PUBLIC = {
     "clipmb.common.text.tokenizer": ("BatchEncoding", "CLIPTokenizer", "CLIPTokenizerFast"),
     "clipmb.common.training.recipe": ("Recipe",),
     "clipmb.common.zero_shot": ("TEMPLATES", "class_embeddings"),
+    "clipmb.embedding.classes": ("Classes",),
     "clipmb.embedding.index": ("Index",),
     "clipmb.embedding.job": ("Embedded", "embed"),
     "clipmb.evaluation": ("Evaluation", "evaluate"),

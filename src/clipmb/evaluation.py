@@ -7,10 +7,8 @@ from __future__ import annotations
 
 import functools
 import os
-from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 from typing import Any, NotRequired, TypedDict
 
 import numpy as np
@@ -18,7 +16,7 @@ import numpy as np
 from clipmb.common.data.pairs import Pairs
 from clipmb.common.errors import bad_input, logger
 from clipmb.common.workers import default_workers
-from clipmb.common.zero_shot import class_embeddings, prompt_templates
+from clipmb.common.zero_shot import ReadyClasses, class_embeddings, named_classes, prompt_templates
 from clipmb.pipeline import CLIPPipeline, batches, loaded
 
 # Similarities of unit vectors that are closer than this are equal: far above the rounding of their sums in float64, and
@@ -96,7 +94,7 @@ def evaluate(
     data: str | os.PathLike[str] | Pairs,
     backend: str | None = None,
     *,
-    labels: Sequence[str] | Mapping[str, str] | str | os.PathLike[str] | None = None,
+    labels: Sequence[str] | Mapping[str, str] | str | os.PathLike[str] | ReadyClasses | None = None,
     templates: str | Sequence[str] | None = None,
     batch_size: int = 32,
     long_text: str = "truncate",
@@ -127,8 +125,9 @@ def evaluate(
         data: Path of a data set, as ``Pairs.open`` takes it, or opened `Pairs`.
         backend: Key of `clipmb.backends.BACKENDS`, for a model that is loaded here; the first installed one when None.
         labels: The classes: names; {label in the data: its name in the prompts}; or a text file with one label per
-            line, optionally followed by a tab and the name to use in prompts. The labels of the data when None.
-        templates: Prompts, as `clipmb.common.zero_shot.prompt_templates` takes them.
+            line, optionally followed by a tab and the name to use in prompts; or `clipmb.Classes`, whose embeddings
+            exist. The labels of the data when None.
+        templates: Prompts, as `clipmb.common.zero_shot.prompt_templates` takes them; None with `clipmb.Classes`.
         batch_size: Images per step.
         long_text: What to do with captions and prompts longer than the model's context, as in
             ``CLIPPipeline.encode_text``.
@@ -143,21 +142,26 @@ def evaluate(
 
     Raises:
         ValueError: The data are empty, have neither labels nor captions, or only images that cannot be used; labels
-            of the data are not among the classes; or the model's embeddings are not finite.
+            of the data are not among the classes; the classes were made by another model or in another way; or the
+            model's embeddings are not finite.
         CheckpointError: The model cannot be loaded.
     """
     prompt_templates(templates)
+    if isinstance(labels, ReadyClasses) and templates is not None:
+        raise bad_input("Classes have their templates already", templates, "Pass no templates")
     pairs = _opened(data, columns)
     owned, captions, broken = _read_texts(pairs)
     classes = _classes(labels, owned)
     pipeline = loaded(model, backend, dtype, device)
     encode_text = functools.partial(pipeline.encode_text, long_text=long_text, progress=progress)
+    ready = labels.vectors_for(pipeline) if isinstance(labels, ReadyClasses) else None
 
     used = [i for i in range(len(pairs)) if owned[i] is not None or captions[i]]
     embeds, kept = _encode_pictures(pipeline, pairs, used, broken, batch_size, progress)
     found: Evaluation = {"skipped": []}
     if labelled := {row: label for row, i in enumerate(kept) if (label := owned[i]) is not None}:
-        names = _finite(class_embeddings(encode_text, list(classes.values()), templates), "class")
+        names = class_embeddings(encode_text, list(classes.values()), templates) if ready is None else ready
+        names = _finite(names, "class")
         number = {label: place for place, label in enumerate(classes)}
         right = np.array([(query, number[label]) for query, label in enumerate(labelled.values())])
         ranks = _ranks(embeds[list(labelled)], names, right)
@@ -209,17 +213,9 @@ def _classes(labels: Any, owned: list[str | None]) -> dict[str, str]:
     present = sorted({label for label in owned if label is not None})
     if labels is None:
         return {label: label for label in present}
-    if isinstance(labels, str | os.PathLike):
-        labels = _read_labels(Path(labels))
-    entries = []
-    if isinstance(labels, Mapping | Sequence):
-        entries = list(labels.items() if isinstance(labels, Mapping) else zip(labels, labels, strict=True))
-    if not entries or not all(isinstance(text, str) and text.strip() for entry in entries for text in entry):
-        raise bad_input("labels must be a list of at least one non-empty text", labels, "Pass a list of class names")
-    classes = dict(entries)
-    if len(classes) < len(entries):
-        double = [label for label, times in Counter(label for label, _ in entries).items() if times > 1]
-        raise bad_input("labels must be distinct", double, "Name every class once")
+    if isinstance(labels, ReadyClasses):
+        labels = dict(zip(labels.labels, labels.names, strict=True))
+    classes = named_classes(labels)
     if not present:
         raise bad_input(
             "labels can only be passed for data with labels", f"{len(owned)} items without", "Remove labels", shown=True
@@ -232,24 +228,6 @@ def _classes(labels: Any, owned: list[str | None]) -> dict[str, str]:
             shown=True,
         )
     return classes
-
-
-def _read_labels(path: Path) -> list[str] | dict[str, str]:
-    """Reads one label a line, or label, tab and name in the prompts."""
-    try:
-        lines = [line.strip() for line in path.read_text("utf-8-sig").splitlines() if line.strip()]
-    except (OSError, UnicodeDecodeError) as error:
-        rule = "labels must be a list of class names or a readable text file of them"
-        raise bad_input(rule, f"{path} ({error})", "Correct the path", shown=True) from error
-    if not any("\t" in line for line in lines):
-        return lines
-    parts = [[part.strip() for part in line.split("\t")] for line in lines]
-    if bad := [number for number, part in enumerate(parts) if len(part) != 2 or not all(part)]:
-        rule = "Every line of labels must be a label, a tab and a name, or none may have a tab"
-        raise bad_input(rule, lines[bad[0]], f"Correct {path}")
-    if len({label for label, _ in parts}) < len(parts):
-        return [label for label, _ in parts]  # reported as double
-    return {part[0]: part[1] for part in parts}
 
 
 def _encode_pictures(

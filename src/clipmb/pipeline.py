@@ -21,7 +21,7 @@ from clipmb.common.processor import CLIPProcessor, image_processor_of, tokenizer
 from clipmb.common.progress import progress_bar
 from clipmb.common.saving import read_whole
 from clipmb.common.text.rows import cut_inside, pad_rows
-from clipmb.common.zero_shot import class_embeddings, softmax, unit
+from clipmb.common.zero_shot import ReadyClasses, class_embeddings, named_classes, softmax, unit
 
 LONG_TEXT = ("error", "truncate", "mean")
 
@@ -274,7 +274,7 @@ class CLIPPipeline:
     def classify(
         self,
         images: Any,
-        labels: Sequence[str],
+        labels: Sequence[str] | Mapping[str, str] | str | os.PathLike[str] | ReadyClasses,
         templates: str | Sequence[str] | None = None,
         batch_size: int = 32,
         progress: bool = False,
@@ -284,9 +284,10 @@ class CLIPPipeline:
 
         Args:
             images: As in `encode_image`.
-            labels: The class names.
+            labels: The class names; {label: its name in prompts}; a text file with one label per line, optionally
+                followed by a tab and the name to use in prompts; or `clipmb.Classes`, whose embeddings exist.
             templates: Text with {} for the label, or several, or a name of `clipmb.TEMPLATES`; "a photo of a {}." when
-                None.
+                None. `clipmb.Classes` have their own.
             batch_size: Images per step.
             progress: Show a progress bar, when there is a terminal.
             long_text: What to do with prompts longer than the model's context, as in `encode_text`.
@@ -295,9 +296,17 @@ class CLIPPipeline:
             (images, labels) probabilities; rows sum to 1.
 
         Raises:
-            ValueError: As in `encode_image` and `encode_text`, there are no labels, or the templates are wrong.
+            ValueError: As in `encode_image` and `encode_text`, there are no labels, the templates are wrong, or the
+                classes were made by another model or in another way.
         """
-        classes = class_embeddings(functools.partial(self.encode_text, long_text=long_text), labels, templates)
+        if isinstance(labels, ReadyClasses):
+            if templates is not None:
+                raise bad_input("Classes have their templates already", templates, "Pass no templates")
+            classes = labels.vectors_for(self)
+        else:
+            if isinstance(labels, str | os.PathLike | Mapping):
+                labels = list(named_classes(labels).values())
+            classes = class_embeddings(functools.partial(self.encode_text, long_text=long_text), labels, templates)
         embeds = self.encode_image(images, batch_size=batch_size, progress=progress)
         return softmax(self.logits(embeds, classes))
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import typer
 
 from clipmb.cli import (
+    classes,
     classify,
     convert,
     demo,
@@ -50,8 +51,8 @@ def _options(
 
 
 for _module in (
-    classify, convert, demo, doctor, duplicates, embed, encode, evaluate, export, index, info, search, serve, train,
-    verify,
+    classes, classify, convert, demo, doctor, duplicates, embed, encode, evaluate, export, index, info, search, serve,
+    train, verify,
 ):  # fmt: skip
     app.command(_module.__name__.rpartition(".")[2])(guarded(_module.run))
 

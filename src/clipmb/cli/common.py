@@ -15,12 +15,13 @@ import typer
 
 from clipmb.backends import BACKENDS
 from clipmb.common.dtypes import DTYPES
-from clipmb.common.errors import ClipmbError
+from clipmb.common.errors import ClipmbError, bad_input
 from clipmb.common.json_files import json_values
-from clipmb.common.zero_shot import TEMPLATES
+from clipmb.common.zero_shot import TEMPLATES, named_classes
 from clipmb.pipeline import LONG_TEXT
 
 if TYPE_CHECKING:
+    from clipmb.embedding.classes import Classes
     from clipmb.pipeline import CLIPPipeline
 
 FULL_SIZE = "openai/clip-vit-base-patch32"
@@ -82,6 +83,20 @@ Template = Annotated[
         help=f"Prompt with {{}} in place of the label, or a named set: {', '.join(TEMPLATES)}; repeatable.",
         show_default="photo",
     ),
+]
+Labels = Annotated[
+    list[str],
+    typer.Option(
+        "--labels",
+        "-l",
+        metavar="NAMES|FILE",
+        help="Class names, separated by commas, or a file with one label per line, optionally followed by a tab and "
+        "the name to use in prompts; repeatable.",
+        show_default=False,
+    ),
+]
+ClassesFile = Annotated[
+    str | None, typer.Option("--classes", metavar="FILE", help="Classes that clipmb classes wrote, in place of labels.")
 ]
 Subfolder = Annotated[str, typer.Option("--subfolder", metavar="NAME", help="Subfolder of the checkpoint.")]
 Revision = Annotated[str | None, typer.Option("--revision", metavar="NAME", help="Branch, tag or commit on the Hub.")]
@@ -181,6 +196,17 @@ def split(text: str) -> list[str]:
     return [name.strip() for name in text.split(",") if name.strip()]
 
 
+def named_labels(texts: list[str]) -> dict[str, str]:
+    """Returns the name in prompts of every class that --labels gives, in names and in files."""
+    files = [text for text in texts if os.path.isfile(text)]  # false where the names are longer than those of files
+    if not files:
+        names = [name for text in texts for name in split(text)]
+        return named_classes(names)
+    if len(texts) > 1:
+        raise bad_input("--labels must be one file, or names", texts, "Put all labels into the file")
+    return named_classes(files[0])
+
+
 def templates(texts: list[str] | None) -> list[str] | str | None:
     """Returns prompt templates as the package takes them: one may be the name of a set."""
     return texts[0] if texts and len(texts) == 1 else texts or None
@@ -198,6 +224,20 @@ def chosen(model: str | None, texts: list[str] | None = None) -> tuple[str, list
         err=True,
     )
     return str(small_model()), templates(texts or list(TEMPLATES))
+
+
+def chosen_classes(
+    context: typer.Context, model: str | None, texts: list[str] | None, labels: list[str], classes: str | None
+) -> tuple[str, list[str] | str | None, dict[str, str] | Classes]:
+    """Returns the model, the templates and the classes to use: {label: its name in prompts}, or those of a file."""
+    if bool(labels) == (classes is not None):
+        raise typer.BadParameter("Pass either --labels or --classes.")
+    if classes is None:
+        return *chosen(model, texts), named_labels(labels)
+    from clipmb.embedding.classes import Classes
+
+    refuse(context, ("template", "long_text"), "was decided when the classes were made: leave it out with --classes.")
+    return chosen(model)[0], None, Classes.open(classes)
 
 
 def load_framework(backend: str | None) -> None:

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -14,6 +12,7 @@ from clipmb.common.errors import bad_input
 
 
 def run(
+    context: typer.Context,
     data: Annotated[
         str,
         typer.Argument(
@@ -23,17 +22,8 @@ def run(
     ],
     model: common.Model = None,
     backend: common.Backend = None,
-    labels: Annotated[
-        str | None,
-        typer.Option(
-            "--labels",
-            "-l",
-            metavar="NAMES|FILE",
-            help="Class names, separated by commas, or a file with one label per line, optionally followed by a tab "
-            "and the name to use in prompts.",
-            show_default="the labels in DATA",
-        ),
-    ] = None,
+    labels: common.Labels = [],  # noqa: B006
+    classes: common.ClassesFile = None,
     template: common.Template = None,
     image_column: common.ImageColumn = None,
     caption_column: common.CaptionColumn = None,
@@ -49,7 +39,13 @@ def run(
 
     Zero-shot classification is measured on the images with labels, retrieval on those with captions.
     """
-    model, templates = common.chosen(model, template)
+    given = None
+    if labels or classes is not None:
+        model, templates, given = common.chosen_classes(context, model, template, labels, classes)
+    else:
+        model, templates = common.chosen(model, template)
+    if isinstance(given, dict) and len(given) < 2:
+        raise bad_input("--labels must be a file or names separated by commas", labels, "Pass at least two names")
     common.load_framework(backend)
     from clipmb import backends
     from clipmb.evaluation import evaluate
@@ -59,7 +55,7 @@ def run(
         model,
         data,
         name,
-        labels=None if labels is None else _classes(labels),
+        labels=given,
         templates=templates,
         batch_size=batch_size,
         dtype=dtype,
@@ -103,11 +99,3 @@ def report(found: Mapping[str, Any], title: str) -> list[tuple[str, list[str], l
         rows = [[entry["id"], entry["reason"]] for entry in skipped]
         tables.append((f"left out: {len(skipped):,}", ["id", "reason"], rows, ()))
     return tables
-
-
-def _classes(labels: str) -> list[str] | Path:
-    if os.path.isfile(labels):  # also where the names are longer than those of files
-        return Path(labels)
-    if "," not in labels:
-        raise bad_input("--labels must be a file or names separated by commas", labels, "Pass at least two names")
-    return common.split(labels)
