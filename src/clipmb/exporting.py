@@ -15,6 +15,7 @@ import sys
 import tempfile
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import asdict, dataclass, field, replace
+from importlib import metadata
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -53,18 +54,25 @@ class Target:
         backend: Key of `clipmb.backends.BACKENDS`: whose model is written.
         module: Has the `Writer`.
         dtypes: Dtype to the end of the file's name.
+        package: What runs the files, where it is not of the backend.
+        stored: Whether the dtype is that of the weights in the file alone, which come from a model in float32.
     """
 
     backend: str
     module: str
     dtypes: dict[str, str]
+    package: str | None = None
+    stored: bool = False
 
 
-_HALVES = {"float32": "", "float16": "_fp16", "bfloat16": "_bf16"}
+_HALF = {"float32": "", "float16": "_fp16"}
+_HALVES = {**_HALF, "bfloat16": "_bf16"}
 TARGETS = {
-    "onnx": Target("onnx", "clipmb.onnx.export", {"float32": "", "float16": "_fp16", "int8": "_int8"}),
+    "onnx": Target("onnx", "clipmb.onnx.export", {**_HALF, "int8": "_int8"}),
+    "openvino": Target("onnx", "clipmb.onnx.openvino", _HALF, "openvino", stored=True),
     "torch-export": Target("pt", "clipmb.pt.export", _HALVES),
     "saved-model": Target("tf", "clipmb.tf.saved_model", _HALVES),
+    "litert": Target("tf", "clipmb.tf.litert", _HALF, "ai-edge-litert", stored=True),
     "stablehlo": Target("flax", "clipmb.flax.export", _HALVES),
 }
 
@@ -154,15 +162,18 @@ def export(
     Args:
         checkpoint: Folder, file of weights or Hub id of a full CLIP model, in any format.
         out: A folder; new or empty.
-        to: "onnx": what onnxruntime, transformers.js and others load. "torch-export": a program of ``torch.export``, by
-            the PyTorch model. "saved-model": a SavedModel, by the TensorFlow model. "stablehlo": a program of
-            ``jax.export``, by the Flax model.
+        to: "onnx": what onnxruntime, transformers.js and others load. "openvino": OpenVINO's ``.xml`` and ``.bin``, of
+            the ONNX graph. "torch-export": a program of ``torch.export``, by the PyTorch model. "saved-model": a
+            SavedModel, by the TensorFlow model. "litert": what LiteRT runs on phones, of the SavedModel. "stablehlo": a
+            program of ``jax.export``, by the Flax model.
         layout: Of "onnx", what another program expects: "fastembed", "immich" or "triton"; transformers.js and Optimum
             when None. fastembed and immich have no "both", and their embeddings have length 1.
         tower: "image", "text", "both" in one file, or "all" of them. The tokenizer and the image processor are
             written where a tower needs them; a checkpoint without a tokenizer has none here either.
-        dtype: "float32", or "float16" with inputs and outputs in float32; "bfloat16", likewise, but not of "onnx";
-            "int8" of "onnx" alone: the weights of the blocks in 8 bits, what they multiply quantised when it is known.
+        dtype: "float32", or "float16" with inputs and outputs in float32, which "openvino" and "litert" store the
+            weights in and compute with as the device does; "bfloat16" of "torch-export", "saved-model" and "stablehlo",
+            likewise; "int8" of "onnx" alone: the weights of the blocks in 8 bits, what they multiply quantised when it
+            is known.
         normalize: Return embeddings of length 1 from a single tower; "both" always does.
         ids: "int64" or "int32": the dtype of ``input_ids`` and ``attention_mask``. It needs a text tower. "int64" when
             None, and "int32" for immich.
@@ -188,7 +199,7 @@ def export(
 
     Raises:
         CheckpointError: The checkpoint cannot be read, or a file computes something else. Nothing is written then.
-        MissingBackendError: The packages of the target's backend are not installed.
+        MissingBackendError: The packages of the target's backend, or what runs its files, are not installed.
         ValueError: An argument is impossible, or the folder is not empty.
         TypeError: An option is unknown.
     """
@@ -237,7 +248,9 @@ def export(
         raise bad_input("export has no such options", sorted(options), "Remove them", TypeError)
     folder = Path(out)
     _require_free(folder)
-    engine = backends.engine(target.backend).load(source, dtype=dtype, compile=False)
+    backend = backends.engine(target.backend)
+    importlib.import_module(target.module)  # before the model is loaded, because its package may be missing
+    engine = backend.load(source, dtype="float32" if target.stored else dtype, compile=False)
     try:
         context = engine.config.text_config.max_position_embeddings
         if length is not None and whole_number("length", length) > context:
@@ -339,7 +352,7 @@ def _written(
                 "zero_shot": scores,
                 "compared_with": standard,
                 "batches": list(BATCHES),
-                "versions": engine.environment()["versions"],
+                "versions": engine.environment()["versions"] | _runtime(target),
                 "towers": found,
                 "files": files,
             }
@@ -354,6 +367,10 @@ def _written(
     except OSError as error:
         raise OSError(error.errno, f"The export could not be written: {error.strerror}", str(folder)) from error
     return record
+
+
+def _runtime(target: Target) -> dict[str, str]:
+    return {target.package: metadata.version(target.package)} if target.package else {}
 
 
 def _singles(tower: str) -> tuple[str, ...]:

@@ -20,7 +20,16 @@ from processes import clipmb as command
 from processes import python
 
 import clipmb
-from clipmb import CheckpointError, CLIPConfig, CLIPImageProcessor, CLIPPipeline, CLIPTokenizerFast, backends, exporting
+from clipmb import (
+    CheckpointError,
+    CLIPConfig,
+    CLIPImageProcessor,
+    CLIPPipeline,
+    CLIPTokenizerFast,
+    MissingBackendError,
+    backends,
+    exporting,
+)
 from clipmb.common.checkpoint import write_safetensors
 from clipmb.common.hub import Source
 from clipmb.common.image.resampling import rule_name
@@ -45,6 +54,8 @@ CASES = {  # each pooling rule and each activation of published models
 TAKES = {"text": ("input_ids", "attention_mask"), "image": ("pixel_values",)}
 FC1 = "text_model.encoder.layers.0.mlp.fc1.weight"
 TAKES["both"] = (*TAKES["text"], *TAKES["image"])
+GIVES = {"text": ("text_embeds",), "image": ("image_embeds",)}
+GIVES["both"] = ("logits_per_image", "logits_per_text", *GIVES["text"], *GIVES["image"])
 FILES = {"both": "model", "text": "text_model", "image": "vision_model"}
 
 
@@ -79,6 +90,20 @@ def run_tensorflow(path, tower, inputs):
     }
 
 
+def run_openvino(path, tower, inputs):
+    import openvino as ov
+
+    compiled = ov.Core().compile_model(path, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
+    values = compiled({name: inputs[name] for name in TAKES[tower]})
+    return {name: values[name] for name in GIVES[tower]}
+
+
+def run_litert(path, tower, inputs):
+    from ai_edge_litert.interpreter import Interpreter
+
+    return Interpreter(str(path)).get_signature_runner()(**{name: inputs[name] for name in TAKES[tower]})
+
+
 def run_jax(path, tower, inputs):
     import jax
 
@@ -89,8 +114,10 @@ def run_jax(path, tower, inputs):
 
 RUNS = {
     "onnx": lambda path, tower, inputs: run(path, inputs),
+    "openvino": run_openvino,
     "torch-export": run_torch,
     "saved-model": run_tensorflow,
+    "litert": run_litert,
     "stablehlo": run_jax,
 }
 
@@ -149,9 +176,11 @@ def test_onnx_files_pass_the_checker(folder, tmp_path, case):
 
 
 @pytest.mark.parametrize("to", [target for target in TARGETS if target.values != ("onnx",)])
-def test_half_precision_of_the_frameworks(tmp_path, to):
-    record = clipmb.export(clipmb.small_model(), tmp_path / "out", to, tower="image", dtype="bfloat16", normalize=True)
-    assert record["towers"]["image"]["load"].startswith(f"{to}/vision_model_bf16")
+def test_half_precision_of_the_other_targets(tmp_path, to):
+    dtype, end = ("float16", "fp16") if exporting.TARGETS[to].stored else ("bfloat16", "bf16")
+    record = clipmb.export(clipmb.small_model(), tmp_path / "out", to, tower="image", dtype=dtype, normalize=True)
+    assert record["towers"]["image"]["load"].startswith(f"{to}/vision_model_{end}")
+    assert sum(entry["bytes"] for entry in record["files"].values()) < 2.2e6  # 860,000 parameters
     [output] = record["towers"]["image"]["outputs"].values()
     assert output["difference"] > 1e-6
     assert output["cosine"] > 0.999
@@ -215,6 +244,15 @@ def test_weights_that_are_kept(folder, tmp_path):
     assert (
         record["files"]["onnx/text_model_int8.onnx"]["bytes"] > all_of_it["files"]["onnx/text_model_int8.onnx"]["bytes"]
     )
+
+
+@pytest.mark.backend("tf")
+def test_operators_that_litert_lacks(tmp_path):
+    config = CLIPConfig({**TEXT, "hidden_act": "laplace"}, VISION, projection_dim=24)
+    model = write_checkpoint(tmp_path / "model", config)
+    with pytest.raises(ValueError, match=r"LiteRT must have every operator .*Received: Erf\. Export to another"):
+        clipmb.export(model, tmp_path / "out", "litert", tower="text")
+    assert left(tmp_path) == ["model"]
 
 
 @pytest.mark.parametrize("to", TARGETS)
@@ -564,6 +602,8 @@ class TestLayouts:
         ({"tower": "vision"}, r"tower must be .*image.*Received: 'vision'"),
         ({"dtype": "bfloat16"}, r"dtype of onnx must be .*Received: 'bfloat16'"),
         ({"to": "stablehlo", "dtype": "int8"}, r"dtype of stablehlo must be .*Received: 'int8'"),
+        ({"to": "openvino", "dtype": "int8"}, r"dtype of openvino must be .*float32.*float16.*Received: 'int8'"),
+        ({"to": "litert", "dtype": "bfloat16"}, r"dtype of litert must be .*float32.*float16.*Received: 'bfloat16'"),
         ({"ids": "int16"}, r"ids must be .*Received: 'int16'"),
         ({"length": 0}, r"length must be a whole number.*Received: 0"),
         ({"length": 1000}, r"length must be at most the model's context, 13"),
@@ -619,6 +659,12 @@ def test_folders_and_options(folder, tmp_path):
             marks=pytest.mark.backend("onnx"),
         ),
         pytest.param(
+            "clipmb.onnx.openvino",
+            "openvino",
+            ("torch", "tensorflow", "keras", "jax", "flax", "onnx", "onnxruntime", "clipmb"),
+            marks=pytest.mark.backend("onnx"),
+        ),
+        pytest.param(
             "clipmb.pt.export",
             "torch",
             ("tensorflow", "keras", "jax", "flax", "clipmb"),
@@ -626,6 +672,12 @@ def test_folders_and_options(folder, tmp_path):
         ),
         pytest.param(
             "clipmb.tf.saved_model", "tensorflow", ("torch", "jax", "flax", "clipmb"), marks=pytest.mark.backend("tf")
+        ),
+        pytest.param(
+            "clipmb.tf.litert",
+            "ai_edge_litert",
+            ("torch", "tensorflow", "keras", "jax", "flax", "clipmb"),
+            marks=pytest.mark.backend("tf"),
         ),
         pytest.param(
             "clipmb.flax.export",
@@ -645,6 +697,21 @@ def test_files_run_where_only_their_runtime_can_be_imported(tmp_path, module, ru
     script += f"runpy.run_path({str(importlib.import_module(module).RUN)!r}, run_name='__main__')"
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
     assert done.returncode == 7, done.stderr
+
+
+@pytest.mark.parametrize(
+    ("to", "package"),
+    [
+        pytest.param("openvino", "openvino", marks=pytest.mark.backend("onnx")),
+        pytest.param("litert", "ai_edge_litert", marks=pytest.mark.backend("tf")),
+    ],
+)
+def test_a_missing_runtime_is_named_with_the_pip_command(folder, tmp_path, monkeypatch, to, package):
+    monkeypatch.delitem(sys.modules, exporting.TARGETS[to].module, raising=False)
+    monkeypatch.setitem(sys.modules, package, None)
+    with pytest.raises(MissingBackendError, match=rf'needs {package}, .*pip install "clipmb\[{to}\]"'):
+        clipmb.export(folder["plain"], tmp_path / "out", to)
+    assert left(tmp_path) == []
 
 
 def test_command(folder, tmp_path):

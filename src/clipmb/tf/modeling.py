@@ -194,7 +194,7 @@ def attention_bias(attention_mask: Tensor | None, hidden_states: Tensor) -> Tens
     zero = tf.zeros((), dtype)
     bias = tf.where(steps[:, None] < steps[None, :], lowest, zero)[None, None]  # (1, 1, seq, seq)
     if attention_mask is not None:
-        visible = tf.cast(attention_mask, tf.float32)[:, None, None, :] == 1
+        visible = (tf.cast(attention_mask, tf.float32) == 1)[:, None][:, None]  # LiteRT adds one axis at a time
         bias = bias + tf.where(visible, zero, lowest)  # (batch, 1, seq, seq)
     return bias
 
