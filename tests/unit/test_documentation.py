@@ -20,7 +20,12 @@ import clipmb
 from clipmb.cli import app
 
 ROOT = Path(__file__).parents[2]
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), ROOT / "src/clipmb/data/emoji/README.md"]
+PAGES = [
+    ROOT / "README.md",
+    *sorted((ROOT / "docs").glob("*.md")),
+    *sorted((ROOT / "docs/exporting").glob("*.md")),
+    ROOT / "src/clipmb/data/emoji/README.md",
+]
 BLOCK = re.compile(
     r"^(?P<why><!-- not run: [^\n]+ -->\n)?```(?P<language>\w+)\n(?P<code>.*?)^```\n"
     r"(?:\n```text\n(?P<output>.*?)^```\n)?",
@@ -28,7 +33,7 @@ BLOCK = re.compile(
 )
 NEEDS = {
     "pt": r"\bCLIP(Model|Text|Vision|For|Pipeline)|clipmb\.pt|\"pt\"|torch",
-    "tf": r"\bTFCLIP|clipmb\.tf|\"tf\"|tensorflow|keras",
+    "tf": r"\bTFCLIP|clipmb\.tf|\"tf\"|tensorflow|keras|litert",
     "onnx": r"clipmb\.export|onnxruntime",
     "flax": r"\bFlaxCLIP|clipmb\.flax|\"flax\"|\bjax\b",
 }
