@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import csv
+import json
+import socket
+import urllib.error
+import urllib.request
 from pathlib import Path
 
 import pytest
-from processes import output
+from processes import HANG, excerpt, output, start
 
 import clipmb
 
@@ -71,3 +75,36 @@ def test_label_csv(pictures, tmp_path):
         (f"{name}.png", str(i), name) for i, name in enumerate(NAMES)
     ]
     assert all(0.5 < float(row["probability"]) <= 1 for row in rows)
+
+
+def test_load_balancer():
+    """Two servers, of which one ends: every request is answered by another; without any, the answer is 503."""
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    command = ("-m", "clipmb", "serve", "--port", "0", "--backend", "onnx", "--name", "emoji")
+    servers = [start(*command) for _ in range(2)]
+    urls = [server.stdout.readline().split()[-1] for server in servers]
+    balancer = start(EXAMPLES / "load_balancer.py", port, *urls)
+
+    def ask():
+        body = json.dumps({"input": ["a rocket"]}).encode()
+        request = urllib.request.Request(f"http://127.0.0.1:{port}/v1/embeddings?a=b", body)
+        with urllib.request.urlopen(request, timeout=HANG) as response:
+            return json.load(response)["data"][0]["embedding"]
+
+    try:
+        while b"Uvicorn running" not in (line := balancer.stderr.readline().encode()):
+            assert line, excerpt(balancer.stderr.read())
+        first = ask()
+        assert len(first) == 128
+        servers[0].terminate()
+        servers[0].wait(HANG)
+        assert [ask() for _ in range(4)] == [first] * 4
+        servers[1].terminate()
+        servers[1].wait(HANG)
+        with pytest.raises(urllib.error.HTTPError, match="503"):
+            ask()
+    finally:
+        for process in (balancer, *servers):
+            process.kill()
+            process.communicate(timeout=HANG)
