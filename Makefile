@@ -4,6 +4,7 @@ VENV   ?= .venv
 V5     ?= .venv-transformers5
 CLIENTS ?= .venv-clients
 EXPORTS ?= .venv-exports
+RAY     ?= .venv-ray
 OLDEST ?= .venv-oldest
 TESTING := pytest==9.2.0 pytest-xdist==3.8.0 hypothesis==6.170.15
 # What other versions of Python and of the packages could change; what takes long and does not depend on them is left out.
@@ -39,11 +40,12 @@ test-without-compiler: $(VENV)/.installed
 		tests/reference/test_image_processor.py
 
 # accelerate, peft, transformers 5 and others with our models, in an environment of their own; the Trainer of transformers 4;
-# what loads exported files, in an environment without a framework; Keras' and Flax's programs.
-clients: $(CLIENTS)/.installed $(EXPORTS)/.installed $(VENV)/.installed
+# what loads exported files, in an environment without a framework; Ray, in another; Keras' and Flax's programs.
+clients: $(CLIENTS)/.installed $(EXPORTS)/.installed $(RAY)/.installed $(VENV)/.installed
 	CLIPMB_TEST_BACKENDS=pt $(CLIENTS)/bin/python -m pytest -q $(or $(ARGS),tests/clients/torch)
 	$(if $(ARGS),,CLIPMB_TEST_BACKENDS=pt $(BIN)/python -m pytest -q tests/clients/torch/test_transformers.py -k trainer)
 	$(if $(ARGS),,CLIPMB_TEST_BACKENDS=onnx $(EXPORTS)/bin/python -m pytest -q tests/clients/exports)
+	$(if $(ARGS),,CLIPMB_TEST_BACKENDS=onnx $(RAY)/bin/python -m pytest -q tests/clients/ray)
 	$(if $(ARGS),,$(BIN)/python -m pytest -q -n 2 --dist loadfile tests/clients/keras tests/clients/flax)
 	$(if $(ARGS),,$(BIN)/python -m pytest -q tests/clients/browser)
 	$(if $(ARGS),,$(if $(shell command -v npm),$(MAKE) --no-print-directory javascript,@echo "clients: there is no npm, so transformers.js did not run"))
@@ -117,6 +119,13 @@ $(EXPORTS)/.installed: constraints-exports.txt setup.py src/clipmb/common/image/
 	$(EXPORTS)/bin/python -m pip install --quiet -e .
 	@touch $@
 
+$(RAY)/.installed: constraints-ray.txt setup.py src/clipmb/common/image/_resize.c
+	$(PYTHON) -m venv $(RAY)
+	$(RAY)/bin/python -m pip install --quiet "pip>=25.1"
+	$(RAY)/bin/python -m pip install --quiet -r constraints-ray.txt
+	$(RAY)/bin/python -m pip install --quiet -e .
+	@touch $@
+
 .venv-3.%/.installed: constraints-newest.txt setup.py src/clipmb/common/image/_resize.c
 	$(call find,3.$*) -m venv .venv-3.$*
 	.venv-3.$*/bin/python -m pip install --quiet "pip>=25.1"
@@ -136,4 +145,4 @@ build/javascript/.installed: tests/clients/javascript/package.json
 	@touch $@
 
 clean:
-	rm -rf $(VENV) $(V5) $(CLIENTS) $(EXPORTS) $(OLDEST) .venv-3.12 .venv-3.13 build dist src/*.egg-info src/clipmb/common/image/_resize*.so .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(V5) $(CLIENTS) $(EXPORTS) $(RAY) $(OLDEST) .venv-3.12 .venv-3.13 build dist src/*.egg-info src/clipmb/common/image/_resize*.so .pytest_cache .ruff_cache .hypothesis

@@ -559,3 +559,26 @@ def test_a_refused_job_leaves_no_folder(data, tmp_path):
     with pytest.raises(ValueError, match="append needs a folder"):
         embed(data, tmp_path / "out", model=pipeline(), append=True)
     assert not (tmp_path / "out").exists()
+
+
+def test_ray_refuses_what_cannot_travel_and_options_that_do_nothing(data, tmp_path, monkeypatch):
+    """Before Ray is needed, and without leaving a folder."""
+    monkeypatch.setitem(sys.modules, "ray", None)
+    cases = [
+        ({"model": pipeline()}, TypeError, "model must be a folder or a Hub id, which every machine can load"),
+        ({"source": Pairs.open(data, partial=True)}, TypeError, "the source must be paths, which every machine can"),
+        ({"source": [data, 3]}, TypeError, r"the source must be paths.* Received: 3\."),
+        ({"engine": "local", "replicas": 2}, ValueError, r'are Ray\'s\. .*Pass engine="ray" \(--engine ray\)'),
+        ({"engine": "local", "gpus_per_replica": 0.5}, ValueError, "are Ray's"),
+        ({"engine": "spark"}, ValueError, "engine must be one of 'local', 'ray'"),
+        ({"replicas": 0}, ValueError, "replicas must be a whole number"),
+        ({"gpus_per_replica": 2}, ValueError, "gpus_per_replica must be a number from 0 to 1"),
+        ({"gpus_per_replica": float("nan")}, ValueError, "gpus_per_replica must be a number from 0 to 1"),
+        ({"gpus_per_replica": 0.5}, ValueError, r"needs device.*--device cuda"),
+        ({}, ImportError, r'pip install "clipmb\[ray\]"'),
+    ]  # fmt: skip
+    for given, kind, message in cases:
+        arguments = {"source": data, "model": clipmb.small_model(), "engine": "ray", **given}
+        with pytest.raises(kind, match=message):
+            embed(arguments.pop("source"), tmp_path / "out", **arguments)
+    assert not (tmp_path / "out").exists()

@@ -8,7 +8,7 @@ import typer
 
 from clipmb.cli import common
 from clipmb.embedding.clip_retrieval import LAYOUTS
-from clipmb.embedding.store import STORED
+from clipmb.embedding.store import ENGINES, STORED
 
 
 def _size(text: str) -> int | str:
@@ -53,6 +53,19 @@ def run(
             "--layout", values=LAYOUTS, help="Write the embeddings as this program does too", show_default="none"
         ),
     ] = None,
+    engine: Annotated[
+        str, common.choice("--engine", values=ENGINES, help="This process, or the Ray cluster of RAY_ADDRESS")
+    ] = "local",
+    replicas: Annotated[
+        int | None,
+        typer.Option(metavar="N", min=1, help="Processes that load the model (ray only).", show_default="1"),
+    ] = None,
+    gpus_per_replica: Annotated[
+        float | None,
+        typer.Option(
+            metavar="F", min=0, max=1, help="Share of a GPU that each replica reserves (ray only).", show_default="0"
+        ),
+    ] = None,
     image_column: common.ImageColumn = None,
     caption_column: common.CaptionColumn = None,
     label_column: common.LabelColumn = None,
@@ -66,13 +79,17 @@ def run(
     What cannot be embedded is listed in errors.parquet; manifest.json says what made the embeddings.
     """
     model, _ = common.chosen(model)
-    pipeline = common.load_pipeline(model, backend, dtype, device)
+    if engine == "local":
+        common.load_framework(backend)
     from clipmb.embedding.job import embed
 
     done = embed(
         source,
         out,
-        model=pipeline,
+        model=model,
+        backend=backend,
+        dtype=dtype,
+        device=device,
         batch_size=batch_size,
         workers=workers,
         normalize=normalize,
@@ -82,6 +99,9 @@ def run(
         resume=resume,
         append=append,
         layout=layout,
+        engine=engine,
+        replicas=replicas,
+        gpus_per_replica=gpus_per_replica,
         progress=True,
         image_column=image_column,
         caption_column=caption_column,

@@ -8,10 +8,10 @@ import time
 from collections import defaultdict, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TypedDict, cast
+from typing import TYPE_CHECKING, Any, TypedDict, cast
 
 import numpy as np
 
@@ -24,6 +24,9 @@ from clipmb.embedding import clip_retrieval, store
 from clipmb.embedding.passport import passport_of, require_equivalent
 from clipmb.embedding.store import Manifest, writable
 from clipmb.pipeline import LONG_TEXT, CLIPPipeline, loaded, step_size
+
+if TYPE_CHECKING:
+    from clipmb.embedding.cluster import Cluster
 
 _TEXTS = 256  # texts per step
 _AUTO = (16, 32, 64, 128, 256)
@@ -66,6 +69,9 @@ def embed(
     resume: bool = False,
     append: bool = False,
     layout: str | None = None,
+    engine: str = "local",
+    replicas: int | None = None,
+    gpus_per_replica: float | None = None,
     progress: bool = False,
     **columns: Any,
 ) -> Embedded:
@@ -88,7 +94,8 @@ def embed(
         dtype: What to compute in, as `CLIPPipeline.from_pretrained` takes it, for a model that is loaded here.
         device: Device, as the framework names it, for a model that is loaded here.
         batch_size: Images per step; "auto" measures which of 16 to 256 is fastest.
-        workers: Threads that read, decode, resize and tokenize. Default: one for each processor, at most 8.
+        workers: Threads that read, decode, resize and tokenize. Default: one for each processor, at most 8. With Ray,
+            those of each replica, and the processors that it reserves; by default those of the cluster, shared out.
         normalize: Scale the embeddings to unit length.
         stored: "float32" or "float16", the numbers in the files.
         long_text: What to do with captions longer than the model's context, as in `CLIPPipeline.encode_text`; with
@@ -99,6 +106,10 @@ def embed(
         layout: "clip-retrieval" also writes all embeddings of the folder as clip-retrieval does, into its folder
             clip-retrieval: ``img_emb/img_emb_0.npy``, ``text_emb/text_emb_0.npy`` and ``metadata/metadata_0.parquet``.
             A row is an image with one of its captions, or, where there are only images or only texts, each of these.
+        engine: "local" for this process, or "ray" for the Ray cluster that ``RAY_ADDRESS`` names, or this machine. The
+            source, ``out`` and a model's folder must then be paths on storage that all machines share.
+        replicas: With Ray, how many processes load the model and embed shards. Default: 1.
+        gpus_per_replica: With Ray, the share of a GPU that each replica reserves, up to 1. Default: 0.
         progress: Show a progress bar, when there is a terminal.
         **columns: ``image_column``, ``caption_column``, ``label_column``, ``separator`` and ``image_root``, as in
             `Pairs.open`.
@@ -111,9 +122,13 @@ def embed(
             or its embeddings were made by another model or with other options.
         FileNotFoundError: The source does not exist.
         CheckpointError: The model cannot be loaded, or the manifest is damaged.
-        ImportError: pyarrow is not installed.
+        TypeError: With Ray, the source or the model is an object that other machines cannot open.
+        ClipmbError: With Ray, a shard failed twice; ``resume=True`` goes on.
+        ImportError: pyarrow, or Ray, is not installed.
     """
     store.pyarrow()
+    if engine not in store.ENGINES:
+        raise one_of("engine", engine, store.ENGINES)
     if stored not in store.STORED:
         raise one_of("stored", stored, store.STORED)
     if layout is not None and layout not in clip_retrieval.LAYOUTS:
@@ -123,31 +138,53 @@ def embed(
     if batch_size != "auto":
         whole_number("batch_size", batch_size, 1)
     whole_number("shard_size", shard_size, 1)
-    workers = default_workers() if workers is None else whole_number("workers", workers, 1, 1024)
+    if workers is not None:
+        workers = whole_number("workers", workers, 1, 1024)
+    if engine == "local" and (replicas is not None or gpus_per_replica is not None):
+        raise bad_input(
+            "replicas and gpus_per_replica are Ray's", (replicas, gpus_per_replica), 'Pass engine="ray" (--engine ray)'
+        )
     if resume and append:
         raise bad_input("A job either resumes or appends", "both", "Pass one of resume= and append=", shown=True)
     folder = Path(out)
     if folder.exists() and not folder.is_dir():
         raise bad_input("out must be a folder", str(folder), "Pass another path", shown=True)
-    if not isinstance(source, Pairs):
-        source = Pairs.open(source, partial=True, **columns)
-    elif given := [name for name, value in columns.items() if value is not None]:
-        raise bad_input("Columns are chosen when the data are opened", given, "Pass them to Pairs.open, or pass a path")
-    pipeline = loaded(model, backend, dtype, device)
-    passport = passport_of(pipeline, normalized=normalize, long_text=long_text)
-    with store.writing(folder):
-        manifest = _prepared(folder, source, passport, pipeline, stored, shard_size, batch_size, resume, append)
-        done = _Job(folder, manifest, source, pipeline, workers, progress).run()
+    with ExitStack() as stack:
+        if engine == "ray":
+            from clipmb.embedding import cluster
+
+            recipe = cluster.Recipe.of(
+                source, columns, model, backend=backend, dtype=dtype, device=device, workers=workers,
+                normalized=normalize, long_text=long_text,
+            )  # fmt: skip
+            pairs = Pairs.open(recipe.source, partial=True, **columns)
+            maker = cluster.Cluster(recipe, pairs, 1 if replicas is None else replicas, gpus_per_replica or 0)
+            passport = stack.enter_context(maker).passport
+        else:
+            pairs = _opened(source, columns)
+            maker = Local(pairs, loaded(model, backend, dtype, device), workers or default_workers())
+            passport = passport_of(maker.pipeline, normalized=normalize, long_text=long_text)
+        stack.enter_context(store.writing(folder))
+        manifest = _prepared(folder, pairs, passport, maker, stored, shard_size, batch_size, resume, append)
+        done = _Job(folder, manifest, pairs, maker, progress).run()
         if layout is not None:
             clip_retrieval.write(folder)
         return done
+
+
+def _opened(source: Any, columns: Mapping[str, Any]) -> Pairs:
+    if not isinstance(source, Pairs):
+        return Pairs.open(source, partial=True, **columns)
+    if given := [name for name, value in columns.items() if value is not None]:
+        raise bad_input("Columns are chosen when the data are opened", given, "Pass them to Pairs.open, or pass a path")
+    return source
 
 
 def _prepared(
     folder: Path,
     pairs: Pairs,
     passport: dict[str, Any],
-    pipeline: CLIPPipeline,
+    maker: Local | Cluster,
     stored: str,
     shard_size: int,
     batch_size: int | str,
@@ -163,9 +200,9 @@ def _prepared(
                 "append needs a folder with embeddings" if append else "out must be a new or empty folder",
                 f"{folder} with {', '.join(inside[:5]) or 'nothing in it'}", "Pass another folder", shown=True,
             )  # fmt: skip
-        size = _fastest_batch(pipeline) if batch_size == "auto" else batch_size
+        size = maker.fastest_batch() if batch_size == "auto" else batch_size
         options = {"batch_size": size, "shard_size": shard_size}
-        manifest = Manifest(passport, pipeline.config.projection_dim, stored, options)
+        manifest = Manifest(passport, maker.dimension, stored, options)
     elif not (resume or append):
         raise bad_input(
             "out must be a new or empty folder", f"{folder} with {store.MANIFEST}",
@@ -206,7 +243,7 @@ def _prepared(
     return manifest
 
 
-def _fastest_batch(pipeline: CLIPPipeline) -> int:
+def fastest_batch(pipeline: CLIPPipeline) -> int:
     """Measures the steps of images of several sizes; returns the smallest that no larger one beats by much."""
     best, fastest = _AUTO[0], 0.0
     vision = pipeline.config.vision_config
@@ -227,7 +264,7 @@ def _fastest_batch(pipeline: CLIPPipeline) -> int:
 
 
 @dataclass
-class _Clock:
+class Clock:
     """Adds up the seconds of stages over threads."""
 
     seconds: defaultdict[str, float] = field(default_factory=lambda: defaultdict(float))
@@ -235,6 +272,7 @@ class _Clock:
 
     @contextmanager
     def stage(self, name: str) -> Iterator[None]:
+        """Adds the seconds of the context to those of a stage."""
         begun = time.perf_counter()
         try:
             yield
@@ -259,15 +297,9 @@ class _Item:
 class _Job:
     """The pending source of a manifest."""
 
-    def __init__(
-        self, folder: Path, manifest: Manifest, pairs: Pairs, pipeline: CLIPPipeline, workers: int, progress: bool
-    ) -> None:
-        self.folder, self.manifest, self.pairs, self.pipeline = folder, manifest, pairs, pipeline
-        self.workers, self.progress = workers, progress
-        self.passport = manifest.passport
-        self.size: int = manifest.options["batch_size"]
-        self.types = store.column_types(pairs.kinds)
-        self.clock = _Clock()
+    def __init__(self, folder: Path, manifest: Manifest, pairs: Pairs, maker: Local | Cluster, progress: bool) -> None:
+        self.folder, self.manifest, self.pairs, self.maker = folder, manifest, pairs, maker
+        self.progress = progress
 
     def run(self) -> Embedded:
         """Embeds what is left of the source, and moves it to the finished ones."""
@@ -275,51 +307,119 @@ class _Job:
         done = [source for source in self.manifest.sources if source["fingerprint"] == self.pairs.fingerprint]
         if not done:
             done = [self._embedded()]
-        self.clock.seconds["total"] = time.perf_counter() - begun
+        spent = {**self.maker.clock.seconds, "total": time.perf_counter() - begun}
         counts = {name: int(done[0][name]) for name in ("items", "images", "texts", "errors")}
         shared = {
-            name: value / (self.workers if name in _BY_WORKERS else 1)
-            for name, value in self.clock.seconds.items()
+            name: value / (self.maker.workers if name in _BY_WORKERS else 1)
+            for name, value in spent.items()
             if name != "total"
         }
-        seconds = {name: round(value, 3) for name, value in self.clock.seconds.items()}
+        seconds = {name: round(value, 3) for name, value in spent.items()}
         bottleneck = max(shared, key=lambda name: shared[name]) if shared else None
-        about = {"out": str(self.folder), **counts, "batch_size": self.size, "seconds": seconds}
+        size = self.manifest.options["batch_size"]
+        about = {"out": str(self.folder), **counts, "batch_size": size, "seconds": seconds}
         return cast("Embedded", {**about, "bottleneck": bottleneck})
 
     def _embedded(self) -> dict[str, Any]:
         pending = self.manifest.pending or {}
         first, end = pending["shards"]
-        shard_size = self.manifest.options["shard_size"]
+        size = self.manifest.options["shard_size"]
+        spans = {
+            first + place: range(start, min(start + size, len(self.pairs)))
+            for place, start in enumerate(range(0, len(self.pairs), size))
+        }
         known = {number: found for number in range(first, end) if (found := store.finished(self.folder, number))}
-        todo = [number for number in range(first, end) if number not in known]
-        spans = {number: self._span(number - first, shard_size) for number in todo}
-        before = sum(len(self._span(number - first, shard_size)) for number in known)
+        todo = {number: span for number, span in spans.items() if number not in known}
+        before = sum(len(spans[number]) for number in known)
+        with progress_bar(self.progress, "items", len(self.pairs), done=before) as advance:
+            known.update(self.maker.written(self.folder, self.manifest, todo, advance))
+        return self._finished([known[number] for number in range(first, end)])
+
+    def _finished(self, shards: list[Mapping[str, Any]]) -> dict[str, Any]:
+        """Moves the pending job to the finished ones; its errors become those of the folder."""
+        pending = self.manifest.pending or {}
+        left_out = [
+            {"id": writable(name), "path": None, "kind": "item", "reason": writable(why)}
+            for name, why in self.pairs.left_out
+        ]
+        errors = [*left_out, *(error for shard in shards for error in shard["errors"])]
+        counts = {kind: sum(shard[kind] for shard in shards) for kind in store.KINDS}
+        done = {**pending, **counts, "errors": len(errors)}
+        store.write_errors(self.folder, len(self.manifest.sources), errors)
+        self.manifest.sources.append(done)
+        self.manifest.pending = None
+        self.manifest.write(self.folder)
+        store.clear(self.folder)
+        return done
+
+
+class Local:
+    """Makes shards with the model in this process.
+
+    Args:
+        pairs: The source.
+        pipeline: The model.
+        workers: Threads that read, decode, resize and tokenize.
+
+    Attributes:
+        dimension: Numbers in an embedding.
+        clock: The seconds spent.
+    """
+
+    def __init__(self, pairs: Pairs, pipeline: CLIPPipeline, workers: int) -> None:
+        self.pairs, self.pipeline, self.workers = pairs, pipeline, workers
+        self.dimension: int = pipeline.config.projection_dim
+        self.clock = Clock()
+
+    def fastest_batch(self) -> int:
+        """Measures which number of images per step is best."""
+        return fastest_batch(self.pipeline)
+
+    def written(
+        self, folder: Path, manifest: Manifest, spans: Mapping[int, range], advance: Callable[..., None]
+    ) -> Iterator[tuple[int, dict[str, Any]]]:
+        """Embeds and writes shards; yields the number of each and what is known of it, when its files are complete.
+
+        Args:
+            folder: Where.
+            manifest: What the folder holds.
+            spans: Number of each shard to its items.
+            advance: Is called with the count of items done, and perhaps with how to name them.
+        """
+        shards = _Shards(folder, manifest, self.pairs, self.pipeline, self.workers, self.clock)
         with (
-            progress_bar(self.progress, "items", len(self.pairs), done=before) as advance,
             ThreadPoolExecutor(self.workers, thread_name_prefix="clipmb-embed") as pool,
             ThreadPoolExecutor(1, thread_name_prefix="clipmb-write") as writer,
         ):
-            items = self._ahead(pool, (index for number in todo for index in spans[number]))
+            items = shards.ahead(pool, (index for span in spans.values() for index in span))
             writing: deque[tuple[int, Future[dict[str, Any]]]] = deque()
             broken = 0
-            for number in todo:
-                shard = self._shard(number, len(spans[number]), items, advance)
+            for number, span in spans.items():
+                shard = shards.computed(len(span), items, advance)
                 broken += len(shard[2])
                 if broken:
                     advance(0, f"items, {broken} errors")
                 while writing:  # one shard at most waits for the disk
                     earlier, written = writing.popleft()
-                    known[earlier] = written.result()
-                writing.append((number, writer.submit(self._write, number, *shard)))
+                    yield earlier, written.result()
+                writing.append((number, writer.submit(shards.write, number, *shard)))
             for earlier, written in writing:
-                known[earlier] = written.result()
-        return self._finished([known[number] for number in range(first, end)])
+                yield earlier, written.result()
 
-    def _span(self, place: int, shard_size: int) -> range:
-        return range(place * shard_size, min((place + 1) * shard_size, len(self.pairs)))
 
-    def _ahead(self, pool: ThreadPoolExecutor, indices: Iterable[int]) -> Iterator[_Item]:
+class _Shards:
+    """How the shards of a job are computed and written."""
+
+    def __init__(
+        self, folder: Path, manifest: Manifest, pairs: Pairs, pipeline: CLIPPipeline, workers: int, clock: Clock
+    ) -> None:
+        self.folder, self.manifest, self.pairs, self.pipeline = folder, manifest, pairs, pipeline
+        self.workers, self.clock = workers, clock
+        self.passport = manifest.passport
+        self.size: int = manifest.options["batch_size"]
+        self.types = store.column_types(pairs.kinds)
+
+    def ahead(self, pool: ThreadPoolExecutor, indices: Iterable[int]) -> Iterator[_Item]:
         """Yields the items in their order, while workers make the next ones."""
         waiting: deque[Future[_Item]] = deque()
         upcoming = iter(indices)
@@ -365,8 +465,8 @@ class _Job:
             errors.append(("item", "It has neither an image nor a caption."))
         return _Item(index, pixels, captions, errors)
 
-    def _shard(
-        self, number: int, count: int, items: Iterator[_Item], advance: Callable[..., None]
+    def computed(
+        self, count: int, items: Iterator[_Item], advance: Callable[..., None]
     ) -> tuple[_Rows, _Rows, list[dict[str, Any]]]:
         """Computes one shard: rows and embeddings of images and of texts, and the errors."""
         vision = self.pipeline.config.vision_config
@@ -453,7 +553,7 @@ class _Job:
             "fields": self.pairs.fields(index) if self.types else {},
         }  # fmt: skip
 
-    def _write(self, number: int, pictures: _Rows, texts: _Rows, errors: list[dict[str, Any]]) -> dict[str, Any]:
+    def write(self, number: int, pictures: _Rows, texts: _Rows, errors: list[dict[str, Any]]) -> dict[str, Any]:
         """Writes the files of a shard, and then that they are complete."""
         with self.clock.stage("write"):
             about: dict[str, Any] = {"errors": errors}
@@ -466,23 +566,6 @@ class _Job:
                     path.unlink(missing_ok=True)
             store.finish(self.folder, number, about)
         return about
-
-    def _finished(self, shards: list[Mapping[str, Any]]) -> dict[str, Any]:
-        """Moves the pending job to the finished ones; its errors become those of the folder."""
-        pending = self.manifest.pending or {}
-        left_out = [
-            {"id": writable(name), "path": None, "kind": "item", "reason": writable(why)}
-            for name, why in self.pairs.left_out
-        ]
-        errors = [*left_out, *(error for shard in shards for error in shard["errors"])]
-        counts = {kind: sum(shard[kind] for shard in shards) for kind in store.KINDS}
-        done = {**pending, **counts, "errors": len(errors)}
-        store.write_errors(self.folder, len(self.manifest.sources), errors)
-        self.manifest.sources.append(done)
-        self.manifest.pending = None
-        self.manifest.write(self.folder)
-        store.clear(self.folder)
-        return done
 
 
 def _named(row: Mapping[str, Any]) -> dict[str, Any]:

@@ -22,6 +22,7 @@ MANIFEST = "manifest.json"
 ERRORS = "errors.parquet"
 KINDS = ("images", "texts")
 STORED = ("float32", "float16")
+ENGINES = ("local", "ray")  # who makes the shards
 GROUP = 1 << 14  # rows of a row group, in which the embeddings are one page
 _FORMAT = 1
 LAYOUT_BEGUN = ".clipmb-layout."  # and more: a folder that is not whole
