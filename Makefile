@@ -105,25 +105,14 @@ $(V5)/.installed: constraints-transformers5.txt
 	$(V5)/bin/python -m pip install --quiet -r constraints-transformers5.txt
 	@touch $@
 
-$(CLIENTS)/.installed: constraints-clients.txt setup.py src/clipmb/common/image/_resize.c
-	$(PYTHON) -m venv $(CLIENTS)
-	$(CLIENTS)/bin/python -m pip install --quiet "pip>=25.1"
-	$(CLIENTS)/bin/python -m pip install --quiet -r constraints-clients.txt
-	$(CLIENTS)/bin/python -m pip install --quiet -e .
-	@touch $@
-
-$(EXPORTS)/.installed: constraints-exports.txt setup.py src/clipmb/common/image/_resize.c
-	$(PYTHON) -m venv $(EXPORTS)
-	$(EXPORTS)/bin/python -m pip install --quiet "pip>=25.1"
-	$(EXPORTS)/bin/python -m pip install --quiet -r constraints-exports.txt
-	$(EXPORTS)/bin/python -m pip install --quiet -e .
-	@touch $@
-
-$(RAY)/.installed: constraints-ray.txt setup.py src/clipmb/common/image/_resize.c
-	$(PYTHON) -m venv $(RAY)
-	$(RAY)/bin/python -m pip install --quiet "pip>=25.1"
-	$(RAY)/bin/python -m pip install --quiet -r constraints-ray.txt
-	$(RAY)/bin/python -m pip install --quiet -e .
+$(CLIENTS)/.installed: constraints-clients.txt
+$(EXPORTS)/.installed: constraints-exports.txt
+$(RAY)/.installed: constraints-ray.txt
+$(CLIENTS)/.installed $(EXPORTS)/.installed $(RAY)/.installed: setup.py src/clipmb/common/image/_resize.c
+	$(PYTHON) -m venv $(@D)
+	$(@D)/bin/python -m pip install --quiet "pip>=25.1"
+	$(@D)/bin/python -m pip install --quiet -r $(filter constraints-%,$^)
+	$(@D)/bin/python -m pip install --quiet -e .
 	@touch $@
 
 .venv-3.%/.installed: constraints-newest.txt setup.py src/clipmb/common/image/_resize.c
