@@ -50,6 +50,9 @@ if TYPE_CHECKING:
         serving as serving,
     )
     from clipmb import (
+        sorting as sorting,
+    )
+    from clipmb import (
         testing as testing,
     )
     from clipmb import (
@@ -270,7 +273,7 @@ _PUBLIC = {
 _MODULE_OF = {name: module for module, names in _PUBLIC.items() for name in names}
 _SUBMODULES = (
     "backends", "common", "doctor", "embedding", "evaluation", "exporting", "flax", "layouts", "onnx", "pipeline",
-    "programs", "pt", "serving", "testing", "tf", "training", "verification",
+    "programs", "pt", "serving", "sorting", "testing", "tf", "training", "verification",
 )  # fmt: skip
 
 if not TYPE_CHECKING:  # a type checker would take any name for one that exists
