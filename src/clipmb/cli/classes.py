@@ -19,7 +19,7 @@ def run(
     dtype: common.Dtype = "float32",
     device: common.Device = None,
 ) -> None:
-    """Embed class names once, for the --classes of classify and evaluate.
+    """Embed class names once, for classify and evaluate.
 
     The file says what made it, and is refused with another model.
     """
