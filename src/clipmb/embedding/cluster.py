@@ -233,22 +233,26 @@ class Cluster:
             ClipmbError: A shard failed twice.
         """
         waiting, left, broken = deque(spans), len(spans), 0
-        while left:
-            while waiting and self._idle:
-                actor, number = self._idle.popleft(), waiting.popleft()
-                made = actor.shard.remote(os.path.abspath(folder), number, spans[number])
-                self._running[made] = actor, number
-            number, made = self._next()
-            if number is not None and made is None:
-                waiting.appendleft(number)
-            elif number is not None:
-                about, seconds = made
-                for name, value in seconds.items():
-                    self.clock.seconds[name] += value
-                broken += len(about["errors"])
-                advance(len(spans[number]), f"items, {broken} errors" if broken else "items")
-                left -= 1
-                yield number, about
+        try:
+            while left:
+                while waiting and self._idle:
+                    actor, number = self._idle.popleft(), waiting.popleft()
+                    made = actor.shard.remote(os.path.abspath(folder), number, spans[number])
+                    self._running[made] = actor, number
+                number, made = self._next()
+                if number is not None and made is None:
+                    waiting.appendleft(number)
+                elif number is not None:
+                    about, seconds = made
+                    for name, value in seconds.items():
+                        self.clock.seconds[name] += value
+                    broken += len(about["errors"])
+                    advance(len(spans[number]), f"items, {broken} errors" if broken else "items")
+                    left -= 1
+                    yield number, about
+        except BaseException:
+            self.__exit__()  # before the folder is anybody else's
+            raise
 
     def _start(self) -> None:
         actor = self._actor.remote(self._recipe, self._fingerprint, self.workers)
