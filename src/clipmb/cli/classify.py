@@ -42,7 +42,7 @@ def run(
     yes: Annotated[bool, typer.Option("--yes", help="Move the images of --move-into.")] = False,
     as_json: common.Json = False,
 ) -> None:
-    """Classify images with zero-shot labels, and sort them if wanted.
+    """Classify images with zero-shot labels; sort them if wanted.
 
     With --move-into, each image goes into the folder of its best label. No file is ever replaced; images that cannot be
     read stay.
