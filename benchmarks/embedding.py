@@ -143,7 +143,10 @@ def report(
 ) -> None:
     """Times all in alternation; the goals are those of the fastest engine of a dtype."""
     taken = {name: seconds / (counts or {}).get(name, count) for name, seconds in medians(runs, rounds).items()}
-    best = {dtype: min((taken[name], name) for name in taken if name.endswith(dtype))[1] for dtype in goals}
+    best = {
+        dtype: min(((taken[name], name) for name in taken if name.endswith(dtype)), default=(0, ""))[1]
+        for dtype in goals
+    }
     for name, seconds in taken.items():
         ratio = taken[PEER] / seconds
         dtype = name.rsplit(" ", 1)[-1]
