@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 
 import embedding_cases as cases
 import numpy as np
@@ -106,6 +107,16 @@ def test_files_that_are_none(tmp_path, picture):
         classes.save(tmp_path / "classes.npz")
     with pytest.raises(ValueError, match="in a folder that exists"):
         classes.save(tmp_path / "none" / "classes.safetensors")
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="Windows has no such pipes")
+def test_pipes_are_refused_at_once(tmp_path):
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    with pytest.raises(CheckpointError, match=r"cannot be read as classes.*no file"):
+        Classes.open(pipe)
+    with pytest.raises(ValueError, match=r"readable text file.*no file"):
+        Classes.build(cases.pipeline(), pipe)
 
 
 def test_the_templates_of_imagenet():

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import logging
 import operator
+import os
 import reprlib
 import warnings
 from collections.abc import Iterable, Sequence
+from pathlib import Path
 from typing import Any
 
 logger = logging.getLogger("clipmb")
@@ -109,6 +111,16 @@ def bad_input(
     """
     text = _cut(str(received), _VALUE) if shown else bounded_repr(received)
     return kind(f"{rule}. Received: {text}. {fix}.")
+
+
+def require_file(path: str | os.PathLike[str]) -> None:
+    """Refuses what is there and no file, before it is opened.
+
+    Raises:
+        OSError: It is a folder, or a pipe or device, which might never end.
+    """
+    if not Path(path).is_file() and Path(path).exists():
+        raise OSError("it is a folder, pipe or device, and no file")
 
 
 def one_of(field: str, received: object, allowed: Sequence[object]) -> Exception:

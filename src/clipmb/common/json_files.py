@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal, Self, overload
 
-from clipmb.common.errors import CheckpointError, bad_input
+from clipmb.common.errors import CheckpointError, bad_input, require_file
 from clipmb.common.hub import Source
 from clipmb.common.saving import write_atomically
 
@@ -41,8 +41,7 @@ def read_text(path: str | Path) -> str:
         CheckpointError: It cannot be read, or is a pipe or device, which might never end.
     """
     try:
-        if not Path(path).is_file() and Path(path).exists():
-            raise OSError("it is a folder, pipe or device, and no file")
+        require_file(path)
         return Path(path).read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise CheckpointError(f"{path} cannot be read: {error}") from error

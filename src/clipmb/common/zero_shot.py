@@ -15,7 +15,7 @@ from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 
-from clipmb.common.errors import bad_input
+from clipmb.common.errors import bad_input, require_file
 
 # "imagenet80" is OpenAI's, from their notebook on prompts; "seven" the subset that they chose from it one by one, and
 # found to be a bit better. LICENSE-imagenet_templates.txt has the source.
@@ -93,6 +93,7 @@ def named_classes(labels: Any) -> dict[str, str]:
 def _read_labels(path: Path) -> list[tuple[str, str]]:
     """Reads one label a line, or label, tab and name in the prompts."""
     try:
+        require_file(path)
         lines = [line.strip() for line in path.read_text("utf-8-sig").splitlines() if line.strip()]
     except (OSError, ValueError) as error:
         rule = "labels must be a list of class names or a readable text file of them"

@@ -14,7 +14,7 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
-from clipmb.common.errors import CheckpointError, bad_input, one_of
+from clipmb.common.errors import CheckpointError, bad_input, one_of, require_file
 from clipmb.common.json_files import parse_json
 from clipmb.common.saving import write_atomically
 from clipmb.common.zero_shot import class_embeddings, named_classes, prompt_templates
@@ -97,6 +97,7 @@ class Classes:
             CheckpointError: It cannot be read, or is no such file.
         """
         try:
+            require_file(path)
             with safe_open(path, "np") as file:
                 about = file.metadata() or {}
                 if about.get("clipmb_classes") != _FORMAT:
