@@ -19,7 +19,7 @@ from clipmb.common.errors import CheckpointError, bad_input, logger, one_of, who
 from clipmb.common.hub import Source
 from clipmb.common.processor import CLIPProcessor, image_processor_of, tokenizer_of
 from clipmb.common.progress import progress_bar
-from clipmb.common.saving import read_whole
+from clipmb.common.saving import read_whole, stamps
 from clipmb.common.text.rows import cut_inside, pad_rows
 from clipmb.common.zero_shot import ReadyClasses, class_embeddings, named_classes, softmax, unit
 
@@ -39,6 +39,7 @@ class CLIPPipeline:
         self.processor = processor
         self.config: CLIPConfig = engine.config
         self.source: Source | None = None  # of the checkpoint, where it was loaded from one
+        self.stamps: dict[str, tuple[int, int, int]] = {}  # of its files, as `clipmb.common.saving.stamps` has them
         quantised = getattr(engine.model, "quantised", False)
         found = getattr(engine.model, "compute_dtype", None) or getattr(engine.model, "dtype", None)
         self.dtype = "int8" if quantised else dtype_name(found) or "float32"  # what it computes in
@@ -75,10 +76,13 @@ class CLIPPipeline:
         if backend is None:
             logger.info("clipmb: using the %r backend", engine_class.backend)
 
+        place = source.file or source.folder
+
         def read() -> Self:  # of one save: another process may replace the checkpoint meanwhile
+            found = stamps(place)
             engine = engine_class.load(source, dtype=dtype, device=device, compile=compile, **options)
             pipeline = cls(engine, processor_for(source, engine.config))
-            pipeline.source = source
+            pipeline.source, pipeline.stamps = source, found
             return pipeline
 
         return read_whole(None if source.file is not None else source.folder, read)
@@ -169,7 +173,6 @@ class CLIPPipeline:
         batch_size: int = 256,
         normalize: bool = True,
         progress: bool = False,
-        few_shapes: bool = False,
         check: bool = True,
     ) -> np.ndarray:
         """Embeds texts that `token_rows` has turned into ids.
@@ -180,7 +183,6 @@ class CLIPPipeline:
             batch_size: Rows per step.
             normalize: Scale the embeddings to unit length.
             progress: Show a progress bar, when there is a terminal.
-            few_shapes: Pad rows to multiples of 8 tokens and steps to powers of 2, so that a compiler meets few shapes.
             check: Raise where an embedding cannot be used, instead of returning it.
 
         Returns:
@@ -190,18 +192,13 @@ class CLIPPipeline:
             ValueError: The embedding of a text is not finite, or has no direction and is to be normalised.
             CheckpointError: The model's weights are not finite.
         """
-        limit = self.config.text_config.max_position_embeddings
         order = sorted(range(len(rows)), key=lambda i: len(rows[i]))
         parts = []
         for _, batch in batches(order, batch_size, "texts", progress):
             longest = len(rows[batch[-1]])
-            used = len(batch)
-            if few_shapes:
-                longest = min(-(-longest // 8) * 8, limit)
-                batch = batch + batch[-1:] * (step_size(used, batch_size) - used)
             ids = pad_rows([rows[i] for i in batch], longest, self.processor.tokenizer.pad_token_id)
             mask = pad_rows([[1] * len(rows[i]) for i in batch], longest, 0)
-            features = self.engine.text_features(ids, mask)[:used]
+            features = self.engine.text_features(ids, mask)
             if check:
                 self._check(features, normalize, "text", lambda row, batch=batch: owners[batch[row]])
             parts.append(features)
@@ -450,11 +447,6 @@ def batches(items: list, size: int, what: str, progress: bool) -> Iterator[tuple
         for start in starts:
             yield start, items[start : start + size]
             advance(min(size, len(items) - start))
-
-
-def step_size(count: int, batch_size: int) -> int:
-    """Returns how many items a step of ``count`` is filled up to: a power of 2, at most ``batch_size``."""
-    return min(1 << (count - 1).bit_length(), batch_size)
 
 
 def _images(images: Any) -> list:

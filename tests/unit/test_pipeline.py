@@ -346,3 +346,21 @@ def test_flax_compiles_for_few_shapes(folder, backend):
         if rows:
             assert np.abs(found - direct.engine.model.get_image_features(pixels[:rows])).max() < 1e-5
     assert pipeline.engine._image._cache_size() == 5
+
+
+@pytest.mark.parametrize("backend", [name for name in BACKENDS if name == "flax"])
+def test_flax_computes_parts_that_fit_the_caches(folder, backend, monkeypatch):
+    pipeline = CLIPPipeline.from_pretrained(folder, backend=backend)
+    pixels = np.random.default_rng(0).standard_normal((11, 3, 20, 20), np.float32)
+    ids = np.random.default_rng(0).integers(1, 400, (11, 16))
+    whole = pipeline.engine.image_features(pixels), pipeline.engine.text_features(ids)
+    assert pipeline.engine._image._cache_size() == pipeline.engine._text._cache_size() == 1
+    vision, text = CONFIG.vision_config, CONFIG.text_config
+    monkeypatch.setattr("clipmb.flax.engine._CACHED", 5 * (vision.num_patches + 1) * vision.hidden_size)
+    images = pipeline.engine.image_features(pixels)  # 4, 4 and 3
+    assert pipeline.engine._image._cache_size() == 2
+    monkeypatch.setattr("clipmb.flax.engine._CACHED", 2 * 16 * text.hidden_size)
+    texts = pipeline.engine.text_features(ids)  # 5 times 2, and 1
+    assert pipeline.engine._text._cache_size() == 3
+    for found, expected in zip((images, texts), whole, strict=True):
+        assert np.abs(found - expected).max() < 1e-5

@@ -108,6 +108,16 @@ def version(folder: Path) -> list[tuple[Path, int, int, int]]:
     return [*found, (folder, time.monotonic_ns(), 0, 0)]
 
 
+def stamps(path: Path | None) -> dict[str, tuple[int, int, int]]:
+    """Identifies the contents of a file, or of every file of a folder's last save: inode, size and time by name."""
+    if path is None or not path.exists():
+        return {}
+    if path.is_dir():
+        return {place.name: (inode, size, when) for place, inode, size, when in version(path)}
+    about = path.stat()
+    return {path.name: (about.st_ino, about.st_size, about.st_mtime_ns)}
+
+
 def _plan_of(folder: Path) -> _Plan | None:
     """Returns the plan of a committed save whose files are not all in place; None where there is no valid one."""
     committed = folder / _COMMITTED

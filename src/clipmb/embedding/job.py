@@ -23,7 +23,7 @@ from clipmb.common.zero_shot import unit
 from clipmb.embedding import clip_retrieval, store
 from clipmb.embedding.passport import passport_of, require_equivalent
 from clipmb.embedding.store import Manifest, writable
-from clipmb.pipeline import LONG_TEXT, CLIPPipeline, loaded, step_size
+from clipmb.pipeline import LONG_TEXT, CLIPPipeline, loaded
 
 if TYPE_CHECKING:
     from clipmb.embedding.cluster import Cluster
@@ -480,9 +480,8 @@ class _Shards:
             if not waiting:
                 return
             rows, pixels = zip(*waiting, strict=True)
-            filled = [*pixels, *pixels[-1:] * (step_size(len(pixels), self.size) - len(pixels))]
             with self.clock.stage("model"):
-                features = self.pipeline.engine.image_features(np.stack(filled))[: len(rows)]
+                features = self.pipeline.engine.image_features(np.stack(pixels))
             self._sort(rows, features, "image", pictures, embeds, errors)
             waiting.clear()
 
@@ -515,9 +514,7 @@ class _Shards:
         pieces = [piece for own in rows for piece in own]
         owners = [number for number, own in enumerate(rows) for _ in own]
         with self.clock.stage("model"), np.errstate(invalid="ignore"):
-            return self.pipeline.encode_rows(
-                pieces, owners, batch_size=_TEXTS, normalize=False, few_shapes=True, check=False
-            )
+            return self.pipeline.encode_rows(pieces, owners, batch_size=_TEXTS, normalize=False, check=False)
 
     def _sort(
         self,

@@ -6,16 +6,17 @@ import json
 from collections.abc import Mapping
 from hashlib import sha256
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import numpy as np
 
 from clipmb import __version__
 from clipmb.common.checkpoint.fitting import fit
 from clipmb.common.config import CLIPConfig
-from clipmb.common.errors import bad_input
-from clipmb.common.hub import Source
+from clipmb.common.errors import CheckpointError, bad_input
 from clipmb.common.parameters import specs
 from clipmb.common.pretrained import load_weights
+from clipmb.common.saving import stamps
 from clipmb.pipeline import CLIPPipeline
 
 # What a model computes, besides its weights. Shapes follow from those.
@@ -25,6 +26,7 @@ _VISION = (*_SHARED, "image_size", "patch_size")
 # Entries of which a difference makes embeddings incomparable. The backend is none of them: the equivalence suite holds
 # all backends to each other within rounding error.
 COMPARED = ("weights", "config", "tokenizer", "image_processor", "dtype", "normalized", "long_text")
+_DIGESTS: WeakKeyDictionary[CLIPPipeline, str] = WeakKeyDictionary()  # of pipelines that were loaded from files
 
 
 def passport_of(pipeline: CLIPPipeline, *, normalized: bool, long_text: str) -> dict[str, Any]:
@@ -39,10 +41,13 @@ def passport_of(pipeline: CLIPPipeline, *, normalized: bool, long_text: str) -> 
         JSON values: SHA-256 of ``weights``, ``config``, ``tokenizer`` and ``image_processor`` (with the order in which
         images are resized), ``dtype`` of the computation, ``normalized``, ``long_text``; and, for people, ``model``,
         ``backend`` and ``clipmb`` (the version).
+
+    Raises:
+        CheckpointError: The files of the weights have been replaced since the model was loaded.
     """
     tokenizer, images = pipeline.processor.tokenizer, pipeline.processor.image_processor
     return {
-        "weights": weights_digest(_weights(pipeline)),
+        "weights": _digest_of(pipeline),
         "config": _config_digest(pipeline.config),
         "tokenizer": tokenizer.fingerprint,
         "image_processor": images.fingerprint,
@@ -97,13 +102,23 @@ def weights_digest(arrays: Mapping[str, Any]) -> str:
     return hashed.hexdigest()
 
 
-def _weights(pipeline: CLIPPipeline) -> Mapping[str, Any]:
-    """The weights as the checkpoint has them; an engine may have rounded its own."""
-    source: Source | None = pipeline.source
+def _digest_of(pipeline: CLIPPipeline) -> str:
+    """The digest of the weights as the checkpoint has them, since an engine may have rounded its own."""
+    source = pipeline.source
     if source is None:
-        return pipeline.engine.weights()
-    tensors = load_weights(source).of("CLIPModel").tensors
-    return fit(tensors, specs(pipeline.config, "CLIPModel"), "CLIPModel", origin=source)[0]
+        return weights_digest(pipeline.engine.weights())
+    if pipeline not in _DIGESTS:
+        loaded = load_weights(source).of("CLIPModel")
+        weights = fit(loaded.tensors, specs(pipeline.config, "CLIPModel"), "CLIPModel", origin=source)[0]
+        digest = weights_digest(weights)
+        now = stamps(source.file or source.folder)
+        if replaced := [name for name in loaded.files if now.get(name) != pipeline.stamps.get(name)]:
+            raise CheckpointError(
+                "What embeddings were made by can be told only while its files are those it was loaded from. "
+                f"Received: {source}, whose {replaced[0]} has been replaced. Load the model again."
+            )
+        _DIGESTS[pipeline] = digest
+    return _DIGESTS[pipeline]
 
 
 def _config_digest(config: CLIPConfig) -> str:

@@ -21,6 +21,9 @@ from clipmb.flax.modeling import FlaxCLIPModel
 
 LENGTHS = (8, 16, 24, 32, 48, 77)
 BATCH = 256
+# Numbers in the hidden states of a part on a CPU. Larger ones leave its caches: a part five times as large takes half
+# as long again for each row.
+_CACHED = 1_250_000
 
 
 class Engine:
@@ -28,7 +31,8 @@ class Engine:
 
     JAX compiles for every shape and keeps what it compiled, eager operations included. Texts are therefore padded to
     one of `LENGTHS` or the context, and batches to the next power of two up to `BATCH`, in parts of which larger ones
-    are computed; the padding is dropped again, and changes results by rounding errors at most.
+    are computed (smaller parts on a CPU, whose caches hold what is computed from one layer to the next); the padding is
+    dropped again, and changes results by rounding errors at most.
 
     Args:
         model: A `FlaxCLIPModel`.
@@ -42,6 +46,7 @@ class Engine:
         self.config: CLIPConfig = model.config
         self._image: Callable[..., Any] = model.get_image_features
         self._text: Callable[..., Any] = model.get_text_features
+        self._on_cpu = all(device.platform == "cpu" for device in jax.tree.leaves(model.params)[0].devices())
         if compile:
             self._image = jax.jit(self._image)
             self._text = jax.jit(self._text)
@@ -109,8 +114,10 @@ class Engine:
         Raises:
             ValueError: The shape does not fit the model.
         """
-        checks.check_pixels(pixel_values, self.config.vision_config, interpolate=False)
-        return self._in_parts(self._image, pixel_values=pixel_values)
+        vision = self.config.vision_config
+        checks.check_pixels(pixel_values, vision, interpolate=False)
+        numbers = (vision.num_patches + 1) * vision.hidden_size
+        return self._in_parts(self._image, numbers, pixel_values=pixel_values)
 
     def text_features(self, input_ids: np.ndarray, attention_mask: np.ndarray | None = None) -> np.ndarray:
         """Encodes texts.
@@ -135,7 +142,8 @@ class Engine:
         input_ids = np.pad(input_ids, ((0, 0), (0, missing)), constant_values=other)
         if attention_mask is not None:
             attention_mask = np.pad(attention_mask, ((0, 0), (0, missing)))
-        return self._in_parts(self._text, input_ids=input_ids, attention_mask=attention_mask)
+        numbers = input_ids.shape[1] * self.config.text_config.hidden_size
+        return self._in_parts(self._text, numbers, input_ids=input_ids, attention_mask=attention_mask)
 
     def stages(
         self, input_ids: np.ndarray, attention_mask: np.ndarray | None, pixel_values: np.ndarray
@@ -165,12 +173,15 @@ class Engine:
         """Releases the model and its memory; the engine cannot be used afterwards."""
         del self.model, self._image, self._text
 
-    def _in_parts(self, tower: Callable[..., Any], **inputs: np.ndarray | None) -> np.ndarray:
-        """Computes rows in batches of few different sizes."""
+    def _in_parts(self, tower: Callable[..., Any], numbers: int, **inputs: np.ndarray | None) -> np.ndarray:
+        """Computes rows, with that many numbers in the hidden state of each, in batches of few different sizes."""
         rows = next(len(array) for array in inputs.values() if array is not None)
+        most = BATCH
+        if self._on_cpu:
+            most = min(most, 1 << max(_CACHED // numbers, 1).bit_length() - 1)
         parts = []
-        for start in range(0, max(rows, 1), BATCH):
-            size = min(BATCH, rows - start)
+        for start in range(0, max(rows, 1), most):
+            size = min(most, rows - start)
             missing = (1 << max(size - 1, 0).bit_length()) - size
             part = {
                 name: array if array is None else _padded(array[start : start + size], missing)

@@ -286,7 +286,7 @@ class Service:
     def _text_step(self, batch_size: int, rows: list[list[int]]) -> np.ndarray:
         """Computes a step of texts, in the model's thread."""
         return self.pipeline.encode_rows(
-            rows, list(range(len(rows))), batch_size=batch_size, normalize=False, few_shapes=True, check=False
+            rows, list(range(len(rows))), batch_size=batch_size, normalize=False, check=False
         )
 
 
