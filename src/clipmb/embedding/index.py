@@ -21,7 +21,7 @@ from clipmb.embedding.store import KINDS, Manifest, Rows
 from clipmb.evaluation import Retrieval, retrieval
 from clipmb.pipeline import CLIPPipeline, loaded
 
-_BLOCK = 1 << 13  # rows of one product
+_BLOCK = 1 << 11  # rows of one product, which stay in a processor's cache
 _QUERIES = 1 << 9  # of one product
 _PAIRS = 1 << 12  # of which cosines are computed at once
 _SPARE = 4  # times as many rows as results are asked of an approximate index, whose vectors have 8 bits a number
@@ -530,9 +530,9 @@ class Index:
             return row
 
         for first, left in _blocks(vectors, _BLOCK):
-            after = np.arange(first[0], len(vectors))
+            left, after = unit(left), np.arange(first[0], len(vectors))
             for second, right in _blocks(vectors, _BLOCK, after):
-                near = np.argwhere(unit(left) @ unit(right).T >= threshold - 1e-6)  # rounding, of equal vectors too
+                near = np.argwhere(left @ unit(right).T >= threshold - 1e-6)  # rounding, of equal vectors too
                 for a, b in near + np.array([first[0], second[0]]):
                     if a < b and (one := root(int(a))) != (two := root(int(b))):
                         parent[max(one, two)] = min(one, two)
@@ -643,9 +643,8 @@ def _nearest(
     count = len(queries)
     scores, found = np.empty((count, 0), np.float32), np.empty((count, 0), np.int64)
     for numbers, block in _blocks(vectors, _BLOCK, rows):
-        lengths = np.sqrt(np.einsum("rp,rp->r", block, block))
         near = queries @ block.T
-        near /= np.where(lengths == 0, 1, lengths)  # (queries, rows)
+        near /= _lengths(vectors, numbers, block)  # (queries, rows)
         least = scores[:, -1:] - margin if scores.shape[1] == k else np.full((count, 1), -np.inf, np.float32)
         reach = near >= least
         if len(numbers) > k and np.count_nonzero(reach) > 2 * k * count:
@@ -664,6 +663,18 @@ def _nearest(
     return scores, found
 
 
+def _lengths(vectors: np.ndarray | Rows, numbers: np.ndarray, block: np.ndarray) -> np.ndarray:
+    """Returns the lengths of rows, 1 for those of zeros; those of files are kept, since each search needs them."""
+    known = vectors.lengths[numbers] if isinstance(vectors, Rows) else None
+    if known is not None and not np.isnan(known).any():
+        return known
+    lengths = np.sqrt(np.einsum("rp,rp->r", block, block))
+    lengths[lengths == 0] = 1
+    if isinstance(vectors, Rows):
+        vectors.lengths[numbers] = lengths
+    return lengths
+
+
 def _cosines(left: np.ndarray, right: np.ndarray) -> np.ndarray:
     """Returns the cosines of pairs of rows, computed in float64, as float32."""
     left, right = left.astype(np.float64), right.astype(np.float64)
@@ -674,9 +685,9 @@ def _cosines(left: np.ndarray, right: np.ndarray) -> np.ndarray:
 def _blocks(
     vectors: np.ndarray | Rows, size: int, rows: np.ndarray | None = None
 ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """Yields the numbers of the rows of each block, and these rows in float32."""
+    """Yields the numbers of the rows of each block, and these rows in float32, until the next is asked for."""
     if isinstance(vectors, Rows):
-        yield from vectors.blocks(size, rows)
+        yield from vectors.blocks(size, rows, np.empty((size, vectors.dimension), np.float32))
         return
     for start in range(0, len(vectors if rows is None else rows), size):
         part = slice(start, start + size)

@@ -214,14 +214,16 @@ class Rows:
         stored: "float32" or "float16".
 
     Attributes:
+        dimension: As above.
         names: All columns of the shards but the embedding.
+        lengths: (rows,) float32, for who needs the lengths of embeddings more than once; NaN where not computed yet.
 
     Raises:
         CheckpointError: A shard cannot be read, or holds other embeddings.
     """
 
     def __init__(self, paths: Sequence[Path], dimension: int, stored: str) -> None:
-        self._dimension, self._stored = dimension, np.dtype(stored)
+        self.dimension, self._stored = dimension, np.dtype(stored)
         self._groups: list[_Group] = []
         self.names: list[str] = []
         pa = pyarrow()
@@ -238,16 +240,21 @@ class Rows:
                     self._groups.append(_Group(path, number, rows, place))
         self.names = [name for name in self.names if name != "embedding"]
         self._ends = np.cumsum([group.rows for group in self._groups], dtype=np.int64)
+        self.lengths = np.full(len(self), np.nan, np.float32)
 
     def __len__(self) -> int:
         return int(self._ends[-1]) if len(self._ends) else 0
 
-    def blocks(self, size: int, chosen: np.ndarray | None = None) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    def blocks(
+        self, size: int, chosen: np.ndarray | None = None, space: np.ndarray | None = None
+    ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
         """Yields the numbers (n,) of up to ``size`` rows, and these rows, (n, proj) float32.
 
         Args:
             size: Rows of a block, at most.
             chosen: (m,) numbers of rows, ascending; all when None.
+            space: (size, proj) float32, into which every block is put in its turn; new arrays when None, which
+                is slower and lets blocks be kept.
         """
         places = range(len(self._groups)) if chosen is None else np.unique(self._places(chosen)).tolist()
         for path, some in groupby(places, key=lambda place: self._groups[place].path):
@@ -265,10 +272,9 @@ class Rows:
                 values = self._values(group, content)
                 for first in range(0, len(numbers), size):
                     own = numbers[first : first + size]
-                    yield (
-                        own,
-                        np.array(values[slice(first, first + size) if chosen is None else own - start], np.float32),
-                    )
+                    block = np.empty((len(own), self.dimension), np.float32) if space is None else space[: len(own)]
+                    block[:] = values[slice(first, first + size) if chosen is None else own - start]
+                    yield own, block
 
     def _places(self, rows: np.ndarray) -> np.ndarray:
         """Returns which row group each row is in."""
@@ -276,7 +282,7 @@ class Rows:
 
     def _values(self, group: _Group, content: np.ndarray) -> np.ndarray:
         if group.place is not None:
-            end = group.place + group.rows * self._dimension * self._stored.itemsize
+            end = group.place + group.rows * self.dimension * self._stored.itemsize
             return np.asarray(content)[group.place : end].view(self._stored).reshape(group.rows, -1)
         with readable(group.path), pyarrow().parquet.ParquetFile(group.path, memory_map=True) as file:
             column = file.read_row_group(group.number, columns=["embedding"]).column("embedding").combine_chunks()
