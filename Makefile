@@ -6,6 +6,7 @@ CLIENTS ?= .venv-clients
 EXPORTS ?= .venv-exports
 RAY     ?= .venv-ray
 OLDEST ?= .venv-oldest
+PEERS  ?= .venv-peers
 TESTING := pytest==9.2.0 pytest-xdist==3.8.0 hypothesis==6.170.15
 # What other versions of Python and of the packages could change; what takes long and does not depend on them is left out.
 PART   := $(addprefix tests/unit/,test_pipeline.py common/test_config.py common/test_saving.py common/data common/text common/image \
@@ -86,17 +87,18 @@ format: $(VENV)/.installed
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
-bench: $(VENV)/.installed
-	$(BIN)/python benchmarks/run.py $(ARGS)
+bench: $(PEERS)/.installed
+	$(PEERS)/bin/python benchmarks/run.py $(ARGS)
 
 docs: $(VENV)/.installed
 	$(BIN)/python -m mkdocs build --strict --quiet
 	@echo "docs: build/site/index.html"
 
-$(VENV)/.installed: constraints.txt setup.py src/clipmb/common/image/_resize.c
-	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet "pip>=25.1"
-	$(BIN)/python -m pip install --quiet -c constraints.txt -e ".[all,dev]" --group reference
+$(PEERS)/.installed: GROUPS := --group peers
+$(VENV)/.installed $(PEERS)/.installed: constraints.txt setup.py src/clipmb/common/image/_resize.c
+	$(PYTHON) -m venv $(@D)
+	$(@D)/bin/python -m pip install --quiet "pip>=25.1"
+	$(@D)/bin/python -m pip install --quiet -c constraints.txt -e ".[all,dev]" --group reference $(GROUPS)
 	@touch $@
 
 # transformers 5 cannot share an environment with the reference, transformers 4.57.6.
@@ -134,4 +136,4 @@ build/javascript/.installed: tests/clients/javascript/package.json
 	@touch $@
 
 clean:
-	rm -rf $(VENV) $(V5) $(CLIENTS) $(EXPORTS) $(RAY) $(OLDEST) .venv-3.12 .venv-3.13 build dist src/*.egg-info src/clipmb/common/image/_resize*.so .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(V5) $(CLIENTS) $(EXPORTS) $(RAY) $(OLDEST) $(PEERS) .venv-3.12 .venv-3.13 build dist src/*.egg-info src/clipmb/common/image/_resize*.so .pytest_cache .ruff_cache .hypothesis

@@ -6,6 +6,7 @@ from the same seeded generator; the ids must be equal.
 
 from __future__ import annotations
 
+import importlib.util
 import itertools
 import random
 import statistics
@@ -154,12 +155,12 @@ def captions(count: int, seed: int) -> list[str]:
     return made
 
 
-def transformers_4(ours: clipmb.CLIPTokenizerFast) -> Callable:
-    """Builds the tokenizer of transformers 4 from the same vocab.json and merges.txt."""
+def transformers_4(ours: clipmb.CLIPTokenizerFast, name: str) -> Callable:
+    """Builds a tokenizer of transformers 4 from the same vocab.json and merges.txt."""
     import transformers
 
     with tempfile.TemporaryDirectory() as folder:
-        return transformers.CLIPTokenizerFast(*ours.save_vocabulary(folder))
+        return getattr(transformers, name)(*ours.save_vocabulary(folder))
 
 
 def main() -> None:
@@ -167,7 +168,7 @@ def main() -> None:
     start = time.perf_counter()
     ours = clipmb.CLIPTokenizerFast()
     row("construction", clipmb=f"{1000 * (time.perf_counter() - start):.1f} ms")
-    theirs = transformers_4(ours)
+    theirs = transformers_4(ours, "CLIPTokenizerFast")
 
     batches = [captions(COUNT, seed) for seed in range(ROUNDS + 1)]
     for batch in batches[:2]:
@@ -196,6 +197,20 @@ def main() -> None:
     compare(
         "padded to 77, numpy", unseen(lambda texts: ours(texts, **fixed)), unseen(lambda texts: theirs(texts, **fixed)),
         count=COUNT, unit="captions", rounds=ROUNDS,
+    )  # fmt: skip
+    if importlib.util.find_spec("instant_clip_tokenizer"):
+        from instant_clip_tokenizer import Tokenizer
+
+        instant = Tokenizer()
+        compare(
+            "padded to 77, numpy", unseen(lambda texts: ours(texts, **fixed)),
+            unseen(lambda texts: instant.tokenize_batch(texts, context_length=77)), count=COUNT, unit="captions",
+            rounds=ROUNDS, peer="instant-clip-tokenizer",
+        )  # fmt: skip
+    plain, slow, some = clipmb.CLIPTokenizer(), transformers_4(ours, "CLIPTokenizer"), batches[2][: COUNT // 10]
+    compare(
+        "CLIPTokenizer, lists", lambda: plain(some), lambda: slow(some), count=len(some), unit="captions", rounds=3,
+        peer="transformers, slow",
     )  # fmt: skip
 
     def cold() -> None:

@@ -24,7 +24,7 @@ from cases import (
     text_inputs,
     write_checkpoint,
 )
-from conftest import BACKENDS
+from conftest import BACKENDS, ENGINES
 from runners import (
     fields_of,
     flags_of,
@@ -37,7 +37,9 @@ from runners import (
     typed,
 )
 
+from clipmb.backends import engine as engine_class
 from clipmb.common.checkpoint import write_safetensors
+from clipmb.common.config import CLIPConfig
 from clipmb.common.hub import Source
 from clipmb.common.parameters import KINDS, specs
 from clipmb.common.pretrained import read_weights
@@ -204,6 +206,25 @@ def test_numbers_of_parameters(folders, backend, head):
     with loaded(backend, head, folders[head, "plain"], "float32") as model:
         assert model.num_parameters() == model.num_parameters(only_trainable=True) == total
         assert model.num_parameters(exclude_embeddings=True) == total - embeddings
+
+
+@pytest.mark.parametrize("backend", ENGINES)
+@pytest.mark.parametrize("case", CONFIGS)
+@pytest.mark.parametrize("layers", [0, 1, 2])
+def test_features_without_the_rest_of_the_last_block(tmp_path, backend, case, layers):
+    """Engines compute nothing in the last block but what is pooled, and find what the whole model finds."""
+    fields = CONFIGS[case].to_dict()
+    for tower in ("text_config", "vision_config"):
+        fields[tower]["num_hidden_layers"] = layers
+    config = CLIPConfig.from_dict(fields)
+    texts, pixels = text_inputs(config, batch=5), image_inputs(config)["pixel_values"]
+    ids, mask = texts["input_ids"], texts["attention_mask"]
+    engine = engine_class(backend).load(write_checkpoint(tmp_path, config))
+    for given in (mask, None):
+        whole = engine.stages(ids, given, pixels)
+        assert relative(engine.text_features(ids, given), whole["text.projected"]) <= 2e-6
+    assert relative(engine.image_features(pixels), whole["vision.projected"]) <= 2e-6
+    engine.free()
 
 
 @pytest.mark.parametrize("backend", OTHERS)

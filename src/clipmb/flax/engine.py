@@ -44,8 +44,8 @@ class Engine:
     def __init__(self, model: FlaxCLIPModel, *, compile: bool = True) -> None:
         self.model = model
         self.config: CLIPConfig = model.config
-        self._image: Callable[..., Any] = model.get_image_features
-        self._text: Callable[..., Any] = model.get_text_features
+        self._image: Callable[..., Any] = self._image_features
+        self._text: Callable[..., Any] = self._text_features
         self._on_cpu = all(device.platform == "cpu" for device in jax.tree.leaves(model.params)[0].devices())
         if compile:
             self._image = jax.jit(self._image)
@@ -190,6 +190,14 @@ class Engine:
             with self._wide():
                 parts.append(self._numpy(tower(**part, params=self.model.params))[:size])
         return np.concatenate(parts)
+
+    def _image_features(self, pixel_values: jax.Array, params: Any) -> jax.Array:
+        pixels = jnp.asarray(pixel_values).transpose(0, 2, 3, 1)
+        return self.model.module.apply({"params": params}, pixels, method="pooled_images")
+
+    def _text_features(self, input_ids: jax.Array, attention_mask: jax.Array | None, params: Any) -> jax.Array:
+        ids, mask = jnp.asarray(input_ids), attention_mask if attention_mask is None else jnp.asarray(attention_mask)
+        return self.model.module.apply({"params": params}, ids, mask, method="pooled_text")
 
     def _wide(self) -> contextlib.AbstractContextManager:
         """Lets a model of float64 compute in float64, whatever ``jax_enable_x64`` says outside."""

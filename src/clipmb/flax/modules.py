@@ -23,6 +23,7 @@ For NNX, ``nnx.bridge.ToNNX(FlaxCLIPTextModule(config), rngs=nnx.Rngs(0)).lazy_i
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -62,6 +63,8 @@ from clipmb.flax.layers import (
 from clipmb.flax.losses import classification_loss, contrastive_loss, normalize
 from clipmb.flax.tensors import register_output
 
+Pick = Callable[[Array], Array]  # takes one row of each item of a batch: (batch, seq, …) to (batch, 1, …)
+
 for _type in ModelOutput.types:
     register_output(_type)
 
@@ -83,26 +86,36 @@ class FlaxCLIPAttention(Module):
         self.out_proj = linear(self, "out_proj", width)
 
     def __call__(
-        self, hidden_states: Array, bias: Array | None, fused: bool, deterministic: bool
+        self,
+        hidden_states: Array,
+        bias: Array | None,
+        fused: bool,
+        deterministic: bool,
+        asking: Array | None = None,
     ) -> tuple[Array, Array | None]:
-        """Returns the context (batch, seq, width) and, unless fused, the weights (batch, heads, seq, seq)."""
+        """Returns the context (batch, seq, width) and, unless fused, the weights (batch, heads, seq, seq).
+
+        Of ``asking``, (batch, rows, width), where only its rows of both are wanted.
+        """
+        asking = hidden_states if asking is None else asking
         batch, seq, width = hidden_states.shape
+        rows = asking.shape[1]
         split = (batch, seq, self.num_heads, self.head_dim)
-        query = self.q_proj(hidden_states).reshape(split)  # (batch, seq, heads, head_dim)
-        key = self.k_proj(hidden_states).reshape(split)
+        query = self.q_proj(asking).reshape(batch, rows, *split[2:])  # (batch, rows, heads, head_dim)
+        key = self.k_proj(hidden_states).reshape(split)  # (batch, seq, heads, head_dim)
         value = self.v_proj(hidden_states).reshape(split)
         if fused:
             weights = None
             context = fused_attention(query, key, value, bias, scale=self.scale)
         else:
-            scores = attention_scores(query, key) * self.scale  # (batch, heads, seq, seq)
+            scores = attention_scores(query, key) * self.scale  # (batch, heads, rows, seq)
             if bias is not None:
                 scores = scores + bias
             statistics = statistics_dtype(scores.dtype)
             weights = jax.nn.softmax(scores.astype(statistics), axis=-1).astype(query.dtype)
             weights = self.dropout(weights, deterministic)
-            context = attention_context(weights, value)  # (batch, seq, heads, head_dim)
-        context = context.reshape(batch, seq, width)
+            context = attention_context(weights, value)  # (batch, rows, heads, head_dim)
+        context = context.reshape(batch, rows, width)
         return self.out_proj(context), weights
 
 
@@ -134,10 +147,20 @@ class FlaxCLIPEncoderLayer(Module):
         self.layer_norm2 = LayerNorm(self.config.layer_norm_eps, self.dtype)
 
     def __call__(
-        self, hidden_states: Array, bias: Array | None, fused: bool, deterministic: bool
+        self,
+        hidden_states: Array,
+        bias: Array | None,
+        fused: bool,
+        deterministic: bool,
+        pick: Pick | None = None,
     ) -> tuple[Array, Array | None]:
-        """(batch, seq, width) to the same, and the attention weights unless fused."""
-        context, weights = self.self_attn(self.layer_norm1(hidden_states), bias, fused, deterministic)
+        """(batch, seq, width) to the same, or to the rows that are picked, and the attention weights unless fused."""
+        normed = asking = self.layer_norm1(hidden_states)
+        if pick is not None:
+            batch, seq, _ = normed.shape
+            hidden_states, asking = pick(hidden_states), pick(normed)
+            bias = None if bias is None else pick(jnp.broadcast_to(bias[:, 0], (batch, seq, seq)))[:, None]
+        context, weights = self.self_attn(normed, bias, fused, deterministic, asking)
         hidden_states = hidden_states + context
         hidden_states = hidden_states + self.mlp(self.layer_norm2(hidden_states))
         return hidden_states, weights
@@ -154,7 +177,7 @@ class FlaxCLIPLayerCollection(Module):
     gradient_checkpointing: int = False
 
     def setup(self) -> None:
-        every, recomputed = self.gradient_checkpointing, nn.remat(FlaxCLIPEncoderLayer, static_argnums=(3, 4))
+        every, recomputed = self.gradient_checkpointing, nn.remat(FlaxCLIPEncoderLayer, static_argnums=(3, 4, 5))
         kinds = [
             recomputed if every and i % every == 0 else FlaxCLIPEncoderLayer
             for i in range(self.config.num_hidden_layers)
@@ -162,12 +185,18 @@ class FlaxCLIPLayerCollection(Module):
         self.blocks = [kind(self.config, self.dtype, name=str(i)) for i, kind in enumerate(kinds)]
 
     def __call__(
-        self, hidden_states: Array, bias: Array | None, fused: bool, deterministic: bool
+        self,
+        hidden_states: Array,
+        bias: Array | None,
+        fused: bool,
+        deterministic: bool,
+        pick: Pick | None = None,
     ) -> tuple[list[Array], list[Array | None]]:
         """Returns the input and the output of each block, and the attention weights of each."""
         states, attentions = [hidden_states], []
-        for layer in self.blocks:
-            hidden_states, weights = layer(hidden_states, bias, fused, deterministic)
+        for i, layer in enumerate(self.blocks):
+            own = pick if i == len(self.blocks) - 1 else None
+            hidden_states, weights = layer(hidden_states, bias, fused, deterministic, own)
             states.append(hidden_states)
             attentions.append(weights)
         return states, attentions
@@ -190,8 +219,9 @@ class FlaxCLIPEncoder(Module):
         deterministic: bool = True,
         output_attentions: bool | None = None,
         output_hidden_states: bool | None = None,
+        pick: Pick | None = None,
     ) -> BaseModelOutput[Array]:
-        """Runs the blocks over (batch, seq, width)."""
+        """Runs the blocks over (batch, seq, width); the last one over what ``pick`` takes, where it is given."""
         output_attentions = default(output_attentions, self.config.output_attentions)
         output_hidden_states = default(output_hidden_states, self.config.output_hidden_states)
         fused = self.config.attn_implementation != "eager"
@@ -202,7 +232,9 @@ class FlaxCLIPEncoder(Module):
         dropout = not deterministic and self.config.attention_dropout > 0
         fused = fused and not dropout and hidden_states.dtype != jnp.float64
         bias = attention_bias(attention_mask, hidden_states) if causal else None
-        states, attentions = self.layers(hidden_states, bias, fused, deterministic)
+        states, attentions = self.layers(hidden_states, bias, fused, deterministic, pick)
+        if pick is not None and not attentions:
+            states = [pick(hidden_states)]
         return BaseModelOutput(
             last_hidden_state=states[-1],
             hidden_states=tuple(states) if output_hidden_states else None,
@@ -301,17 +333,23 @@ class FlaxCLIPTextTransformer(Module):
         last_hidden_state = self.final_layer_norm(encoded.last_hidden_state)
         return BaseModelOutputWithPooling(
             last_hidden_state=last_hidden_state,
-            pooler_output=pool(last_hidden_state, input_ids, self.config.eos_token_id),
+            pooler_output=end_tokens(input_ids, self.config.eos_token_id)(last_hidden_state)[:, 0],
             hidden_states=encoded.hidden_states,
             attentions=encoded.attentions,
         )
 
+    def pooled(self, input_ids: Array, attention_mask: Array | None = None) -> Array:
+        """Returns the pooled state (batch, width) of (batch, seq) alone: the last block computes no other row."""
+        pick = end_tokens(input_ids, self.config.eos_token_id)
+        encoded = self.encoder(self.embeddings(input_ids), attention_mask, True, True, False, False, pick)
+        return self.final_layer_norm(encoded.last_hidden_state)[:, 0]
 
-def pool(last_hidden_state: Array, input_ids: Array, eos_token_id: int) -> Array:
-    """Takes the state at the end token of each row, (batch, width): see `clipmb.pt.modeling.pool`."""
+
+def end_tokens(input_ids: Array, eos_token_id: int) -> Pick:
+    """Returns what takes the state at the end token of each row: see `clipmb.pt.modeling.end_tokens`."""
     chosen = input_ids if eos_token_id == 2 else input_ids == eos_token_id
     positions = jnp.argmax(chosen, axis=-1)  # (batch,)
-    return last_hidden_state[jnp.arange(positions.shape[0]), positions]
+    return lambda x: x[jnp.arange(positions.shape[0]), positions][:, None]
 
 
 class FlaxCLIPVisionTransformer(Module):
@@ -344,6 +382,17 @@ class FlaxCLIPVisionTransformer(Module):
             hidden_states=encoded.hidden_states,
             attentions=encoded.attentions,
         )
+
+    def pooled(self, pixel_values: Array) -> Array:
+        """Returns the pooled state (batch, width) of images alone: the last block computes no other row."""
+        hidden_states = self.pre_layrnorm(self.embeddings(pixel_values))
+        encoded = self.encoder(hidden_states, None, False, True, False, False, _first)
+        return self.post_layernorm(encoded.last_hidden_state[:, 0])
+
+
+def _first(x: Array) -> Array:
+    """Takes the class token: (batch, seq, width) to (batch, 1, width)."""
+    return x[:, :1]
 
 
 def check_channels_last(pixels: Array | None, config: CLIPVisionConfig, interpolate: bool) -> Array:
@@ -415,6 +464,14 @@ class FlaxCLIPModule(Module):
             pixel_values, deterministic, output_attentions, output_hidden_states, interpolate_pos_encoding
         )
         return self.visual_projection(output.pooler_output)
+
+    def pooled_text(self, input_ids: Array, attention_mask: Array | None = None) -> Array:
+        """Returns what `get_text_features` does, by way of the pooled state alone."""
+        return self.text_projection(self.text_model.pooled(input_ids, attention_mask))
+
+    def pooled_images(self, pixel_values: Array) -> Array:
+        """Returns what `get_image_features` does, by way of the pooled state alone."""
+        return self.visual_projection(self.vision_model.pooled(pixel_values))
 
     def __call__(
         self,

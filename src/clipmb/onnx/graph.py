@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Collection, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,7 @@ OPSET, IR_VERSION = 20, 9
 LARGEST = 1_900_000_000  # bytes of constants in one file; protobuf ends at 2 GiB
 TOWERS = ("image", "text", "both")
 _MOST_INT8 = 127
+Pick = Callable[[str], str]  # takes one row of each item of a batch: (batch, seq, …) to (batch, 1, …)
 
 
 class Graph:
@@ -297,27 +299,30 @@ ACTIVATIONS: dict[str, Callable[[Graph, str], str]] = {
 
 
 def attention(
-    graph: Graph, hidden_states: str, stem: str, config: CLIPTextConfig | CLIPVisionConfig, bias: str | None
+    graph: Graph,
+    hidden_states: str,
+    stem: str,
+    config: CLIPTextConfig | CLIPVisionConfig,
+    bias: str | None,
+    asking: str | None = None,
 ) -> str:
-    """Multi-head self-attention: (batch, seq, width) to the same."""
+    """Multi-head self-attention: (batch, seq, width) to the same, or to the rows (batch, rows, width) that ask."""
     split = graph.integers(0, 0, config.num_attention_heads, config.head_dim)
 
-    def heads(name: str, axes: Sequence[int]) -> str:
-        return graph.op(
-            "Transpose", graph.op("Reshape", linear(graph, hidden_states, f"{stem}.{name}"), split), perm=axes
-        )
+    def heads(x: str, name: str, axes: Sequence[int]) -> str:
+        return graph.op("Transpose", graph.op("Reshape", linear(graph, x, f"{stem}.{name}"), split), perm=axes)
 
-    query = heads("q_proj", [0, 2, 1, 3])  # (batch, heads, seq, head_dim)
-    key = heads("k_proj", [0, 2, 3, 1])  # (batch, heads, head_dim, seq)
-    value = heads("v_proj", [0, 2, 1, 3])
+    query = heads(asking or hidden_states, "q_proj", [0, 2, 1, 3])  # (batch, heads, rows, head_dim)
+    key = heads(hidden_states, "k_proj", [0, 2, 3, 1])  # (batch, heads, head_dim, seq)
+    value = heads(hidden_states, "v_proj", [0, 2, 1, 3])
     query = graph.op("Mul", query, graph.constant(config.head_dim**-0.5))
-    scores = graph.op("MatMul", query, key)  # (batch, heads, seq, seq)
+    scores = graph.op("MatMul", query, key)  # (batch, heads, rows, seq)
     if bias is not None:
         scores = graph.op("Add", scores, bias)
     narrow = graph.dtype == np.float16  # statistics in float32
     weights = graph.op("Softmax", graph.cast(scores, np.float32) if narrow else scores, axis=-1)
     context = graph.op("MatMul", graph.cast(weights, np.float16) if narrow else weights, value)
-    context = graph.op("Transpose", context, perm=[0, 2, 1, 3])  # (batch, seq, heads, head_dim)
+    context = graph.op("Transpose", context, perm=[0, 2, 1, 3])  # (batch, rows, heads, head_dim)
     context = graph.op("Reshape", context, graph.integers(0, 0, config.hidden_size))
     return linear(graph, context, f"{stem}.out_proj")
 
@@ -329,22 +334,43 @@ def mlp(graph: Graph, hidden_states: str, stem: str, config: Any) -> str:
 
 
 def encoder_layer(
-    graph: Graph, hidden_states: str, stem: str, config: CLIPTextConfig | CLIPVisionConfig, bias: str | None
+    graph: Graph,
+    hidden_states: str,
+    stem: str,
+    config: CLIPTextConfig | CLIPVisionConfig,
+    bias: str | None,
+    pick: Pick | None = None,
 ) -> str:
-    """One block: attention and perceptron, each behind a layer norm and beside a residual."""
-    normed = layer_norm(graph, hidden_states, f"{stem}.layer_norm1", config)
-    hidden_states = graph.op("Add", hidden_states, attention(graph, normed, f"{stem}.self_attn", config, bias))
+    """One block: attention and perceptron, each behind a layer norm and beside a residual; of picked rows only."""
+    normed = asking = layer_norm(graph, hidden_states, f"{stem}.layer_norm1", config)
+    if pick is not None:
+        hidden_states, asking = pick(hidden_states), pick(normed)
+        bias = bias and graph.op("Unsqueeze", pick(graph.op("Squeeze", bias, graph.integers(1))), graph.integers(1))
+    context = attention(graph, normed, f"{stem}.self_attn", config, bias, asking)
+    hidden_states = graph.op("Add", hidden_states, context)
     normed = layer_norm(graph, hidden_states, f"{stem}.layer_norm2", config)
     return graph.op("Add", hidden_states, mlp(graph, normed, f"{stem}.mlp", config))
 
 
 def encoder(
-    graph: Graph, hidden_states: str, stem: str, config: CLIPTextConfig | CLIPVisionConfig, bias: str | None = None
+    graph: Graph,
+    hidden_states: str,
+    stem: str,
+    config: CLIPTextConfig | CLIPVisionConfig,
+    bias: str | None = None,
+    pick: Pick | None = None,
 ) -> list[str]:
-    """Runs the blocks of a tower over (batch, seq, width); returns what enters the first and what each makes of it."""
-    states = [hidden_states]
+    """Runs the blocks of a tower over (batch, seq, width); returns what enters the first and what each makes of it.
+
+    The last block computes only the rows that ``pick`` takes, (batch, 1, width), where it is given: a pooled state
+    depends on no other, and a 14th of ViT-B/32 is saved.
+    """
+    states, last = [hidden_states], config.num_hidden_layers - 1
     for i in range(config.num_hidden_layers):
-        states.append(encoder_layer(graph, states[-1], f"{stem}.layers.{i}", config, bias))
+        own = pick if i == last else None
+        states.append(encoder_layer(graph, states[-1], f"{stem}.layers.{i}", config, bias, own))
+    if pick is not None and last < 0:
+        states.append(pick(states.pop()))
     return states
 
 
@@ -394,34 +420,50 @@ def vision_embeddings(graph: Graph, pixel_values: str, stem: str, config: CLIPVi
 
 
 def text_transformer(
-    graph: Graph, input_ids: str, attention_mask: str, config: CLIPTextConfig
+    graph: Graph, input_ids: str, attention_mask: str, config: CLIPTextConfig, whole: bool
 ) -> tuple[list[str], str, str]:
-    """The text tower over (batch, seq): the hidden states, the last of them normalised, and the pooled one."""
+    """The text tower over (batch, seq): the hidden states, the last of them normalised, and the pooled one.
+
+    Unless the ``whole`` is asked for, the last block computes nothing but the pooled state.
+    """
     stem = "text_model"
+    pick = end_tokens(graph, input_ids, config.eos_token_id)
     hidden_states = text_embeddings(graph, input_ids, f"{stem}.embeddings")
-    states = encoder(graph, hidden_states, f"{stem}.encoder", config, attention_bias(graph, attention_mask))
+    bias = attention_bias(graph, attention_mask)
+    states = encoder(graph, hidden_states, f"{stem}.encoder", config, bias, None if whole else pick)
     last_hidden_state = layer_norm(graph, states[-1], f"{stem}.final_layer_norm", config)
-    return states, last_hidden_state, pool(graph, last_hidden_state, input_ids, config.eos_token_id)
+    pooled = graph.op("Squeeze", pick(last_hidden_state) if whole else last_hidden_state, graph.integers(1))
+    return states, last_hidden_state, pooled
 
 
-def pool(graph: Graph, last_hidden_state: str, input_ids: str, eos_token_id: int) -> str:
-    """Takes the state at the end token of each row: (batch, seq, width) to (batch, width).
+def end_tokens(graph: Graph, input_ids: str, eos_token_id: int) -> Pick:
+    """Returns what takes the row at the end token of each text: (batch, seq, …) to (batch, 1, …).
 
-    Which token that is stands in `clipmb.pt.modeling.pool`.
+    Which token that is stands in `clipmb.pt.modeling.end_tokens`.
     """
     chosen = input_ids if eos_token_id == 2 else graph.op("Equal", input_ids, graph.constant(eos_token_id, np.int64))
     positions = graph.op("ArgMax", graph.cast(chosen, np.int32), axis=1, keepdims=1)  # (batch, 1)
-    return graph.op("GatherND", last_hidden_state, positions, batch_dims=1)
+    return lambda x: graph.op("Unsqueeze", graph.op("GatherND", x, positions, batch_dims=1), graph.integers(1))
 
 
-def vision_transformer(graph: Graph, pixel_values: str, config: CLIPVisionConfig) -> tuple[list[str], str, str]:
-    """The vision tower over (batch, channels, height, width): the hidden states, the last of them, the pooled one."""
+def vision_transformer(
+    graph: Graph, pixel_values: str, config: CLIPVisionConfig, whole: bool
+) -> tuple[list[str], str, str]:
+    """The vision tower over (batch, channels, height, width): the hidden states, the last of them, the pooled one.
+
+    ``whole`` is that of `text_transformer`.
+    """
     stem = "vision_model"
     hidden_states = vision_embeddings(graph, pixel_values, f"{stem}.embeddings", config)
     hidden_states = layer_norm(graph, hidden_states, f"{stem}.pre_layrnorm", config)
-    states = encoder(graph, hidden_states, f"{stem}.encoder", config)
-    first = graph.op("Gather", states[-1], graph.constant(0, np.int64), axis=1)
+    states = encoder(graph, hidden_states, f"{stem}.encoder", config, None, None if whole else partial(_first, graph))
+    first = graph.op("Squeeze", _first(graph, states[-1]) if whole else states[-1], graph.integers(1))
     return states, states[-1], layer_norm(graph, first, f"{stem}.post_layernorm", config)
+
+
+def _first(graph: Graph, x: str) -> str:
+    """Takes the class token: (batch, seq, width) to (batch, 1, width)."""
+    return graph.op("Slice", x, graph.integers(0), graph.integers(1), graph.integers(1))
 
 
 # ---- heads -----------------------------------------------------------------------------------------------------------
@@ -490,7 +532,7 @@ def clip(
             attention_mask = graph.input("attention_mask", ids, shape)
         if ids != "int64":
             input_ids, attention_mask = (graph.cast(value, np.int64) for value in (input_ids, attention_mask))
-        parts = text_transformer(graph, input_ids, attention_mask, config.text_config)
+        parts = text_transformer(graph, input_ids, attention_mask, config.text_config, hidden_states)
         embeds["text"] = _projected(graph, "text", "text_projection", parts, config, batch, hidden_states)
     if tower != "text":
         batch = "image_batch" if both else "batch"
@@ -501,7 +543,7 @@ def clip(
             pixel_values = preprocess(graph, graph.input("images", np.uint8, [batch, "height", "width", channels]))
         if wide != graph.dtype:
             pixel_values = graph.cast(pixel_values, graph.dtype)
-        parts = vision_transformer(graph, pixel_values, config.vision_config)
+        parts = vision_transformer(graph, pixel_values, config.vision_config, hidden_states)
         embeds["image"] = _projected(graph, "vision", "visual_projection", parts, config, batch, hidden_states)
     if both or normalized:
         embeds = {name: normalize(graph, value) for name, value in embeds.items()}

@@ -31,8 +31,8 @@ class Engine:
     def __init__(self, model: CLIPModel, *, compile: bool = False) -> None:
         self.model = model.eval()
         self.config: CLIPConfig = model.config
-        self._image: Callable[..., Any] = model.get_image_features
-        self._text: Callable[..., Any] = model.get_text_features
+        self._image: Callable[..., Any] = self._image_features
+        self._text: Callable[..., Any] = self._text_features
         if compile:
             self._image = torch.compile(self._image, options={"freezing": True})
             self._text = torch.compile(self._text, options={"freezing": True})
@@ -94,7 +94,7 @@ class Engine:
             ValueError: The shape does not fit the model.
         """
         checks.check_pixels(pixel_values, self.config.vision_config, interpolate=False)
-        return self._numpy(self._image(pixel_values=self._tensor(pixel_values)))
+        return self._numpy(self._image(self._tensor(pixel_values)))
 
     @torch.inference_mode()
     def text_features(self, input_ids: np.ndarray, attention_mask: np.ndarray | None = None) -> np.ndarray:
@@ -113,7 +113,7 @@ class Engine:
         checks.check_text(input_ids, attention_mask, None, self.config.text_config)
         checks.check_ids(input_ids, self.config.text_config.vocab_size, "input_ids")
         mask = None if attention_mask is None else self._tensor(attention_mask)
-        return self._numpy(self._text(input_ids=self._tensor(input_ids), attention_mask=mask))
+        return self._numpy(self._text(self._tensor(input_ids), mask))
 
     @torch.inference_mode()
     def stages(
@@ -145,6 +145,12 @@ class Engine:
         del self.model, self._image, self._text
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
+
+    def _image_features(self, pixel_values: torch.Tensor) -> torch.Tensor:
+        return self.model.visual_projection(self.model.vision_model.pooled(pixel_values))
+
+    def _text_features(self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None) -> torch.Tensor:
+        return self.model.text_projection(self.model.text_model.pooled(input_ids, attention_mask))
 
     def _tensor(self, array: np.ndarray) -> torch.Tensor:
         return from_numpy(np.ascontiguousarray(array)).to(self.model.device)

@@ -6,6 +6,7 @@ of the checkpoints. Source of every behaviour not explained here: the PyTorch mo
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, ClassVar, Generic
 
 import torch
@@ -35,6 +36,8 @@ from clipmb.pt.tensors import register_output
 from clipmb.pt.torch_model import TorchModel
 from clipmb.pt.vocabulary import VocabularyMixin
 
+Pick = Callable[[Tensor], Tensor]  # takes one row of each item of a batch: (batch, seq, …) to (batch, 1, …)
+
 for _type in ModelOutput.types:
     register_output(_type)
 
@@ -55,13 +58,18 @@ class CLIPAttention(nn.Module):
         self.out_proj = nn.Linear(width, width)
 
     def forward(
-        self, hidden_states: Tensor, bias: Tensor | None, fused: bool, causal: bool
+        self, hidden_states: Tensor, bias: Tensor | None, fused: bool, causal: bool, asking: Tensor | None = None
     ) -> tuple[Tensor, Tensor | None]:
-        """Returns the context (batch, seq, width) and, unless fused, the weights (batch, heads, seq, seq)."""
+        """Returns the context (batch, seq, width) and, unless fused, the weights (batch, heads, seq, seq).
+
+        Of ``asking``, (batch, rows, width), where only its rows of both are wanted.
+        """
+        asking = hidden_states if asking is None else asking
         batch, seq, width = hidden_states.shape
+        rows = asking.shape[1]
         split = (batch, seq, self.num_heads, self.head_dim)
-        query = self.q_proj(hidden_states).view(split).transpose(1, 2)  # (batch, heads, seq, head_dim)
-        key = self.k_proj(hidden_states).view(split).transpose(1, 2)
+        query = self.q_proj(asking).view(batch, rows, *split[2:]).transpose(1, 2)  # (batch, heads, rows, head_dim)
+        key = self.k_proj(hidden_states).view(split).transpose(1, 2)  # (batch, heads, seq, head_dim)
         value = self.v_proj(hidden_states).view(split).transpose(1, 2)
         dropout = self.dropout if self.training else 0.0
         if fused:
@@ -70,14 +78,14 @@ class CLIPAttention(nn.Module):
                 query, key, value, bias, dropout, is_causal=causal and bias is None, scale=self.scale
             )
         else:
-            scores = query @ key.transpose(-1, -2) * self.scale  # (batch, heads, seq, seq)
+            scores = query @ key.transpose(-1, -2) * self.scale  # (batch, heads, rows, seq)
             if bias is not None:
                 scores = scores + bias
             statistics = statistics_dtype(scores.dtype)
             weights = torch.softmax(scores, dim=-1, dtype=statistics).to(query.dtype)
             weights = F.dropout(weights, dropout)
-            context = weights @ value  # (batch, heads, seq, head_dim)
-        context = context.transpose(1, 2).reshape(batch, seq, width)
+            context = weights @ value  # (batch, heads, rows, head_dim)
+        context = context.transpose(1, 2).reshape(batch, rows, width)
         return self.out_proj(context), weights
 
 
@@ -106,10 +114,14 @@ class CLIPEncoderLayer(nn.Module):
         self.layer_norm2 = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
 
     def forward(
-        self, hidden_states: Tensor, bias: Tensor | None, fused: bool, causal: bool
+        self, hidden_states: Tensor, bias: Tensor | None, fused: bool, causal: bool, pick: Pick | None = None
     ) -> tuple[Tensor, Tensor | None]:
-        """(batch, seq, width) to the same, and the attention weights unless fused."""
-        context, weights = self.self_attn(self.layer_norm1(hidden_states), bias, fused, causal)
+        """(batch, seq, width) to the same, or to the rows that are picked, and the attention weights unless fused."""
+        normed = asking = self.layer_norm1(hidden_states)
+        if pick is not None:
+            hidden_states, asking = pick(hidden_states), pick(normed)
+            bias = None if bias is None else pick(bias[:, 0].expand(len(normed), -1, -1))[:, None]
+        context, weights = self.self_attn(normed, bias, fused, causal, asking)
         hidden_states = hidden_states + context
         hidden_states = hidden_states + self.mlp(self.layer_norm2(hidden_states))
         return hidden_states, weights
@@ -132,8 +144,9 @@ class CLIPEncoder(nn.Module):
         causal: bool = False,
         output_attentions: bool | None = None,
         output_hidden_states: bool | None = None,
+        pick: Pick | None = None,
     ) -> BaseModelOutput[Tensor]:
-        """Runs the blocks over (batch, seq, width)."""
+        """Runs the blocks over (batch, seq, width); the last one over what ``pick`` takes, where it is given."""
         output_attentions = default(output_attentions, self.config.output_attentions)
         output_hidden_states = default(output_hidden_states, self.config.output_hidden_states)
         fused = self.config.attn_implementation != "eager"
@@ -142,17 +155,21 @@ class CLIPEncoder(nn.Module):
             if not torch.compiler.is_compiling():
                 warn_once(checks.ATTENTIONS_NEED_EAGER)
         bias = None
-        if causal and (attention_mask is not None or not fused):
+        if causal and (attention_mask is not None or pick is not None or not fused):
             bias = attention_bias(attention_mask, hidden_states)
         states, attentions = [hidden_states], []
         for i, layer in enumerate(self.layers):
             if self.training and self.checkpointing and i % self.checkpointing == 0:
                 options = self.checkpointing_options
                 hidden_states, weights = checkpoint(layer, hidden_states, bias, fused, causal, **options)
+            elif pick is not None and i == len(self.layers) - 1:
+                hidden_states, weights = layer(hidden_states, bias, fused, causal, pick)
             else:
                 hidden_states, weights = layer(hidden_states, bias, fused, causal)
             states.append(hidden_states)
             attentions.append(weights)
+        if pick is not None and not len(self.layers):
+            hidden_states = pick(hidden_states)
         return BaseModelOutput(
             last_hidden_state=hidden_states,
             hidden_states=tuple(states) if output_hidden_states else None,
@@ -252,21 +269,27 @@ class CLIPTextTransformer(nn.Module):
         last_hidden_state = self.final_layer_norm(encoded.last_hidden_state)
         return BaseModelOutputWithPooling(
             last_hidden_state=last_hidden_state,
-            pooler_output=pool(last_hidden_state, input_ids, self.config.eos_token_id),
+            pooler_output=end_tokens(input_ids, self.config.eos_token_id)(last_hidden_state)[:, 0],
             hidden_states=encoded.hidden_states,
             attentions=encoded.attentions,
         )
 
+    def pooled(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
+        """Returns the pooled state (batch, width) of (batch, seq) alone: the last block computes no other row."""
+        pick = end_tokens(input_ids, self.config.eos_token_id)
+        encoded = self.encoder(self.embeddings(input_ids), attention_mask, True, False, False, pick)
+        return self.final_layer_norm(encoded.last_hidden_state)[:, 0]
 
-def pool(last_hidden_state: Tensor, input_ids: Tensor, eos_token_id: int) -> Tensor:
-    """Takes the state at the end token of each row: (batch, seq, width) to (batch, width).
+
+def end_tokens(input_ids: Tensor, eos_token_id: int) -> Pick:
+    """Returns what takes the state at the end token of each row: (batch, seq, …) to (batch, 1, …).
 
     The end token is the first ``eos_token_id``, or the first token where there is none. The configs of the OpenAI
     checkpoints say 2, which is not their end token: there it is the largest id of the row.
     """
     chosen = input_ids if eos_token_id == 2 else input_ids == eos_token_id
     positions = chosen.to(torch.int).argmax(dim=-1)  # (batch,)
-    return last_hidden_state[torch.arange(positions.shape[0], device=last_hidden_state.device), positions]
+    return lambda x: x[torch.arange(positions.shape[0], device=x.device), positions][:, None]
 
 
 class CLIPVisionTransformer(nn.Module):
@@ -297,6 +320,12 @@ class CLIPVisionTransformer(nn.Module):
             hidden_states=encoded.hidden_states,
             attentions=encoded.attentions,
         )
+
+    def pooled(self, pixel_values: Tensor) -> Tensor:
+        """Returns the pooled state (batch, width) of images alone: the last block computes no other row."""
+        hidden_states = self.pre_layrnorm(self.embeddings(pixel_values))
+        encoded = self.encoder(hidden_states, None, False, False, False, lambda x: x[:, :1])
+        return self.post_layernorm(encoded.last_hidden_state[:, 0])
 
 
 class CLIPPreTrainedModel(VocabularyMixin, TorchModel):

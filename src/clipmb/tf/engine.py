@@ -33,15 +33,15 @@ class Engine:
         self.model = model
         self.config: CLIPConfig = model.config
         self._device: str | None = None
-        self._image: Callable[..., Any] = model.get_image_features
-        self._text: Callable[..., Any] = model.get_text_features
+        self._image: Callable[..., Any] = self._image_features
+        self._text: Callable[..., Any] = self._text_features
         if compile:
             config = self.config.vision_config
             ids = tf.TensorSpec((None, None), tf.int64)
             shape = (None, config.num_channels, config.image_size, config.image_size)
             pixels = tf.TensorSpec(shape, model.compute_dtype)
-            self._image = tf.function(model.get_image_features, input_signature=[pixels], autograph=False)
-            self._text = tf.function(model.get_text_features, input_signature=[ids, ids], autograph=False)
+            self._image = tf.function(self._image, input_signature=[pixels], autograph=False)
+            self._text = tf.function(self._text, input_signature=[ids, ids], autograph=False)
 
     @classmethod
     def load(
@@ -151,6 +151,12 @@ class Engine:
         """Releases the model and its memory; the engine cannot be used afterwards."""
         del self.model, self._image, self._text
         gc.collect()  # Keras layers and traced functions refer to each other
+
+    def _image_features(self, pixel_values: tf.Tensor) -> tf.Tensor:
+        return self.model.visual_projection(self.model.vision_model.pooled(pixel_values))
+
+    def _text_features(self, input_ids: tf.Tensor, attention_mask: tf.Tensor) -> tf.Tensor:
+        return self.model.text_projection(self.model.text_model.pooled(input_ids, attention_mask))
 
     def _pixels(self, pixel_values: np.ndarray) -> tf.Tensor:
         return tf.cast(pixel_values, self.model.compute_dtype)

@@ -14,6 +14,7 @@ inputs, and ``compile(jit_compile=False)``, since Keras' default for ``fit`` is 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, Generic
 
 import keras
@@ -60,6 +61,8 @@ from clipmb.tf.tensors import (
 )
 from clipmb.tf.vocabulary import VocabularyMixin
 
+Pick = Callable[[Tensor], Tensor]  # takes one row of each item of a batch: (batch, seq, …) to (batch, 1, …)
+
 for _type in ModelOutput.types:
     register_output(_type)
 
@@ -79,19 +82,28 @@ class TFCLIPAttention(Module):
         self.out_proj = Linear(width, width)
 
     def call(
-        self, hidden_states: Tensor, bias: Tensor | None, fused: bool, seed: Tensor | None
+        self,
+        hidden_states: Tensor,
+        bias: Tensor | None,
+        fused: bool,
+        seed: Tensor | None,
+        asking: Tensor | None = None,
     ) -> tuple[Tensor, Tensor | None]:
         """Returns the context (batch, seq, width) and, unless fused, the weights (batch, heads, seq, seq).
 
+        Of ``asking``, (batch, rows, width), where only its rows of both are wanted.
         TensorFlow has no fused kernel: here it is the form that keeps the scores in at least float32, and no weights.
         ``seed`` is that of dropout, or None for none; fused attention takes none.
         """
+        asking = hidden_states if asking is None else asking
         batch, seq, width = sizes(hidden_states)
+        rows = sizes(asking)[1]
         split = (batch, seq, self.num_heads, self.head_dim)
-        query = tf.transpose(tf.reshape(self.q_proj(hidden_states), split), (0, 2, 1, 3))
+        query = tf.reshape(self.q_proj(asking), (batch, rows, *split[2:]))
+        query = tf.transpose(query, (0, 2, 1, 3))  # (batch, heads, rows, head_dim)
         key = tf.transpose(tf.reshape(self.k_proj(hidden_states), split), (0, 2, 1, 3))  # (batch, heads, seq, head_dim)
         value = tf.transpose(tf.reshape(self.v_proj(hidden_states), split), (0, 2, 1, 3))
-        scores = tf.matmul(query, key, transpose_b=True)  # (batch, heads, seq, seq); faster than einsum
+        scores = tf.matmul(query, key, transpose_b=True)  # (batch, heads, rows, seq); faster than einsum
         statistics = statistics_dtype(scores.dtype)
         if fused:
             scores = tf.cast(scores, statistics)
@@ -102,8 +114,8 @@ class TFCLIPAttention(Module):
         weights = tf.cast(tf.nn.softmax(tf.cast(scores, statistics), axis=-1), query.dtype)
         if seed is not None:
             weights = tf.nn.experimental.stateless_dropout(weights, self.dropout, seed=seed)
-        context = tf.matmul(weights, value)  # (batch, heads, seq, head_dim)
-        context = tf.reshape(tf.transpose(context, (0, 2, 1, 3)), (batch, seq, width))
+        context = tf.matmul(weights, value)  # (batch, heads, rows, head_dim)
+        context = tf.reshape(tf.transpose(context, (0, 2, 1, 3)), (batch, rows, width))
         return self.out_proj(context), None if fused else weights
 
 
@@ -132,10 +144,14 @@ class TFCLIPEncoderLayer(Module):
         self.layer_norm2 = LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
 
     def call(
-        self, hidden_states: Tensor, bias: Tensor | None, fused: bool, seed: Tensor | None
+        self, hidden_states: Tensor, bias: Tensor | None, fused: bool, seed: Tensor | None, pick: Pick | None = None
     ) -> tuple[Tensor, Tensor | None]:
-        """(batch, seq, width) to the same, and the attention weights unless fused."""
-        context, weights = self.self_attn(self.layer_norm1(hidden_states), bias, fused, seed)
+        """(batch, seq, width) to the same, or to the rows that are picked, and the attention weights unless fused."""
+        normed = asking = self.layer_norm1(hidden_states)
+        if pick is not None:
+            hidden_states, asking = pick(hidden_states), pick(normed)
+            bias = None if bias is None else pick(_for_each(bias, normed))[:, None]
+        context, weights = self.self_attn(normed, bias, fused, seed, asking)
         hidden_states = hidden_states + context
         hidden_states = hidden_states + self.mlp(self.layer_norm2(hidden_states))
         return hidden_states, weights
@@ -159,8 +175,9 @@ class TFCLIPEncoder(Module):
         output_attentions: bool | None = None,
         output_hidden_states: bool | None = None,
         training: bool = False,
+        pick: Pick | None = None,
     ) -> BaseModelOutput[Tensor]:
-        """Runs the blocks over (batch, seq, width)."""
+        """Runs the blocks over (batch, seq, width); the last one over what ``pick`` takes, where it is given."""
         output_attentions = default(output_attentions, self.config.output_attentions)
         output_hidden_states = default(output_hidden_states, self.config.output_hidden_states)
         fused = self.config.attn_implementation != "eager"
@@ -175,10 +192,14 @@ class TFCLIPEncoder(Module):
             seed = next_seed(self.seed_generator) if dropout else None  # drawn here: recomputing has to drop the same
             if training and self.checkpointing and i % self.checkpointing == 0:
                 hidden_states, weights = recomputed(layer, hidden_states, bias, fused, seed)
+            elif pick is not None and i == len(self.layers) - 1:
+                hidden_states, weights = layer(hidden_states, bias, fused, seed, pick)
             else:
                 hidden_states, weights = layer(hidden_states, bias, fused, seed)
             states.append(hidden_states)
             attentions.append(weights)
+        if pick is not None and not self.layers:
+            hidden_states = pick(hidden_states)
         return BaseModelOutput(
             last_hidden_state=hidden_states,
             hidden_states=tuple(states) if output_hidden_states else None,
@@ -197,6 +218,12 @@ def attention_bias(attention_mask: Tensor | None, hidden_states: Tensor) -> Tens
         visible = (tf.cast(attention_mask, tf.float32) == 1)[:, None][:, None]  # LiteRT adds one axis at a time
         bias = bias + tf.where(visible, zero, lowest)  # (batch, 1, seq, seq)
     return bias
+
+
+def _for_each(bias: Tensor, hidden_states: Tensor) -> Tensor:
+    """Returns the bias of every row of a batch: (batch or 1, 1, seq, seq) to (batch, seq, seq)."""
+    batch, seq, _ = sizes(hidden_states)
+    return tf.broadcast_to(bias[:, 0], (batch, seq, seq))
 
 
 class TFCLIPTextEmbeddings(Module):
@@ -276,20 +303,26 @@ class TFCLIPTextTransformer(Module):
         last_hidden_state = self.final_layer_norm(encoded.last_hidden_state)
         return BaseModelOutputWithPooling(
             last_hidden_state=last_hidden_state,
-            pooler_output=pool(last_hidden_state, input_ids, self.config.eos_token_id),
+            pooler_output=end_tokens(input_ids, self.config.eos_token_id)(last_hidden_state)[:, 0],
             hidden_states=encoded.hidden_states,
             attentions=encoded.attentions,
         )
 
+    def pooled(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
+        """Returns the pooled state (batch, width) of (batch, seq) alone: the last block computes no other row."""
+        pick = end_tokens(input_ids, self.config.eos_token_id)
+        encoded = self.encoder(self.embeddings(input_ids), attention_mask, True, False, False, pick=pick)
+        return self.final_layer_norm(encoded.last_hidden_state)[:, 0]
 
-def pool(last_hidden_state: Tensor, input_ids: Tensor, eos_token_id: int) -> Tensor:
-    """Takes the state at the end token of each row, (batch, width): see `clipmb.pt.modeling.pool`."""
+
+def end_tokens(input_ids: Tensor, eos_token_id: int) -> Pick:
+    """Returns what takes the state at the end token of each row: see `clipmb.pt.modeling.end_tokens`."""
     chosen = input_ids if eos_token_id == 2 else tf.cast(input_ids == eos_token_id, tf.int32)
     # Not tf.argmax, which does not promise the first of equals.
     highest = chosen == tf.reduce_max(chosen, axis=-1, keepdims=True)
     seq = sizes(input_ids)[1]
     positions = tf.reduce_min(tf.where(highest, tf.range(seq), seq), axis=-1)  # (batch,)
-    return tf.gather(last_hidden_state, positions, axis=1, batch_dims=1)
+    return lambda x: tf.gather(x, positions[:, None], axis=1, batch_dims=1)
 
 
 class TFCLIPVisionTransformer(Module):
@@ -322,6 +355,12 @@ class TFCLIPVisionTransformer(Module):
             hidden_states=encoded.hidden_states,
             attentions=encoded.attentions,
         )
+
+    def pooled(self, pixel_values: Tensor) -> Tensor:
+        """Returns the pooled state (batch, width) of images alone: the last block computes no other row."""
+        hidden_states = self.pre_layrnorm(self.embeddings(pixel_values))
+        encoded = self.encoder(hidden_states, None, False, False, False, pick=lambda x: x[:, :1])
+        return self.post_layernorm(encoded.last_hidden_state[:, 0])
 
 
 class TFCLIPPreTrainedModel(ExportMixin, VocabularyMixin, KerasModel):
