@@ -1,7 +1,12 @@
-"""Throughput of the towers beside transformers 4.57.6: same weights, same threads, one process for each framework."""
+"""Throughput of the towers beside transformers 4.57.6: same weights, same threads, one process for each framework.
+
+open_clip takes part in PyTorch's where it is installed.
+"""
 
 from __future__ import annotations
 
+import importlib.util
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -36,6 +41,29 @@ def pt(folder: Path) -> tuple[dict[str, Callable[..., Any]], dict[str, Callable[
     ours = CLIPModel.from_pretrained(folder)
     theirs = transformers.CLIPModel.from_pretrained(folder).eval()
     return adapter(ours), adapter(theirs)
+
+
+def open_clip(folder: Path) -> dict[str, Callable[..., Any]]:
+    """The towers of open_clip with the same weights; its text tower has no mask."""
+    import torch
+    from open_clip import create_model
+
+    from clipmb import convert
+
+    with tempfile.TemporaryDirectory() as name:
+        convert(folder, Path(name, "out"), to="open_clip")
+        file = Path(name, "out", "open_clip_model.safetensors")
+        model = create_model("ViT-B-32-quickgelu", pretrained=str(file)).eval()
+
+    def image(pixel_values: np.ndarray) -> Any:
+        with torch.inference_mode():
+            return model.encode_image(torch.from_numpy(pixel_values))
+
+    def text(input_ids: np.ndarray, attention_mask: np.ndarray) -> Any:
+        with torch.inference_mode():
+            return model.encode_text(torch.from_numpy(input_ids))
+
+    return {"image": image, "text": text}
 
 
 def tf(folder: Path) -> tuple[dict[str, Callable[..., Any]], dict[str, Callable[..., Any]]]:
@@ -104,6 +132,7 @@ def cases(batch: int) -> dict[str, tuple[dict[str, np.ndarray], str]]:
 
 def measure(backend: str, folder: Path, batches: list[int], rounds: int) -> None:
     ours, theirs = globals()[backend](folder)
+    other = open_clip(folder) if backend == "pt" and importlib.util.find_spec("open_clip") else {}
     for batch in batches:
         for tower, (inputs, unit) in cases(batch).items():
             compare(
@@ -115,6 +144,16 @@ def measure(backend: str, folder: Path, batches: list[int], rounds: int) -> None
                 rounds=rounds,
                 goal=1.0,
             )
+            if tower in other:
+                found, expected = ours[tower](**inputs).numpy(), other[tower](**inputs).numpy()
+                if not np.allclose(found, expected, atol=1e-4):
+                    raise SystemExit("open_clip finds other embeddings, so that the times mean nothing.")
+                compare(
+                    f"{backend}: {tower}, batch {batch}",
+                    lambda tower=tower, inputs=inputs: ours[tower](**inputs),
+                    lambda tower=tower, inputs=inputs: other[tower](**inputs),
+                    count=batch, unit=unit, rounds=rounds, peer="open_clip",
+                )  # fmt: skip
     modes(backend, folder, rounds)
 
 
