@@ -89,12 +89,14 @@ class Engine(Protocol):
         """Encodes images.
 
         Args:
-            pixel_values: (batch, channels, height, width) of the configured size, preprocessed, floating.
+            pixel_values: (batch, channels, height, width) of the configured size, preprocessed; real numbers of any
+                dtype, byte order and layout in memory.
 
         Returns:
             (batch, proj), not normalised.
 
         Raises:
+            TypeError: The values are not real numbers.
             ValueError: The shape does not fit the model.
         """
         ...
@@ -103,13 +105,14 @@ class Engine(Protocol):
         """Encodes texts.
 
         Args:
-            input_ids: (batch, seq) integers.
+            input_ids: (batch, seq) integers, likewise.
             attention_mask: (batch, seq), 1 for tokens and 0 for padding; all are tokens when None.
 
         Returns:
             (batch, proj), not normalised.
 
         Raises:
+            TypeError: The ids are not integers, or the mask is not of real numbers.
             ValueError: An id is outside the vocabulary, or a shape does not fit the model.
         """
         ...

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import ml_dtypes
 import numpy as np
 import pytest
-from cases import CONFIGS, write_checkpoint
+from cases import CONFIGS, text_inputs, write_checkpoint
 from conftest import BACKENDS, ENGINES
 from runners import loaded, numpy, tensors
 
@@ -145,6 +146,96 @@ def test_engines_check_shapes(folders, backend, compile, monkeypatch):
         array = np.asarray(array)
         with pytest.raises(ValueError, match=words):
             engine.image_features(array) if array.dtype == PIXELS.dtype else engine.text_features(array, mask)
+
+
+GIVEN = {"pixels": np.random.default_rng(0).integers(0, 9, (2, 3, 20, 20)).astype(np.float32)}
+GIVEN |= dict(zip(("ids", "mask"), text_inputs(PLAIN, 3).values(), strict=True))
+INTEGERS = [*"bBhHiIlL", ">i2", ">u4", ">i8", ">u8", "<i8"]
+NUMBERS = [*INTEGERS, *"efdg", ">f2", ">f4", ">f8", ml_dtypes.bfloat16, ml_dtypes.float8_e4m3fn]
+LAYOUTS = (
+    lambda array: array[..., ::-1].copy()[..., ::-1],
+    lambda array: np.repeat(array, 2, -1)[..., ::2],
+    lambda array: np.broadcast_to(array, array.shape),  # which cannot be written to
+    np.asfortranarray,
+    np.ma.array,
+    np.ndarray.tolist,
+)
+
+
+def image(engine, **new):
+    return engine.image_features(new.get("pixels", GIVEN["pixels"]))
+
+
+def text(engine, **new):
+    return engine.text_features(*({**GIVEN, **new}[field] for field in ("ids", "mask")))
+
+
+def logits(engine, **new):
+    return engine.stages(*({**GIVEN, **new}[field] for field in ("ids", "mask", "pixels")))["logits"]
+
+
+METHODS = {"pixels": image, "ids": text, "mask": text}
+
+
+@pytest.fixture
+def engine(folders, request, monkeypatch):
+    backend, compile = request.param
+    if backend == "pt":
+        import torch
+
+        monkeypatch.setattr(torch, "compile", lambda function, **options: function)  # it sees tensors only
+    return backends.engine(backend).load(folders["CLIPModel"], compile=compile)
+
+
+COMPILED = pytest.mark.parametrize(
+    "engine", [(name, c) for name in ENGINES for c in (False, True)], indirect=True, ids=str
+)
+
+
+@COMPILED
+def test_engines_take_numbers_of_every_dtype_and_layout(engine):
+    expected = {method: method(engine) for method in (image, text, logits)}
+    for field, method in METHODS.items():
+        for dtype in INTEGERS if field == "ids" else [*NUMBERS, "?"] if field == "mask" else NUMBERS:
+            found = method(engine, **{field: GIVEN[field].astype(dtype)})
+            np.testing.assert_array_equal(found, expected[method], err_msg=f"{field} {dtype}")
+    swapped = {field: array.astype(array.dtype.newbyteorder()) for field, array in GIVEN.items()}
+    for new in (swapped, *({field: change(array) for field, array in GIVEN.items()} for change in LAYOUTS)):
+        for method, wanted in expected.items():
+            np.testing.assert_array_equal(method(engine, **new), wanted)
+
+
+@pytest.mark.parametrize("backend", ENGINES)
+def test_engines_of_float64_keep_the_bits_of_their_pixels(folders, backend):
+    engine = backends.engine(backend).load(folders["CLIPModel"], dtype="float64")
+    pixels = GIVEN["pixels"].astype(np.float64) / 3
+    expected = engine.image_features(pixels)
+    assert expected.dtype == np.float64
+    for same in (">f8", np.longdouble):
+        np.testing.assert_array_equal(engine.image_features(pixels.astype(same)), expected)
+    assert np.abs(engine.image_features(pixels.astype(np.float32)) - expected).max() > 0
+
+
+@COMPILED
+def test_engines_refuse_what_are_no_numbers(engine):
+    rules = {
+        "pixels": "pixel_values must be real numbers. Received: {}. Pass float32.",
+        "ids": "input_ids must be integers. Received: {}. Pass int32 or int64.",
+        "mask": "attention_mask must be real numbers. Received: {}. Pass int64.",
+    }
+    for field, words in rules.items():
+        for method in (METHODS[field], logits):
+            for dtype in ("complex64", "complex128", "object", "str256", "timedelta64[s]"):
+                array = GIVEN[field].astype("U8" if dtype == "str256" else dtype)
+                with pytest.raises(TypeError) as error:
+                    method(engine, **{field: array})
+                assert str(error.value) == words.format(dtype)
+            with pytest.raises(
+                ValueError, match=r"must have a value everywhere. Received: an array with masked values"
+            ):
+                method(engine, **{field: np.ma.masked_equal(GIVEN[field], GIVEN[field].max())})
+    with pytest.raises(ValueError, match=r"input_ids must lie in \[0, 99\). Received: values from 9223372036854775\d"):
+        text(engine, ids=GIVEN["ids"].astype(np.uint64) + np.uint64(2**63))
 
 
 def test_shapes_that_are_not_known_before_the_call():

@@ -110,6 +110,46 @@ def check_pixels(pixels: Array | None, config: CLIPVisionConfig, interpolate: bo
     return pixels
 
 
+def engine_pixels(pixel_values: Any, config: CLIPVisionConfig, wide: bool) -> np.ndarray:
+    """Checks the images that an engine is given, and returns them as every engine takes them.
+
+    Args:
+        pixel_values: (batch, channels, height, width), real numbers of any dtype, byte order and layout in memory.
+        config: The vision tower's config.
+        wide: Whether the model computes in float64.
+
+    Returns:
+        The same numbers, contiguous, in float32, or in float64 where the model computes in it.
+
+    Raises:
+        TypeError: They are not real numbers.
+        ValueError: The shape does not fit, or some have no value.
+    """
+    pixels = check_pixels(_array(pixel_values, "pixel_values"), config, interpolate=False)
+    return _numbers(pixels, "pixel_values", np.float64 if wide else np.float32)
+
+
+def engine_texts(input_ids: Any, attention_mask: Any, config: CLIPTextConfig) -> tuple[np.ndarray, np.ndarray | None]:
+    """Checks the texts that an engine is given, and returns them as every engine takes them.
+
+    Args:
+        input_ids: (batch, seq), integers of any dtype, byte order and layout in memory.
+        attention_mask: (batch, seq), real numbers likewise; or None.
+        config: The text tower's config.
+
+    Returns:
+        Ids and mask in int64, contiguous; None for no mask.
+
+    Raises:
+        TypeError: Ids are not integers, or the mask is not of real numbers.
+        ValueError: A shape does not fit, an id is outside the vocabulary, or some have no value.
+    """
+    ids, mask = _array(input_ids, "input_ids"), _array(attention_mask, "attention_mask")
+    check_text(ids, mask, None, config)
+    check_ids(ids, config.vocab_size, "input_ids")
+    return _numbers(ids, "input_ids", np.int64), mask if mask is None else _numbers(mask, "attention_mask", np.int64)
+
+
 _FIXES = {
     "input_ids": "Use the tokenizer of this model",
     "position_ids": "Pass smaller positions",
@@ -224,6 +264,21 @@ ATTENTIONS_NEED_EAGER = (
     "output_attentions=True needs attn_implementation='eager', because fused attention never forms the weights; "
     "this call computes attention eagerly. Load with attn_implementation='eager' to do so always."
 )
+
+
+def _array(values: Any, field: str) -> Any:
+    if np.ma.is_masked(values):
+        rule = f"{field} must have a value everywhere"
+        raise bad_input(rule, "an array with masked values", "Pass its filled(...)", shown=True)
+    return values if values is None else np.asarray(values)
+
+
+def _numbers(array: np.ndarray, field: str, dtype: type[np.generic]) -> np.ndarray:
+    if not np.can_cast(array.dtype, np.float64, "same_kind"):  # those of ml_dtypes are no np.number
+        fix = f"Pass {np.dtype(dtype).name}"
+        raise bad_input(f"{field} must be real numbers", _dtype(array), fix, TypeError, shown=True)
+    with np.errstate(over="ignore"):  # the pipeline reports infinity
+        return np.ascontiguousarray(array, dtype)
 
 
 def _dtype(array: Any) -> str:

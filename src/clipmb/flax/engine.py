@@ -112,12 +112,12 @@ class Engine:
             (batch, proj), not normalised; float32, or float64 for such a model.
 
         Raises:
+            TypeError: The values are not real numbers.
             ValueError: The shape does not fit the model.
         """
         vision = self.config.vision_config
-        checks.check_pixels(pixel_values, vision, interpolate=False)
         numbers = (vision.num_patches + 1) * vision.hidden_size
-        return self._in_parts(self._image, numbers, pixel_values=pixel_values)
+        return self._in_parts(self._image, numbers, pixel_values=self._pixels(pixel_values))
 
     def text_features(self, input_ids: np.ndarray, attention_mask: np.ndarray | None = None) -> np.ndarray:
         """Encodes texts.
@@ -130,10 +130,10 @@ class Engine:
             (batch, proj), not normalised; float32, or float64 for such a model.
 
         Raises:
+            TypeError: The ids are not integers, or the mask is not of real numbers.
             ValueError: An id is outside the vocabulary, or a shape does not fit the model.
         """
-        checks.check_text(input_ids, attention_mask, None, self.config.text_config)
-        checks.check_ids(input_ids, self.config.text_config.vocab_size, "input_ids")
+        input_ids, attention_mask = self._texts(input_ids, attention_mask)
         limit = self.config.text_config.max_position_embeddings
         length = input_ids.shape[1]
         missing = min(next((size for size in LENGTHS if size >= length), limit), limit) - length
@@ -159,8 +159,8 @@ class Engine:
             Stage to array, named and ordered as by `clipmb.common.outputs.stages`.
         """
         with self._wide(), _exact():
-            ids, pixels = jnp.asarray(input_ids), jnp.asarray(pixel_values)
-            mask = None if attention_mask is None else jnp.asarray(attention_mask)
+            ids, mask = jax.tree.map(jnp.asarray, self._texts(input_ids, attention_mask))
+            pixels = jnp.asarray(self._pixels(pixel_values))
             output: Any = self.model(ids, pixels, mask, output_hidden_states=True, return_dict=True)
             features = self.model.get_text_features(ids, mask), self.model.get_image_features(pixels)
             return {name: self._numpy(value) for name, value in stages(output, *features).items()}
@@ -172,6 +172,12 @@ class Engine:
     def free(self) -> None:
         """Releases the model and its memory; the engine cannot be used afterwards."""
         del self.model, self._image, self._text
+
+    def _pixels(self, pixel_values: np.ndarray) -> np.ndarray:
+        return checks.engine_pixels(pixel_values, self.config.vision_config, self.model.dtype == jnp.float64)
+
+    def _texts(self, input_ids: np.ndarray, attention_mask: np.ndarray | None) -> tuple[np.ndarray, np.ndarray | None]:
+        return checks.engine_texts(input_ids, attention_mask, self.config.text_config)
 
     def _in_parts(self, tower: Callable[..., Any], numbers: int, **inputs: np.ndarray | None) -> np.ndarray:
         """Computes rows, with that many numbers in the hidden state of each, in batches of few different sizes."""

@@ -209,8 +209,8 @@ class Engine:
             (batch, proj), not normalised; float32, or float64 for such a model.
 
         Raises:
-            ValueError: The shape does not fit the model.
             TypeError: The values are not real numbers.
+            ValueError: The shape does not fit the model.
         """
         return self.model.run("image", self._pixels(pixel_values))["image_embeds"]
 
@@ -225,6 +225,7 @@ class Engine:
             (batch, proj), not normalised; float32, or float64 for such a model.
 
         Raises:
+            TypeError: The ids are not integers, or the mask is not of real numbers.
             ValueError: An id is outside the vocabulary, or a shape does not fit the model.
         """
         return self.model.run("text", self._texts(input_ids, attention_mask))["text_embeds"]
@@ -256,16 +257,9 @@ class Engine:
         del self.model
 
     def _pixels(self, pixel_values: np.ndarray) -> dict[str, np.ndarray]:
-        checks.check_pixels(pixel_values, self.config.vision_config, interpolate=False)
-        wide = np.float64 if self.model.dtype == "float64" else np.float32
-        if not np.can_cast(pixel_values.dtype, wide, "same_kind"):
-            raise bad_input(
-                "pixel_values must be real numbers", pixel_values.dtype, "Pass float32", TypeError, shown=True
-            )
-        return {"pixel_values": np.ascontiguousarray(pixel_values, wide)}
+        wide = self.model.dtype == "float64"
+        return {"pixel_values": checks.engine_pixels(pixel_values, self.config.vision_config, wide)}
 
     def _texts(self, input_ids: np.ndarray, attention_mask: np.ndarray | None) -> dict[str, np.ndarray]:
-        checks.check_text(input_ids, attention_mask, None, self.config.text_config)
-        checks.check_ids(input_ids, self.config.text_config.vocab_size, "input_ids")
-        mask = np.ones(input_ids.shape, np.int64) if attention_mask is None else attention_mask.astype(np.int64)
-        return {"input_ids": input_ids.astype(np.int64), "attention_mask": mask}
+        ids, mask = checks.engine_texts(input_ids, attention_mask, self.config.text_config)
+        return {"input_ids": ids, "attention_mask": np.ones_like(ids) if mask is None else mask}

@@ -91,10 +91,10 @@ class Engine:
             (batch, proj), not normalised; float32, or float64 for such a model.
 
         Raises:
+            TypeError: The values are not real numbers.
             ValueError: The shape does not fit the model.
         """
-        checks.check_pixels(pixel_values, self.config.vision_config, interpolate=False)
-        return self._numpy(self._image(self._tensor(pixel_values)))
+        return self._numpy(self._image(self._pixels(pixel_values)))
 
     @torch.inference_mode()
     def text_features(self, input_ids: np.ndarray, attention_mask: np.ndarray | None = None) -> np.ndarray:
@@ -108,12 +108,10 @@ class Engine:
             (batch, proj), not normalised; float32, or float64 for such a model.
 
         Raises:
+            TypeError: The ids are not integers, or the mask is not of real numbers.
             ValueError: An id is outside the vocabulary, or a shape does not fit the model.
         """
-        checks.check_text(input_ids, attention_mask, None, self.config.text_config)
-        checks.check_ids(input_ids, self.config.text_config.vocab_size, "input_ids")
-        mask = None if attention_mask is None else self._tensor(attention_mask)
-        return self._numpy(self._text(self._tensor(input_ids), mask))
+        return self._numpy(self._text(*self._texts(input_ids, attention_mask)))
 
     @torch.inference_mode()
     def stages(
@@ -129,8 +127,7 @@ class Engine:
         Returns:
             Stage to array, named and ordered as by `clipmb.common.outputs.stages`.
         """
-        ids, pixels = self._tensor(input_ids), self._tensor(pixel_values)
-        mask = None if attention_mask is None else self._tensor(attention_mask)
+        (ids, mask), pixels = self._texts(input_ids, attention_mask), self._pixels(pixel_values)
         with _exact():
             output = self.model(ids, pixels, mask, output_hidden_states=True, return_dict=True)
             features = self.model.get_text_features(ids, mask), self.model.get_image_features(pixels)
@@ -152,8 +149,18 @@ class Engine:
     def _text_features(self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None) -> torch.Tensor:
         return self.model.text_projection(self.model.text_model.pooled(input_ids, attention_mask))
 
+    def _pixels(self, pixel_values: np.ndarray) -> torch.Tensor:
+        wide = self.model.dtype == torch.float64
+        return self._tensor(checks.engine_pixels(pixel_values, self.config.vision_config, wide))
+
+    def _texts(
+        self, input_ids: np.ndarray, attention_mask: np.ndarray | None
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        ids, mask = checks.engine_texts(input_ids, attention_mask, self.config.text_config)
+        return self._tensor(ids), mask if mask is None else self._tensor(mask)
+
     def _tensor(self, array: np.ndarray) -> torch.Tensor:
-        return from_numpy(np.ascontiguousarray(array)).to(self.model.device)
+        return from_numpy(array).to(self.model.device)
 
     @staticmethod
     def _numpy(tensor: torch.Tensor) -> np.ndarray:

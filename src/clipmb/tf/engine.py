@@ -100,9 +100,9 @@ class Engine:
             (batch, proj), not normalised; float32, or float64 for such a model.
 
         Raises:
+            TypeError: The values are not real numbers.
             ValueError: The shape does not fit the model.
         """
-        checks.check_pixels(pixel_values, self.config.vision_config, interpolate=False)
         with _placed(self._device):
             return self._numpy(self._image(self._pixels(pixel_values)))
 
@@ -117,12 +117,11 @@ class Engine:
             (batch, proj), not normalised; float32, or float64 for such a model.
 
         Raises:
+            TypeError: The ids are not integers, or the mask is not of real numbers.
             ValueError: An id is outside the vocabulary, or a shape does not fit the model.
         """
-        checks.check_text(input_ids, attention_mask, None, self.config.text_config)
-        checks.check_ids(input_ids, self.config.text_config.vocab_size, "input_ids")
         with _placed(self._device):
-            return self._numpy(self._text(*self._ids(input_ids, attention_mask)))
+            return self._numpy(self._text(*self._texts(input_ids, attention_mask)))
 
     def stages(
         self, input_ids: np.ndarray, attention_mask: np.ndarray | None, pixel_values: np.ndarray
@@ -138,7 +137,7 @@ class Engine:
             Stage to array, named and ordered as by `clipmb.common.outputs.stages`.
         """
         with _placed(self._device), _exact():
-            (ids, mask), pixels = self._ids(input_ids, attention_mask), self._pixels(pixel_values)
+            (ids, mask), pixels = self._texts(input_ids, attention_mask), self._pixels(pixel_values)
             output = self.model(ids, pixels, mask, output_hidden_states=True, return_dict=True)
             features = self.model.get_text_features(ids, mask), self.model.get_image_features(pixels)
             return {name: self._numpy(value) for name, value in stages(output, *features).items()}
@@ -159,12 +158,12 @@ class Engine:
         return self.model.text_projection(self.model.text_model.pooled(input_ids, attention_mask))
 
     def _pixels(self, pixel_values: np.ndarray) -> tf.Tensor:
-        return tf.cast(pixel_values, self.model.compute_dtype)
+        dtype = self.model.compute_dtype
+        return tf.cast(checks.engine_pixels(pixel_values, self.config.vision_config, dtype == "float64"), dtype)
 
-    @staticmethod
-    def _ids(input_ids: np.ndarray, attention_mask: np.ndarray | None) -> tuple[tf.Tensor, tf.Tensor]:
-        ids = tf.cast(input_ids, tf.int64)
-        return ids, tf.ones_like(ids) if attention_mask is None else tf.cast(attention_mask, tf.int64)
+    def _texts(self, input_ids: np.ndarray, attention_mask: np.ndarray | None) -> tuple[tf.Tensor, tf.Tensor]:
+        ids, mask = checks.engine_texts(input_ids, attention_mask, self.config.text_config)
+        return tf.constant(ids), tf.ones_like(ids) if mask is None else tf.constant(mask)
 
     @staticmethod
     def _numpy(tensor: tf.Tensor) -> np.ndarray:
