@@ -85,7 +85,8 @@ def row(what: str, table: str = "", **cells: str) -> None:
         cells: The other columns.
     """
     shown = "   ".join(f"{name} {value}" for name, value in cells.items() if value)
-    print(f"{what:<44} {shown}", flush=True)
+    label = f"{what} ({table})" if table else what
+    print(f"{label:<44} {shown}", flush=True)
     if path := os.environ.get(ROWS):
         with open(path, "a", encoding="utf-8") as file:
             file.write(json.dumps({"table": table, "what": what.strip(), **cells}) + "\n")

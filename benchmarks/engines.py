@@ -1,14 +1,17 @@
-"""Every engine and mode beside transformers' PyTorch model, in one run: items/s, ratio, and cosine to float32.
+"""Every engine and mode beside transformers' PyTorch model: items/s of both, ratio, and cosine to float32.
 
-The ceiling is what the matrix products alone would take at the rate of the largest of them, measured in PyTorch.
+Each engine has a process of its own, with the peer: the waiting threads of other runtimes would disturb calls of a few
+milliseconds. The ceiling is what the matrix products alone would take at the rate of the largest of them, in PyTorch.
 """
 
 from __future__ import annotations
 
 import argparse
 import statistics
+import subprocess
+import sys
 import time
-from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -18,16 +21,17 @@ from _checkpoint import vit_b_32
 from _compare import medians, row
 
 from clipmb import CLIPConfig, backends
-from clipmb.backends import Engine
 
 MODES = {
-    "pt": [{}, {"compile": True}, {"dtype": "bfloat16"}],
-    "tf": [{}],
-    "flax": [{}],
-    "onnx": [{}, {"dtype": "int8"}],
+    "pt": {"backend": "pt"},
+    "pt compiled": {"backend": "pt", "compile": True},
+    "pt bfloat16": {"backend": "pt", "dtype": "bfloat16"},
+    "tf": {"backend": "tf"},
+    "flax": {"backend": "flax"},
+    "onnx": {"backend": "onnx"},
+    "onnx int8": {"backend": "onnx", "dtype": "int8"},
 }
 LENGTH = 16
-PEER = "transformers, PyTorch"
 
 
 def main() -> None:
@@ -35,40 +39,47 @@ def main() -> None:
     parser.add_argument("--batches", type=int, nargs="*", default=[1, 8, 32])
     parser.add_argument("--folder", type=Path, default=Path("build/vit-b-32"))
     parser.add_argument("--rounds", type=int, default=9)
-    parser.add_argument("--backends", nargs="*", default=backends.installed(), choices=list(MODES))
+    parser.add_argument("--engine", choices=list(MODES), help="one of them, in this process")
     arguments = parser.parse_args()
     folder = vit_b_32(arguments.folder)
     config = CLIPConfig.from_pretrained(folder)
+    cases = [(tower, batch) for tower in ("image", "text") for batch in arguments.batches]
+    if arguments.engine is not None:
+        measure(arguments.engine, folder, config, cases, arguments.rounds)
+        return
+    for name, mode in MODES.items():
+        if mode["backend"] in backends.installed():
+            subprocess.run([sys.executable, sys.argv[0], *sys.argv[1:], "--engine", name], check=True)
+    for tower, batch in cases:
+        rate = f"{batch / ceiling(config, tower, batch):,.1f}"
+        row("matrix products alone, float32", title(tower, batch), **{"items/s": rate}, ceiling="100 %")
+
+
+def title(tower: str, batch: int) -> str:
+    return f"{tower}, batch {batch}"
+
+
+def measure(name: str, folder: Path, config: CLIPConfig, cases: list[tuple[str, int]], rounds: int) -> None:
+    """Compares an engine with the peer on each tower and size of batch."""
     peer = transformers.CLIPModel.from_pretrained(folder).eval()
-    engines = {
-        " ".join([name, *map(str, options.values())]).replace("True", "compiled"): backends.engine(name).load(
-            folder, **options
-        )
-        for name in arguments.backends
-        for options in MODES[name]
-    }
-    for tower in ("image", "text"):
-        for batch in arguments.batches:
-            measure(engines, peer, config, tower, batch, arguments.rounds)
-
-
-def measure(
-    engines: dict[str, Engine], peer: transformers.CLIPModel, config: CLIPConfig, tower: str, batch: int, rounds: int
-) -> None:
-    """Compares all on one tower and one size of batch."""
-    numbers = np.random.default_rng(0)
+    options = dict(MODES[name])
+    engine = backends.engine(options.pop("backend")).load(folder, **options)
     side = config.vision_config.image_size
-    pixels = numbers.normal(size=(batch, 3, side, side)).astype(np.float32)
-    ids = numbers.integers(1, 40_000, (batch, LENGTH))
-    ids[:, -1] = config.text_config.eos_token_id
-    runs: dict[str, Callable[[], np.ndarray]] = {PEER: lambda: theirs(peer, tower, pixels, ids)}
-    for name, engine in engines.items():
-        runs[name] = (
-            (lambda engine=engine: engine.image_features(pixels))
-            if tower == "image"
-            else (lambda engine=engine: engine.text_features(ids))
-        )
-    report(f"{tower}, batch {batch}", batch, runs, rounds, ceiling(config, tower, batch))
+    for tower, batch in cases:
+        numbers = np.random.default_rng(0)
+        pixels = numbers.normal(size=(batch, 3, side, side)).astype(np.float32)
+        ids = numbers.integers(1, 40_000, (batch, LENGTH))
+        ids[:, -1] = config.text_config.eos_token_id
+        ours = partial(engine.image_features, pixels) if tower == "image" else partial(engine.text_features, ids)
+        other = partial(theirs, peer, tower, pixels, ids)
+        near, least = cosine(ours(), other()), ceiling(config, tower, batch)
+        taken = medians({"ours": ours, "theirs": other}, rounds)
+        row(
+            name, title(tower, batch),
+            **{"items/s": f"{batch / taken['ours']:,.1f}", "transformers": f"{batch / taken['theirs']:,.1f}"},
+            ratio=f"{taken['theirs'] / taken['ours']:.2f}", ceiling=f"{100 * least / taken['ours']:.0f} %",
+            cosine=f"{near:.6f}",
+        )  # fmt: skip
 
 
 def theirs(model: transformers.CLIPModel, tower: str, pixels: np.ndarray, ids: np.ndarray) -> np.ndarray:
@@ -76,19 +87,6 @@ def theirs(model: transformers.CLIPModel, tower: str, pixels: np.ndarray, ids: n
         if tower == "image":
             return model.get_image_features(pixel_values=torch.from_numpy(pixels)).numpy()
         return model.get_text_features(input_ids=torch.from_numpy(ids)).numpy()
-
-
-def report(table: str, batch: int, runs: dict[str, Callable[[], np.ndarray]], rounds: int, least: float) -> None:
-    """Times all in alternation; the ratios are to transformers."""
-    exact = runs[PEER]()
-    cosines = {name: cosine(run(), exact) for name, run in runs.items()}
-    taken = medians(runs, rounds)
-    for name, middle in taken.items():
-        row(
-            name, table, **{"items/s": f"{batch / middle:,.1f}"}, ratio=f"{taken[PEER] / middle:.2f}",
-            ceiling=f"{100 * least / middle:.0f} %", cosine=f"{cosines[name]:.6f}",
-        )  # fmt: skip
-    row("matrix products alone, float32", table, **{"items/s": f"{batch / least:,.1f}"}, ceiling="100 %")
 
 
 def cosine(found: np.ndarray, exact: np.ndarray) -> float:
