@@ -175,10 +175,18 @@ def test_onnx_files_pass_the_checker(folder, tmp_path, case):
     assert outputs == ["logits_per_image", "logits_per_text", "text_embeds", "image_embeds"]
 
 
-@pytest.mark.parametrize("to", [target for target in TARGETS if target.values != ("onnx",)])
-def test_half_precision_of_the_other_targets(tmp_path, to):
-    dtype, end = ("float16", "fp16") if exporting.TARGETS[to].stored else ("bfloat16", "bf16")
+@pytest.mark.parametrize(
+    ("to", "dtype"),
+    [
+        pytest.param(to, dtype, marks=pytest.mark.backend(row.backend))
+        for to, row in exporting.TARGETS.items()
+        for dtype in row.dtypes
+        if "float16" in dtype and to != "onnx"
+    ],
+)
+def test_half_precision_of_the_other_targets(tmp_path, to, dtype):
     record = clipmb.export(clipmb.small_model(), tmp_path / "out", to, tower="image", dtype=dtype, normalize=True)
+    end = {"float16": "fp16", "bfloat16": "bf16"}[dtype]
     assert record["towers"]["image"]["load"].startswith(f"{to}/vision_model_{end}")
     assert sum(entry["bytes"] for entry in record["files"].values()) < 2.2e6  # 860,000 parameters
     [output] = record["towers"]["image"]["outputs"].values()

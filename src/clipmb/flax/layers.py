@@ -244,6 +244,9 @@ def attention_context(weights: Array, value: Array) -> Array:
 def fused_attention(query: Array, key: Array, value: Array, bias: Array | None, *, scale: float) -> Array:
     """``jax.nn.dot_product_attention``; on a CPU the same arithmetic in the order of axes that is fast there.
 
+    In float16 it is that arithmetic everywhere: JAX's asks for a product that CPUs lack, so that a program for CPUs and
+    others could not be exported.
+
     Args:
         query: (batch, seq, heads, head_dim).
         key: The same shape.
@@ -255,7 +258,7 @@ def fused_attention(query: Array, key: Array, value: Array, bias: Array | None, 
         (batch, seq, heads, head_dim).
     """
 
-    def on_cpu(query: Array, key: Array, value: Array, *bias: Array) -> Array:
+    def ours(query: Array, key: Array, value: Array, *bias: Array) -> Array:
         statistics = statistics_dtype(query.dtype)
         scores = attention_scores(query, key, preferred_element_type=statistics) * scale
         for part in bias:
@@ -263,4 +266,5 @@ def fused_attention(query: Array, key: Array, value: Array, bias: Array | None, 
         return attention_context(jax.nn.softmax(scores, axis=-1).astype(value.dtype), value)
 
     operands = (query, key, value) if bias is None else (query, key, value, bias)
-    return jax.lax.platform_dependent(*operands, cpu=on_cpu, default=partial(jax.nn.dot_product_attention, scale=scale))
+    theirs = ours if query.dtype == jnp.float16 else partial(jax.nn.dot_product_attention, scale=scale)
+    return jax.lax.platform_dependent(*operands, cpu=ours, default=theirs)
