@@ -182,8 +182,8 @@ def export(
         keep: Canonical names of weights that "int8" leaves in float32, of matrices in the blocks of the chosen towers.
             "auto" leaves the fewest with which the embeddings reach ``min_cosine``, and a number that many of each
             tower: those that lose the most cosine when they alone have 8 bits.
-        min_cosine: Of other dtypes than "float32": the smallest cosine of an output's rows to the checkpoint's own;
-            0.99 when None.
+        min_cosine: Of other dtypes than "float32": the smallest cosine of an embedding, or of all logits, to the
+            checkpoint's own; 0.99 when None.
         data: Images with labels, as `clipmb.evaluate` takes them, for "int8" of both towers: the zero-shot accuracy in
             float32 and in int8 is measured on them. The held-out pictures of the small model when None, for that model.
         with_preprocessing: Of "onnx" without a layout: take ``images``, (batch, height, width, 3) uint8 in RGB of any
@@ -194,8 +194,9 @@ def export(
     Returns:
         The record, which is also written to export.json: the arguments, the versions, ``files`` with the ``sha256`` and
         ``bytes`` of each, and ``towers``: what to ``load`` and, for each of its ``outputs``, the largest relative
-        ``difference`` and the smallest ``cosine`` of a row. ``preprocessing`` names the order of the passes; it is None
-        for files without them. ``zero_shot`` has the accuracy of "float32" and "int8" on ``data``.
+        ``difference`` and the smallest ``cosine`` of an embedding, or that of all logits. ``preprocessing`` names the
+        order of the passes; it is None for files without them. ``zero_shot`` has the accuracy of "float32" and "int8"
+        on ``data``.
 
     Raises:
         CheckpointError: The checkpoint cannot be read, or a file computes something else. Nothing is written then.
@@ -503,7 +504,9 @@ def _fitted(ids: np.ndarray, mask: np.ndarray, length: int | None) -> tuple[np.n
 
 
 def _compared(run: Path, path: Path, tower: str, expected: dict[str, Any], form: Form) -> dict[str, dict[str, float]]:
-    """Returns the difference and the cosine of each output of a file, the worst of all batches.
+    """Returns the largest difference of each output of a file, and the smallest cosine of its rows, of all batches.
+
+    All logits are one row: those of few pictures and texts may be near to 0, and then have no direction.
 
     Raises:
         CheckpointError: The file cannot be run, or has other outputs.
@@ -513,7 +516,7 @@ def _compared(run: Path, path: Path, tower: str, expected: dict[str, Any], form:
     if form.processor is not None and tower != "text":
         given |= _images(expected)
     computed = _computed(run, path, given)
-    worst: dict[str, dict[str, float]] = {}
+    pairs: dict[str, list[tuple[np.ndarray, np.ndarray]]] = {name: [] for name in sorted(EXPORTED[tower])}
     for batch in BATCHES:
         features = {name: expected[f"{name}.{batch}"] for name in ("text", "image")}
         unit = {name: array / np.linalg.norm(array, axis=1, keepdims=True) for name, array in features.items()}
@@ -529,13 +532,15 @@ def _compared(run: Path, path: Path, tower: str, expected: dict[str, Any], form:
                     f"{path.name} must have an output {called[name]} of shape {wanted.shape}. Received: {shape}. "
                     "Nothing was written. Report this, and use the checkpoint itself."
                 )
-            with np.errstate(all="ignore"):
-                lengths = np.linalg.norm(mine, axis=1) * np.linalg.norm(wanted, axis=1)
-                cosines = np.nan_to_num((mine * wanted).sum(1) / lengths, nan=-1)  # nothing finite is near to that
-            entry = worst.setdefault(name, {"difference": 0.0, "cosine": 1.0})
-            entry["difference"] = max(entry["difference"], relative_difference(mine, wanted))
-            entry["cosine"] = min(entry["cosine"], float(cosines.min()))
-    return dict(sorted(worst.items()))
+            pairs[name].append((mine, wanted) if name.endswith("_embeds") else (mine.reshape(-1), wanted.reshape(-1)))
+    found = {}
+    for name, arrays in pairs.items():
+        mine, wanted = (np.atleast_2d(np.concatenate(side)) for side in zip(*arrays, strict=True))
+        with np.errstate(all="ignore"):
+            lengths = np.linalg.norm(mine, axis=1) * np.linalg.norm(wanted, axis=1)
+            cosines = np.nan_to_num((mine * wanted).sum(1) / lengths, nan=-1)  # nothing finite is near to that
+        found[name] = {"difference": relative_difference(mine, wanted), "cosine": float(cosines.min())}
+    return found
 
 
 def _require_agreement(file: str, outputs: dict[str, dict[str, float]], dtype: str, min_cosine: float) -> None:

@@ -398,6 +398,24 @@ def test_preprocessing_is_an_option_of_onnx_files_with_pictures(folder, tmp_path
     assert left(tmp_path) == ["other"]
 
 
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
+def test_logits_near_to_zero(folder, tmp_path, dtype):
+    """As of a photograph to which no text is similar: what is left of them is rounding."""
+    config, arrays = CASES["plain"], random_arrays(CASES["plain"], "CLIPModel")
+    engine = backends.engine("onnx").load(folder["plain"])
+    processor = image_processor_of(Source.of(folder["plain"], {}), config.vision_config)
+    pixels = processor(demo_photos(), return_tensors="np")["pixel_values"]
+    direction = engine.image_features(pixels)[0].astype(np.float64)
+    direction /= np.linalg.norm(direction)
+    weight = arrays["text_projection.weight"]
+    arrays["text_projection.weight"] = (weight - np.outer(direction, direction @ weight)).astype(np.float32)
+    with Transaction(tmp_path / "model") as save:
+        save.write("config.json", config.to_json_string())
+        write_safetensors(save, arrays)
+    record = clipmb.export(tmp_path / "model", tmp_path / "out", tower="both", dtype=dtype)
+    assert record["towers"]["both"]["outputs"]["logits_per_image"]["cosine"] > 0.999
+
+
 class TestNothingStays:
     """Of an export that fails: not the folder, and nothing beside it."""
 
