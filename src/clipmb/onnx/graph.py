@@ -140,7 +140,11 @@ class Graph:
                 in a file, or with the runtime, which is given `tensors`.
             location: The name of that file, in which they follow each other.
         """
-        constants, offset = [], 0
+        graph = helper.make_graph(self._nodes, "clip", self._inputs, self._outputs)
+        model = helper.make_model(
+            graph, opset_imports=[helper.make_opsetid("", OPSET)], ir_version=IR_VERSION, producer_name="clipmb"
+        )
+        constants, offset = model.graph.initializer, 0  # where they are, as what is put into another message is copied
         for name, array in self.tensors.items():
             if embedded or not self.is_large(array):
                 constants.append(numpy_helper.from_array(array, name))
@@ -151,10 +155,7 @@ class Graph:
                 named.external_data.add(key=key, value=str(value))
             offset += array.nbytes
             constants.append(named)
-        graph = helper.make_graph(self._nodes, "clip", self._inputs, self._outputs, constants)
-        return helper.make_model(
-            graph, opset_imports=[helper.make_opsetid("", OPSET)], ir_version=IR_VERSION, producer_name="clipmb"
-        )
+        return model
 
     def save(self, path: Path, largest: int = LARGEST) -> list[Path]:
         """Writes the graph, with its large constants in a second file, ``….onnx_data``, where one would be too large.
