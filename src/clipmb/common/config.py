@@ -231,7 +231,8 @@ class BaseConfig(JsonSettings, Uploadable):
         fields = cls._own_part(copy.deepcopy(dict(entries)))
         unused = {}
         if return_unused:
-            known = set(cls()) | set(fields) | {"torch_dtype", "num_labels", "attn_implementation"}
+            aliases = {"torch_dtype", "num_labels", "attn_implementation", "_attn_implementation"}
+            known = set(cls()) | set(fields) | aliases
             unused = {key: changes[key] for key in changes if key not in known}
         changes = {key: value for key, value in changes.items() if key not in unused}
         for key, value in changes.items():

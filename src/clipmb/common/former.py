@@ -8,10 +8,10 @@ from typing import Any, TypedDict, get_type_hints
 from clipmb.common.errors import bad_input
 
 # Arguments of from_pretrained that chose among files, loaders or servers; there is one loader here, which needs none.
-_UNNEEDED = (
+UNNEEDED = (
     "from_pt", "from_tf", "from_flax", "use_safetensors", "weights_only", "low_cpu_mem_usage", "trust_remote_code",
-    "use_fast", "from_slow", "resume_download", "proxies", "use_auth_token", "_fast_init", "_from_auto",
-    "_from_pipeline", "_commit_hash",
+    "code_revision", "use_fast", "from_slow", "resume_download", "proxies", "use_auth_token", "_fast_init",
+    "_from_auto", "_from_pipeline", "_commit_hash",
 )  # fmt: skip
 
 
@@ -31,6 +31,7 @@ ABSENT = {
     "mirror": "Set the environment variable HF_ENDPOINT",
     "offload_state_dict": "Leave it out: weights are mapped from their file",
     "quantization_config": _QUANTISE,
+    "return_unused_kwargs": "Read the config with it: CLIPConfig.from_pretrained",
     "tf_to_pt_weight_rename": "Pass key_mapping=",
     "tp_plan": _SPLIT,
     "tp_size": _SPLIT,
@@ -74,11 +75,12 @@ def drop_unneeded(options: dict[str, Any]) -> None:
     Raises:
         TypeError: One asks for what is not done here: it is not None, False or empty.
     """
-    for name in _UNNEEDED:
+    for name in UNNEEDED:
         options.pop(name, None)
     for name in (*ABSENT, *_PLACING):
         value = options.get(name, name)
-        if value is None or value is False or (name in ABSENT and value in ({}, [])):  # not 0, which is a device
+        neutral = (name in ABSENT and value in ({}, [])) or (name, value) == ("adapter_name", "default")
+        if value is None or value is False or neutral:  # not 0, which is a device
             del options[name]
     for name in ABSENT.keys() & options.keys():
         rule = f"from_pretrained takes {name} only as None or False"

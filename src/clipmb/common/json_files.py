@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, Literal, Self, overload
 
 from clipmb.common.errors import CheckpointError, bad_input, require_file
+from clipmb.common.former import UNNEEDED
 from clipmb.common.hub import Source
 from clipmb.common.saving import write_atomically
 
@@ -266,12 +267,15 @@ class JsonSettings:
             pretrained_model_name_or_path: Folder, hub id, or path of a ``.json`` file.
             return_unused_kwargs: As in `from_dict`.
             **options: ``subfolder``, ``revision``, ``cache_dir``, ``token``, ``local_files_only``, ``force_download``
-                say where; all others override entries.
+                say where; those of transformers 4 that chose among files or loaders have no effect; all others
+                override entries.
 
         Raises:
             CheckpointError: The file is missing, is not JSON, or has the wrong content.
             ValueError: It is the config of another model, or a value is impossible.
         """
         entries, changes, origin = cls._read(pretrained_model_name_or_path, options)
+        if not return_unused_kwargs:  # otherwise the caller reads them
+            changes = {name: value for name, value in changes.items() if name not in UNNEEDED}
         with content_of(origin, changed=changes):
             return cls._build(entries, changes, return_unused_kwargs)

@@ -57,11 +57,7 @@ def place(
     if not isinstance(device_map, dict):
         target = device if device_map is None else device_map
         if target is not None:
-            try:
-                target = torch.device(target)
-            except (RuntimeError, TypeError):
-                raise one_of("device", target, (*STRATEGIES, "cpu", "cuda", "cuda:0", "…")) from None
-            model.to(target)
+            model.to(_device(target, *STRATEGIES))
         return
     _check(model, device_map)
     if len(places := set(map(str, device_map.values()))) == 1 and "disk" not in places:
@@ -97,6 +93,9 @@ def _check(model: nn.Module, device_map: dict[str, Any]) -> None:
             f"Use names such as {', '.join(repr(name) for name, _ in model.named_children())}",
             shown=True,
         )
+    for place in device_map.values():
+        if place is not None and place != "disk":
+            _device(place, "disk")
     homeless = [name for name, _ in model.named_parameters() if _place_of(name, device_map) is None]
     if homeless:
         raise bad_input(
@@ -105,6 +104,14 @@ def _check(model: nn.Module, device_map: dict[str, Any]) -> None:
             'Add their modules, or "" for all others',
             shown=True,
         )
+
+
+def _device(value: Any, *others: str) -> torch.device:
+    """Returns a device; what else may stand in its place is for the error."""
+    try:
+        return torch.device(value)
+    except (RuntimeError, TypeError):
+        raise one_of("device", value, (*others, "cpu", "cuda", "cuda:0", "…")) from None
 
 
 def _place_of(name: str, device_map: dict[str, Any]) -> Any:

@@ -7,7 +7,7 @@ import pytest
 from conftest import BACKENDS
 
 import clipmb
-from clipmb.common.former import ABSENT, drop_unneeded
+from clipmb.common.former import ABSENT, UNNEEDED, drop_unneeded
 from clipmb.common.hub import Source
 
 MODELS = {"pt": "CLIPTextModel", "tf": "TFCLIPTextModel", "flax": "FlaxCLIPTextModel"}
@@ -52,9 +52,29 @@ def test_what_is_not_done_here_may_be_left_at_its_neutral_value(backend, value, 
 
 
 def test_the_first_gpu_is_no_neutral_value():
-    options = {"device_map": 0, "tp_plan": None}
+    options = {"device_map": 0, "tp_plan": None, "adapter_name": "default"}
     drop_unneeded(options)
     assert options == {"device_map": 0}
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_what_chose_among_files_and_loaders_leaves_no_trace(name, tmp_path, caplog):
+    cases.write_checkpoint(tmp_path / "a", cases.CONFIGS["plain"], "CLIPTextModel")
+    clipmb.CLIPProcessor(clipmb.CLIPImageProcessor(), clipmb.CLIPTokenizerFast()).save_pretrained(tmp_path / "a")
+    kind = getattr(clipmb, name)
+    for folder, options in (("plain", {}), ("former", dict.fromkeys(UNNEEDED, "main"))):
+        kind.from_pretrained(tmp_path / "a", **options).save_pretrained(tmp_path / folder)
+    assert not caplog.records
+    for path in (tmp_path / "plain").iterdir():
+        assert (tmp_path / "former" / path.name).read_bytes() == path.read_bytes()
+
+
+def test_a_config_returns_the_arguments_that_are_not_its_own(tmp_path):
+    cases.write_checkpoint(tmp_path, cases.CONFIGS["plain"])
+    config, rest = clipmb.CLIPConfig.from_pretrained(
+        tmp_path, return_unused_kwargs=True, trust_remote_code=True, _attn_implementation="eager"
+    )
+    assert (config.attn_implementation, rest) == ("eager", {"trust_remote_code": True})
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -60,6 +60,7 @@ def test_every_parameter_goes_where_the_map_says(folder):
         ({"device": "toaster"}, "toaster"),
         ({"device_map": "fair"}, "balanced_low_0"),
         ({"device_map": {"nonsense": "cuda:7"}}, "'nonsense'.*'text_model'"),
+        ({"device_map": {"": "cpu", "text_model": "toaster"}}, "'disk', 'cpu'.*toaster"),
         (
             {"device_map": {"text_model": "cpu", "logit_scale": "cpu"}},
             "41 without one, such as vision_model.embeddings",

@@ -33,7 +33,8 @@ class SavedTokens(DecodingTokens, Uploadable):
                 Where all are there, CLIPTokenizerFast reads tokenizer.json.
             *init_inputs: First arguments of the class.
             **kwargs: Options of `clipmb.common.hub.Source` (revision, subfolder, cache_dir, token, local_files_only,
-                force_download), and arguments of the class, which override what the files say. Arguments of
+                force_download), and arguments of the class, which override what the files say; ``vocab_file`` and
+                ``merges_file``, or ``tokenizer_file``, take the place of all files of the vocabulary. Arguments of
                 transformers 4 that choose among files or loaders have no effect.
 
         Returns:
@@ -51,7 +52,9 @@ class SavedTokens(DecodingTokens, Uploadable):
     @classmethod
     def _from_files(cls, source: Source, init_inputs: tuple[Any, ...], kwargs: dict[str, Any]) -> Self:
         config = _optional_json(source, "tokenizer_config.json")
-        files = cls._files(source)
+        files = {name: kwargs[name] for name in cls.vocab_files_names if kwargs.get(name) is not None}
+        kwargs = {name: value for name, value in kwargs.items() if name not in cls.vocab_files_names}
+        files = files or cls._files(source)
         merged: dict[str, Any] = {}
         listed: set[str] = set()
         if "tokenizer_file" in files:

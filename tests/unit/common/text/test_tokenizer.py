@@ -347,6 +347,18 @@ def test_a_tiny_vocabulary(tiny):
         tokenizer.save_vocabulary(tiny / "nowhere")
 
 
+@BOTH
+def test_files_of_the_vocabulary_by_name_take_the_place_of_those_in_the_folder(kind, tiny, tmp_path):
+    kind(tiny / "vocab.json", tiny / "merges.txt", unk_token="<unk>").save_pretrained(tmp_path / "small")
+    kind(tiny / "vocab.json", tiny / "merges.txt", unk_token="<unk>").save_pretrained(tmp_path / "other")
+    other = {**json.loads((tiny / "vocab.json").read_text()), "b</w>": 12}
+    (tmp_path / "other" / "vocab.json").write_text(json.dumps(other))
+    none = dict.fromkeys(("vocab_file", "merges_file", "tokenizer_file"))
+    files = {"vocab_file": tmp_path / "other" / "vocab.json", "merges_file": tmp_path / "other" / "merges.txt"}
+    assert len(kind.from_pretrained(tmp_path / "small", **none)) == 12
+    assert len(kind.from_pretrained(tmp_path / "small", **{**none, **files})) == 13
+
+
 @pytest.mark.parametrize(
     ("name", "content", "told"),
     [
