@@ -171,7 +171,7 @@ def fit(
         if canonical not in known and (not is_known(canonical) or own.get(canonical.split(".")[0], False))
     ]
     if strict and names and not known & names.keys():
-        raise CheckpointError(_foreign(list(names.values()), head, origin))
+        raise CheckpointError(foreign(list(names.values()), head, origin))
     found = lazy(tensors)
     named = Deferred({canonical: found[name] for canonical, name in names.items()})
     return chosen(
@@ -232,8 +232,8 @@ def chosen(
     return arrays, info
 
 
-def _foreign(names: list[str], head: str, origin: Any) -> str:
-    """Returns the message for a file none of whose names belongs to the head."""
+def foreign(names: list[str], head: str, origin: Any) -> str:
+    """Returns the message for a file none of whose names belongs to a head."""
     start = common_start(names)
     where = f", all of which begin with {start[:200]!r}" if start else ""
     few = ", ".join(name[:200] for name in names[:5])

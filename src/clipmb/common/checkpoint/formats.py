@@ -17,12 +17,13 @@ from clipmb.common.checkpoint import (
     safetensors,
     tf_h5,
 )
+from clipmb.common.checkpoint.fitting import canonical_names, foreign
 from clipmb.common.checkpoint.single_towers import infer
 from clipmb.common.checkpoint.tensors import Loaded
 from clipmb.common.config import CONFIG_NAME, BaseConfig
 from clipmb.common.errors import CheckpointError, one_of
 from clipmb.common.hub import Source
-from clipmb.common.parameters import Spec
+from clipmb.common.parameters import Spec, is_known
 from clipmb.common.saving import Transaction
 
 
@@ -167,6 +168,8 @@ def config_of(loaded: Loaded, source: Source) -> tuple[BaseConfig, dict[str, str
     if (inferred := infer(loaded)) is not None:
         config, reasons = inferred
         return config, {**loaded.decisions, **reasons}
+    if loaded.tensors and not any(map(is_known, canonical_names(loaded.tensors, "CLIPModel"))):
+        raise CheckpointError(foreign(list(loaded.tensors), "CLIPModel", source))
     if source.file is None:
         source.require(CONFIG_NAME)  # raises, with the list of what is there
     raise CheckpointError(

@@ -9,6 +9,8 @@ from typing import Any
 
 import numpy as np
 
+from clipmb.common.checkpoint import pytorch
+from clipmb.common.checkpoint.fitting import foreign
 from clipmb.common.checkpoint.openai import (
     CONFIG,
     METADATA,
@@ -21,9 +23,9 @@ from clipmb.common.checkpoint.openai import (
     to_canonical,
 )
 from clipmb.common.checkpoint.pickled import inspect
-from clipmb.common.checkpoint.safetensors import map_file, write_file
+from clipmb.common.checkpoint.safetensors import find, map_file, write_file
 from clipmb.common.checkpoint.sniffing import kind_of
-from clipmb.common.checkpoint.tensors import Loaded
+from clipmb.common.checkpoint.tensors import Deferred, Loaded
 from clipmb.common.checkpoint.wrapping import explain_stripping
 from clipmb.common.config import BaseConfig, CLIPConfig, CLIPTextConfig, CLIPVisionConfig
 from clipmb.common.errors import CheckpointError
@@ -78,8 +80,8 @@ def read(source: Source, variant: str | None = None) -> Loaded | None:
     """Reads open_clip's weights with their config.
 
     The config is ``open_clip_config.json``, or in a local folder the only JSON file with a model's part of one. The
-    weights are ``open_clip_model.safetensors``, ``open_clip_pytorch_model.bin``, the only ``*.pt``, or a source that is
-    a file; training checkpoints and their prefixes are understood.
+    weights are ``open_clip_model.safetensors``, ``open_clip_pytorch_model.bin``, the only ``*.pt``, a source that is a
+    file, or shards as accelerate writes them; training checkpoints and their prefixes are understood.
 
     Args:
         source: Where they are.
@@ -93,29 +95,20 @@ def read(source: Source, variant: str | None = None) -> Loaded | None:
         CheckpointError: The config describes something other than a CLIP, or a file is damaged or hostile.
         MissingBackendError: PyTorch is not installed, and the file is pickled.
     """
-    path = None if variant else find_weights(source, (*_OWN, "model.safetensors", "pytorch_model.bin", "model.pt"))
-    kind = None if path is None else kind_of(path)
-    if path is None or kind not in ("safetensors", "pickle"):
+    stored = None if variant else _stored(source)
+    if stored is None:
         return None
-    pickled = inspect(path) if kind == "pickle" else None
-    stored: Mapping[str, Any] = map_file(path) if pickled is None else pickled.layouts()
-    if not is_openai(stored):
-        return None
-    names_of = plain(stored)
     found = _find_config(source)
-    if pickled is not None:
-        stored = pickled.arrays()
     tensors = {
-        name.removeprefix("text."): stored[full]
-        for name, full in names_of.items()
+        name.removeprefix("text."): stored.tensors[full]
+        for name, full in plain(stored.tensors).items()
         if name not in METADATA and name != "attn_mask"
     }
-    loaded = Loaded("open_clip", to_canonical(tensors), [path.name])
-    loaded.decisions = explain_stripping(names_of.values(), "" if pickled is None else pickled.wrapper)
-    loaded.packages = ("safetensors",) if pickled is None else () if pickled.is_mapped else packages
+    loaded = Loaded("open_clip", to_canonical(tensors), stored.files)
+    loaded.decisions, loaded.packages = stored.decisions, stored.packages
     if len(found) != 1:
         loaded.undescribed = (
-            f"{path} has the names of OpenAI's and open_clip's models, but nothing says whether its activation is "
+            f"{source} has the names of OpenAI's and open_clip's models, but nothing says whether its activation is "
             "QuickGELU (as OpenAI's) or GELU (as most of open_clip's), nor the number of heads, and clipmb does not "
             f"guess. Pass config=, or put the model's {CONFIG}, or its one file from open_clip's model_configs, into a "
             "folder with the weights and pass the folder. Found there: "
@@ -127,6 +120,36 @@ def read(source: Source, variant: str | None = None) -> Loaded | None:
     loaded.decisions |= decisions
     loaded.files.append(config_path.name)
     return loaded
+
+
+def _stored(source: Source) -> Loaded | None:
+    """Reads the weights under the names that they have in their files; None where these are not OpenAI's.
+
+    Raises:
+        CheckpointError: They are not, in a file that is called as open_clip's.
+    """
+    path = find_weights(source, (*_OWN, "model.safetensors", "pytorch_model.bin", "model.pt"))
+    kind = None if path is None else kind_of(path)
+    loaded = Loaded("open_clip", {}, [], packages=("safetensors",))
+    if path is None and (found := find(source)) is not None:  # shards, which have the names of transformers' files
+        loaded.tensors, loaded.files = Deferred(found[0]), found[1]
+    elif path is None:
+        loaded = pytorch.find(source) or loaded
+    elif kind == "safetensors":
+        loaded.tensors, loaded.files = map_file(path), [path.name]
+    elif kind == "pickle":
+        pickled = inspect(path)
+        loaded.tensors, loaded.files = pickled.layouts(), [path.name]
+        if is_openai(loaded.tensors):
+            loaded.tensors = pickled.arrays()
+        loaded.decisions = explain_stripping(loaded.tensors, pickled.wrapper)
+        loaded.packages = () if pickled.is_mapped else packages
+    if is_openai(loaded.tensors):
+        loaded.decisions = loaded.decisions or explain_stripping(loaded.tensors)
+        return loaded
+    if path is not None and path.name in _OWN and loaded.tensors:
+        raise CheckpointError(foreign(list(loaded.tensors), "CLIPModel", path))
+    return None
 
 
 def _find_config(source: Source) -> dict[Path, dict[str, Any]]:

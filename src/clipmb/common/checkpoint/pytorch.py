@@ -42,6 +42,12 @@ def read(source: Source, variant: str | None = None) -> Loaded | None:
         CheckpointError: A file is damaged or hostile, a shard is missing, or the index names a path outside the folder.
         MissingBackendError: PyTorch is not installed.
     """
+    found = find(source, variant)
+    return None if found is None or is_openai(found.tensors) else encoders_in(lazy(found.tensors), found) or found
+
+
+def find(source: Source, variant: str | None = None) -> Loaded | None:
+    """Reads as `read` does, whatever the names are."""
     single = f"pytorch_model.{variant}.bin" if variant else _SINGLE
     index = f"pytorch_model.bin.index.{variant}.json" if variant else _INDEX
     opened: list[Pickled] = []
@@ -51,12 +57,12 @@ def read(source: Source, variant: str | None = None) -> Loaded | None:
         return opened[-1].arrays()
 
     found = read_files(source, "pickle", single, index, read_file)
-    if found is None or is_openai(found[0]):
+    if found is None:
         return None
     loaded = Loaded("pytorch", *found)
     loaded.packages = () if all(pickled.is_mapped for pickled in opened) else packages
     loaded.decisions = explain_stripping(found[0], opened[0].wrapper if opened else "")
-    return encoders_in(lazy(loaded.tensors), loaded) or loaded
+    return loaded
 
 
 def names(table: list[Spec]) -> dict[str, str]:

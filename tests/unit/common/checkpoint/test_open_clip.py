@@ -81,6 +81,34 @@ def test_weights_and_config(tmp_path, name, config, quick):
     assert equal(arrays, random_arrays(CONFIG, "CLIPModel"))
 
 
+@pytest.mark.parametrize(
+    "suffix", ["model.safetensors", pytest.param("pytorch_model.bin", marks=pytest.mark.backend("pt"))]
+)
+@pytest.mark.parametrize("prefix", ["", "_orig_mod.module."])
+def test_shards(tmp_path, suffix, prefix):
+    """accelerate splits the weights of any model under the names of transformers' files."""
+    weights = {f"{prefix}{key}": value for key, value in WEIGHTS.items()}
+    stem, _, kind = suffix.partition(".")
+    listed = {key: f"{stem}-{1 + i % 2:05d}-of-00002.{kind}" for i, key in enumerate(weights)}
+    for file in set(listed.values()):
+        source = put(tmp_path, weights={key: weights[key] for key in weights if listed[key] == file}, name=file)
+    (tmp_path / f"{suffix}.index.json").write_text(json.dumps({"weight_map": listed}))
+    loaded = formats.load(source)
+    assert (loaded.format, loaded.config.vision_config.image_size) == ("open_clip", 20)
+    assert loaded.files == [*sorted(set(listed.values())), f"{suffix}.index.json", "open_clip_config.json"]
+    assert equal(dict(loaded.tensors), random_arrays(CONFIG, "CLIPModel"))
+    assert bool(prefix) == ("prefix" in loaded.decisions)
+
+
+@pytest.mark.parametrize("config", ["", "open_clip_config.json"])
+@pytest.mark.parametrize("name", ["open_clip_model.safetensors", "other.safetensors"])
+def test_names_before_which_something_stands_are_said_before_a_config_is_asked_for(tmp_path, name, config):
+    put(tmp_path, weights={f"student.{key}": value for key, value in WEIGHTS.items()}, name=name, config=config)
+    source = Source(str(tmp_path / name) if name.startswith("other") else str(tmp_path))
+    with pytest.raises(CheckpointError, match=r"has no weight of CLIPModel.*all of which begin with 'student\.'"):
+        formats.config_of(formats.load(source), source)
+
+
 @pytest.mark.parametrize("prefix", ["module.", "text."])
 def test_prefixes(tmp_path, prefix):
     """Distributed training puts ``module.`` before every name, ``custom_text`` ``text.`` before the text tower's."""
