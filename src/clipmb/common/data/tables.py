@@ -21,6 +21,7 @@ from clipmb.common.data.strings import Strings
 from clipmb.common.errors import bad_input, logger, one_of
 
 SUFFIXES = (".csv", ".tsv", ".jsonl", ".parquet")
+_TRIED = 20  # images that say which folder a table's are in: the first one may be missing
 # Known names of columns and fields, in any case; the first match wins.
 NAMES = {
     "image": ("image", "file_name", "filename", "filepath", "path", "image_path", "image_name", "img", "jpg"),
@@ -137,7 +138,7 @@ class Table:
     Args:
         name: Name of the file in ids and reasons.
         rows: The place of each row in the file, with its image, caption and label, or why it is unusable.
-        roots: Folders that the paths of images may be relative to; the first that has the first image is taken.
+        roots: Folders that the paths of images may be relative to; the first that has one of the first images is taken.
         pictures: The images by row, where they lie in the file itself.
         prefix: Begin all ids with ``name``, because there are several files.
         stamp: Identifies the version of the file, beside its rows.
@@ -203,8 +204,9 @@ class Table:
             logger.info("%s: %d rows are %d images", name, count - len(self.left_out), len(self))
 
     def _found(self, roots: Sequence[Path]) -> Path:
-        first = _unpacked(self._pictures[0]) if len(self) else ""
-        return next((root for root in roots if os.path.exists(_at(root, first))), *roots[:1] or (Path(),))
+        paths = (path for i in range(min(len(self), _TRIED)) if (path := _unpacked(self._pictures[i])))
+        found = (root for path in paths for root in roots if os.path.exists(_at(root, path)))
+        return next(found, *roots[:1] or (Path(),))
 
     def __len__(self) -> int:
         return len(self._labels)
@@ -311,8 +313,9 @@ def roots_of(path: Path, columns: Columns) -> list[Path]:
     if given and "image" not in columns.optional:
         return given
     split = path.stem.rpartition("_")[2]  # captions_val2017.json: val2017/
-    inside = [path.parent / name for name in (split, "images", "Images", "flickr30k-images", "flickr30k_images")]
-    return [*given, path.parent, *inside, path.parent.parent / split, path.parent.parent / "images", path.parent.parent]
+    names = (split, f"images/{split}", "images", "Images", "flickr30k-images", "flickr30k_images")
+    beside = [path.parent.parent / name for name in (split, f"images/{split}", "images", "")]
+    return [*given, path.parent, *(path.parent / name for name in names), *beside]
 
 
 def _at(root: Path, picture: str) -> Path:

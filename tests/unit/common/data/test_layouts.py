@@ -77,7 +77,18 @@ CAPTIONS = coco(
 )
 
 
-@pytest.mark.parametrize("pictures", ["annotations", "annotations/images", "val2017", "images", "annotations/val2017"])
+@pytest.mark.parametrize(
+    "pictures",
+    [
+        "annotations",
+        "annotations/images",
+        "val2017",
+        "images",
+        "images/val2017",
+        "annotations/val2017",
+        "annotations/images/val2017",
+    ],
+)
 def test_coco_captions(tmp_path, pictures):
     for number in (7, 8):
         write(tmp_path / pictures / f"{number}.png", encoded(number))
@@ -85,6 +96,17 @@ def test_coco_captions(tmp_path, pictures):
     assert shown(pairs) == [(["a dog", "the dog"], None, 8), (["a cat"], None, 7)]
     assert [name for name, _ in pairs.left_out] == [f"captions_val2017.json/annotations/{i}" for i in (3, 4, 5)]
     assert len(Pairs.open(tmp_path / "annotations")) == 2  # the folder alone says it too
+
+
+def test_one_missing_picture_does_not_hide_the_folder_of_the_others(tmp_path):
+    write(tmp_path / "val2017" / "7.png", encoded(7))  # and not 8.png, which the first caption is about
+    pairs = Pairs.open(write(tmp_path / "annotations" / "captions_val2017.json", CAPTIONS))
+    assert pairs.path(1) == str(tmp_path / "val2017" / "7.png")
+    with pytest.raises(ValueError, match=r"8\.png must be an image that exists"):
+        pairs.image(0)
+    rows = "caption,image\na text alone,\na cat,7.png\n"
+    partial = Pairs.open(write(tmp_path / "val2017.csv", rows), partial=True)
+    assert partial.path(1) == str(tmp_path / "val2017" / "7.png")
 
 
 def test_pictures_elsewhere_are_named_by_their_root(tmp_path):
