@@ -37,6 +37,8 @@ class Engine(Protocol):
         backend: Key of `BACKENDS`.
         config: The configuration of the model.
         model: The framework's own model, which only the same backend can use.
+        few_shapes: Optional, False when it is missing: it computes few shapes, since each is compiled, and fills texts
+            and batches up to them; so a batch of 33 may cost as much as one of 64.
     """
 
     backend: ClassVar[str]

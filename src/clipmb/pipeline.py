@@ -40,6 +40,7 @@ class CLIPPipeline:
         self.config: CLIPConfig = engine.config
         self.source: Source | None = None  # of the checkpoint, where it was loaded from one
         self.stamps: dict[str, tuple[int, int, int]] = {}  # of its files, as `clipmb.common.saving.stamps` has them
+        self.few_shapes: bool = getattr(engine, "few_shapes", False)  # as `clipmb.backends.Engine` has it
         quantised = getattr(engine.model, "quantised", False)
         found = getattr(engine.model, "compute_dtype", None) or getattr(engine.model, "dtype", None)
         self.dtype = "int8" if quantised else dtype_name(found) or "float32"  # what it computes in

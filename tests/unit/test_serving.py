@@ -246,6 +246,7 @@ def test_long_texts(app):
 
 def test_many_clients_share_steps_and_get_their_own_results():
     engine = Slow()
+    engine.few_shapes = True
     app = application(with_engine(engine), batch_size=8, max_wait=50)
     bodies = [{"input": picture(i), "modality": "image"} for i in range(20)]
     bodies[5]["input"] = uri(jpeg(5)[:300])
@@ -272,6 +273,32 @@ def test_many_clients_share_steps_and_get_their_own_results():
     assert max(shape[0] for shape in engine.shapes if len(shape) == 4) == 8
 
 
+@pytest.mark.parametrize("few_shapes", [None, True])
+def test_only_for_compilers_shapes_are_few(few_shapes):
+    engine = Slow()
+    if few_shapes is not None:
+        engine.few_shapes = few_shapes
+    app = application(with_engine(engine), batch_size=8, max_wait=0)
+
+    async def run():
+        async with client(app) as session:
+            first = asyncio.ensure_future(
+                session.post("/v1/embeddings", json={"input": picture(), "modality": "image"})
+            )
+            await until(engine.begun.is_set)
+            body = {"input": ["a", "a b", "a b c", "a b c d", "a b", "a b"]}  # 3 to 6 tokens
+            then = asyncio.ensure_future(session.post("/v1/embeddings", json=body))
+            while "queue_items 7" not in (await session.get("/metrics")).text:
+                await asyncio.sleep(0.01)
+            engine.go.set()
+            return await first, body, await then
+
+    _, body, found = asyncio.run(run())
+    np.testing.assert_allclose(vectors(found), pipeline().encode_text(body["input"]), rtol=0, atol=1e-6)
+    texts = {shape for shape in engine.shapes if len(shape) == 2}
+    assert texts == ({(4, 6), (2, 4)} if few_shapes else {(6, 6)})
+
+
 def test_only_the_request_of_the_item_at_fault_fails():
     calls = []
 
@@ -282,7 +309,7 @@ def test_only_the_request_of_the_item_at_fault_fails():
         return np.array(values)[:, None] * 2
 
     batcher = Batcher({"a": compute}, {"a": 4}, 10)
-    first, second = batcher.submit("a", [1, 2], "xx"), batcher.submit("a", [3, 4], "xx")
+    first, second = batcher.submit("a", [1, 2], [1, 1]), batcher.submit("a", [3, 4], [1, 1])
     assert first.result(HANG).tolist() == [[2], [4]]
     with pytest.raises(RuntimeError, match="three"):
         second.result(HANG)
@@ -290,21 +317,41 @@ def test_only_the_request_of_the_item_at_fault_fails():
     batcher.close()
     assert not batcher.alive
     with pytest.raises(RuntimeError, match="closed"):
-        batcher.submit("a", [1], "x")
+        batcher.submit("a", [1], [1])
 
 
-def test_shapes_do_not_share_steps_and_an_end_computes_what_waits():
-    steps = []
+def stepped(lengths, size, **options):
+    """The steps that a batcher makes of items of these lengths that wait together, as lengths."""
+    steps, go = [], threading.Event()
 
     def compute(values):
+        assert go.wait(HANG)
         steps.append(values)
         return np.array(values)[:, None]
 
-    batcher = Batcher({"a": compute}, {"a": 4}, 1000)
-    work = batcher.submit("a", list(range(9)), "xyxyxyxyx")
-    batcher.close()
-    assert work.result(0).ravel().tolist() == list(range(9))
-    assert sorted(steps) == [[0, 2, 4, 6], [1, 3, 5, 7], [8]]
+    batcher = Batcher({"a": compute, "b": compute}, {"a": size, "b": 1}, 1000, **options)
+    first = batcher.submit("b", [0], [1])  # keeps the thread busy
+    work = batcher.submit("a", lengths, lengths)
+    threading.Thread(target=lambda: (first.result(HANG), batcher.close())).start()
+    go.set()
+    assert work.result(HANG).ravel().tolist() == lengths  # each its own row
+    assert steps.pop(0) == [0]
+    return steps
+
+
+def test_a_step_takes_the_oldest_and_those_of_like_length():
+    assert stepped([1] * 9, 4) == [[1] * 4, [1] * 4, [1]]
+    assert stepped([1] * 9, 16) == [[1] * 9]
+    assert stepped([1] * 9, 16, few_sizes=True) == [[1] * 8, [1]]
+    assert stepped([1] * 19, 16, few_sizes=True) == [[1] * 16, [1] * 2, [1]]
+    assert stepped([30, 77, 28, 76, 29, 30], 8) == [[30, 30, 29, 28], [77, 76]]  # no step more is padding
+    assert stepped([28, 77, 30, 76, 29, 30], 8) == [[28, 29, 30, 30], [77, 76]]
+    assert stepped([10, 26], 8) == [[10, 26]]  # a step of its own would cost as much
+    assert stepped([10, 27], 8) == [[10], [27]]
+    assert stepped([50] * 4 + [56], 8) == [[50] * 4 + [56]]  # 4 * 6 is less than an eighth of 4 * 50
+    assert stepped([50] * 4 + [57], 8) == [[50] * 4, [57]]
+    assert stepped([56] * 4 + [50] * 4, 8) == [[56] * 4 + [50] * 4]
+    assert stepped([56] * 4 + [50] * 4, 5) == [[56] * 4 + [50], [50] * 3]
 
 
 def test_cancelled_items_are_not_computed_and_not_kept():
@@ -317,20 +364,20 @@ def test_cancelled_items_are_not_computed_and_not_kept():
         return np.array(values)
 
     batcher = Batcher({"a": compute}, {"a": 8}, 0)
-    first = batcher.submit("a", [np.array([1])], "x")
+    first = batcher.submit("a", [np.array([1])], [1])
     assert begun.wait(HANG)
     values = [np.array([2]), np.array([3])]
     kept = [weakref.ref(value) for value in values]
-    cancelled = batcher.submit("a", values, "xx")
-    last = batcher.submit("a", [np.array([4])], "x")
-    between = batcher.submit("a", [np.array([5])], "x")
-    after = batcher.submit("a", [np.array([6])], "x")
+    cancelled = batcher.submit("a", values, [1, 1])
+    last = batcher.submit("a", [np.array([4])], [1])
+    between = batcher.submit("a", [np.array([5])], [1])
+    after = batcher.submit("a", [np.array([6])], [1])
     assert cancelled.cancel()
     batcher.withdraw()
     del values
     assert [reference() for reference in kept] == [None, None]
     assert between.cancel()  # and is not withdrawn
-    assert batcher.submit("a", [np.array([7])], "y").cancel()
+    assert batcher.submit("a", [np.array([7])], [1]).cancel()
     go.set()
     assert [int(work.result(HANG)[0, 0]) for work in (first, last, after)] == [1, 4, 6]
     batcher.close()

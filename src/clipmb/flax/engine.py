@@ -40,6 +40,7 @@ class Engine:
     """
 
     backend: ClassVar[str] = "flax"
+    few_shapes: ClassVar[bool] = True
 
     def __init__(self, model: FlaxCLIPModel, *, compile: bool = True) -> None:
         self.model = model

@@ -36,9 +36,7 @@ _GONE = 499  # the client went away; only the metrics see it
 
 _HOST = re.compile(r"(?:\[([^\]]+)\]|([^:]*))(?::\d+)?")
 
-Handler = Callable[
-    [Request, dict[str, Any]], Coroutine[Any, Any, Response]
-]  # the request, and the JSON object of its body
+Handler = Callable[[Request, bytes], Coroutine[Any, Any, Response]]  # the request, and its body
 
 
 class Application:
@@ -164,17 +162,17 @@ class Application:
         """Returns the response of an error."""
         return _json(refused.content, refused.status, refused.headers)
 
-    async def page(self, request: Request, body: dict[str, Any]) -> Response:
+    async def page(self, request: Request, body: bytes) -> Response:
         """GET /: the page for people, which asks the other routes."""
         content, policy = _page()
         return Response(content, media_type="text/html", headers={"content-security-policy": policy})
 
     @asynccontextmanager
-    async def body(self, request: Request) -> AsyncIterator[dict[str, Any]]:
-        """Reads the JSON object of a POST; its bytes count as held until the answer is there.
+    async def body(self, request: Request) -> AsyncIterator[bytes]:
+        """Reads a body; its bytes count as held until the answer is there.
 
         Raises:
-            Refused: It is too large, not JSON, or too many bodies are held already.
+            Refused: It is too large, or too many bodies are held already.
         """
         size, chunks = 0, []
         declared = request.headers.get("content-length", "")
@@ -197,22 +195,27 @@ class Application:
                 raise Refused(413, message, "too_large")
             content = b"".join(chunks)
             chunks.clear()
-            yield await self.service.run(json_object, content) if request.method == "POST" else {}
+            yield content
         finally:
             self.held -= size
 
-    async def embeddings(self, request: Request, body: dict[str, Any]) -> Response:
+    async def read(self, check: Callable[..., Any], body: bytes, *arguments: Any) -> Any:
+        """Returns what a check makes of the JSON object of a body."""
+        return await self.service.run(lambda: check(json_object(body), *arguments), size=len(body))
+
+    async def embeddings(self, request: Request, body: bytes) -> Response:
         """POST /v1/embeddings."""
         service = self.service
-        asked = await service.run(Embeddings.of, body, service.name, service.dimension)
+        asked = await self.read(Embeddings.of, body, service.name, service.dimension)
         embeds, tokens = await service.embed(asked.inputs, service.passport["normalized"])
-        return await service.run(_embeddings, embeds, tokens, service.name, asked.base64)
+        size = embeds.nbytes * (1 if asked.base64 else 3)
+        return await service.run(_embeddings, embeds, tokens, service.name, asked.base64, size=size)
 
-    async def models(self, request: Request, body: dict[str, Any]) -> Response:
+    async def models(self, request: Request, body: bytes) -> Response:
         """GET /v1/models."""
         return _json({"object": "list", "data": [self.about()]})
 
-    async def one_model(self, request: Request, body: dict[str, Any]) -> Response:
+    async def one_model(self, request: Request, body: bytes) -> Response:
         """GET /v1/models/NAME."""
         name = request.path_params["name"]
         if name != self.service.name:
@@ -228,9 +231,9 @@ class Application:
             "dimensions": service.dimension, "passport": service.passport, "index": counts,
         }  # fmt: skip
 
-    async def classify(self, request: Request, body: dict[str, Any]) -> Response:
+    async def classify(self, request: Request, body: bytes) -> Response:
         """POST /classify."""
-        asked = await self.service.run(Classification.of, body, self.service.name)
+        asked = await self.read(Classification.of, body, self.service.name)
         found = await self.service.classify(asked)
         results = [
             {"index": i, "label": asked.labels[int(row.argmax())], "probabilities": row.tolist()}
@@ -238,15 +241,15 @@ class Application:
         ]
         return _json({"model": self.service.name, "labels": asked.labels, "results": results})
 
-    async def search(self, request: Request, body: dict[str, Any]) -> Response:
+    async def search(self, request: Request, body: bytes) -> Response:
         """GET and POST /search."""
         if request.method == "POST":
-            asked = await self.service.run(Search.of, body, _MOST_RESULTS)
+            asked = await self.read(Search.of, body, _MOST_RESULTS)
         else:
             asked = Search.of_query(request.query_params.multi_items(), _MOST_RESULTS)
         return _json({"kind": asked.kind, "results": json_values(await self.service.search(asked))})
 
-    async def thumbnail(self, request: Request, body: dict[str, Any]) -> Response:
+    async def thumbnail(self, request: Request, body: bytes) -> Response:
         """GET /thumbnail/KIND/ROW: of a row of the index, never of another file."""
         kind, row = request.path_params["kind"], request.path_params["row"]
         content = await self.service.thumbnail(kind, row)
@@ -254,12 +257,12 @@ class Application:
             raise Refused(404, f"There is no readable image of row {row} of {kind}.", "not_found")
         return Response(content, media_type="image/jpeg", headers={"cache-control": "private, max-age=3600"})
 
-    async def health(self, request: Request, body: dict[str, Any]) -> Response:
+    async def health(self, request: Request, body: bytes) -> Response:
         """GET /health."""
         alive = self.service.batcher.alive
         return _json({"status": "ok" if alive else "failed"}, 200 if alive else 503)
 
-    async def metrics_text(self, request: Request, body: dict[str, Any]) -> Response:
+    async def metrics_text(self, request: Request, body: bytes) -> Response:
         """GET /metrics."""
         return Response(self.metrics.text(), headers={"content-type": CONTENT_TYPE})
 
@@ -308,14 +311,25 @@ def _page() -> tuple[str, str]:
 
 
 def _embeddings(embeds: np.ndarray, tokens: int, model: str, as_base64: bool) -> Response:
-    data = [
-        {"object": "embedding", "index": i, "embedding": base64.b64encode(row).decode() if as_base64 else row.tolist()}
-        for i, row in enumerate(np.ascontiguousarray(embeds, "<f4"))
-    ]
+    rows = np.ascontiguousarray(embeds, "<f4")
+    if as_base64:
+        texts = [f'"{base64.b64encode(row).decode()}"' for row in rows]
+    else:  # nine digits give a float32 back to the bit; the json module writes up to 17, in five times as long
+        form = ",".join(["%.9g"] * rows.shape[1])
+        texts = [f"[{form % tuple(row)}]" for row in rows.tolist()]
+    data = ",".join(f'{{"object":"embedding","index":{i},"embedding":{text}}}' for i, text in enumerate(texts))
     usage = {"prompt_tokens": tokens, "total_tokens": tokens}
-    return _json({"object": "list", "data": data, "model": model, "usage": usage})
+    rest = _text({"model": model, "usage": usage})[1:]
+    return _answer(f'{{"object":"list","data":[{data}],{rest}')
 
 
 def _json(content: Any, status: int = 200, headers: dict[str, str] | None = None) -> Response:
-    text = json.dumps(content, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
+    return _answer(_text(content), status, headers)
+
+
+def _text(content: Any) -> str:
+    return json.dumps(content, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
+
+
+def _answer(text: str, status: int = 200, headers: dict[str, str] | None = None) -> Response:
     return Response(text.encode(), status, {**(headers or {}), "content-type": "application/json"})

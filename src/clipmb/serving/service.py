@@ -28,6 +28,7 @@ from clipmb.serving.requests import Classification, Input, Refused, Search, imag
 
 _CLASSES = 32  # sets of labels whose embeddings are kept
 _BATCHES = (1, 2, 4, 8, 16, 32, 64, 128, 256)
+_SMALL = 10_000  # what takes less than a millisecond; a turn of a thread would take a tenth of one
 _THUMBNAILS = 512  # kept, of some 10 kB
 
 
@@ -88,7 +89,7 @@ class Service:
 
         self.batcher = Batcher(
             {"image": self._image_step, "text": functools.partial(self._text_step, batch_size)},
-            dict.fromkeys(("image", "text"), batch_size), max_wait / 1000, observe,
+            dict.fromkeys(("image", "text"), batch_size), max_wait / 1000, observe, few_sizes=pipeline.few_shapes,
         )  # fmt: skip
 
     def close(self) -> None:
@@ -97,8 +98,16 @@ class Service:
         for pool in (self._requests, self._images, self._searcher):
             pool.shutdown()
 
-    async def run(self, work: Callable[..., Any], *arguments: Any) -> Any:
-        """Runs what may take some milliseconds in a thread, so that other requests go on."""
+    async def run(self, work: Callable[..., Any], *arguments: Any, size: int) -> Any:
+        """Runs what may take some milliseconds in a thread, so that other requests go on; what is small, at once.
+
+        Args:
+            work: What to do.
+            *arguments: Of it.
+            size: Bytes or letters that it has to do with.
+        """
+        if size <= _SMALL:
+            return work(*arguments)
         return await asyncio.get_running_loop().run_in_executor(self._requests, work, *arguments)
 
     async def embed(self, inputs: Sequence[Input], normalize: bool) -> tuple[np.ndarray, int]:
@@ -121,19 +130,20 @@ class Service:
         rows: list[list[int]] = []
         owners: list[int] = []
         if places["text"]:
-            rows, owners = await self.run(self._tokenized, [inputs[place] for place in places["text"]])
+            texts = [inputs[place] for place in places["text"]]
+            rows, owners = await self.run(self._tokenized, texts, size=sum(len(text.value) for text in texts))
         features = np.empty((len(inputs), self.dimension), np.float32)
         with self._room(len(rows) + len(places["image"])):
             try:
-                texts, images = await _all(
-                    self._computed("text", rows, [_bucket(row) for row in rows]),
+                words, images = await _all(
+                    self._computed("text", rows, [self._length(row) for row in rows]),
                     self._pictures([inputs[place] for place in places["image"]]),
                 )
             except BaseException:
                 self.batcher.withdraw()
                 raise
         if rows:
-            features[places["text"]] = piece_means(texts, owners)
+            features[places["text"]] = piece_means(words, owners)
         if places["image"]:
             features[places["image"]] = images
         for given, row in zip(inputs, features, strict=True):
@@ -247,10 +257,14 @@ class Service:
     async def _pictures(self, inputs: Sequence[Input]) -> np.ndarray | None:
         loop = asyncio.get_running_loop()
         pixels = await _all(*(loop.run_in_executor(self._images, self._decoded, given) for given in inputs))
-        return await self._computed("image", pixels, [pixel.shape for pixel in pixels])
+        return await self._computed("image", pixels, [0] * len(pixels))
 
-    async def _computed(self, kind: str, values: Sequence[Any], shapes: Sequence[Any]) -> np.ndarray | None:
-        return await asyncio.wrap_future(self.batcher.submit(kind, values, shapes)) if values else None
+    async def _computed(self, kind: str, values: Sequence[Any], lengths: Sequence[int]) -> np.ndarray | None:
+        return await asyncio.wrap_future(self.batcher.submit(kind, values, lengths)) if values else None
+
+    def _length(self, row: Sequence[int]) -> int:
+        """Returns the tokens that a row is computed as, at least."""
+        return -(-len(row) // 8) * 8 if self.pipeline.few_shapes else len(row)
 
     def _decoded(self, given: Input) -> np.ndarray:
         """Decodes and resizes an image, in a thread."""
@@ -305,8 +319,3 @@ async def _all(*works: Awaitable[Any]) -> list[Any]:
 def name_of(source: Any) -> str:
     """Returns what a model is called where nobody says: its Hub id, or the name of its folder or file."""
     return Path(source).name if Path(source).exists() else str(source)
-
-
-def _bucket(row: Sequence[int]) -> int:
-    """The length to which a row is padded in a step, in eights."""
-    return -(-len(row) // 8)
