@@ -84,7 +84,7 @@ def ask(app, *requests):
 
 
 def post(app, path, body, **options):
-    return ask(app, ("POST", path, {"json": body, **options}))[0]
+    return ask(app, ("POST", path, {"content": json.dumps(body), **options}))[0]
 
 
 def get(app, path, **options):
@@ -189,6 +189,18 @@ def test_messages_have_one_part(app):
         ({"messages": [{"role": "user", "content": [{"type": "audio"}]}]}, "messages[0].content[0]", "A part"),
         ({"messages": [{"role": "user", "content": [1]}]}, "messages[0].content[0]", "A part"),
         ({"messages": [], "modality": "text"}, "modality", "Leave modality out"),
+        ({"input": None}, "input", "either input or messages. Received: neither"),
+        ({"input": [["a"]]}, "input[0]", "must be a text"),
+        ({"input": [1], "modality": "image"}, "input[0]", "must be the data URI of an image"),
+        ({"input": ["a", "\ud800 b"]}, "input[1]", "without lone surrogates"),
+        ({"input": "a", "\ud800": 1}, "\ud800", "There is no field '\\ud800'"),
+        ({"input": "a", "encoding_format": ["float"]}, "encoding_format", "'float' or 'base64'"),
+        ({"input": "a", "dimensions": True}, "dimensions", "have 6 numbers"),
+        ({"input": "data:image/png,\ud800", "modality": "image"}, "input", "must be ASCII"),
+        ({"input": "data:image/png;base64,\u00e9", "modality": "image"}, "input", "base64"),
+        ({"input": "data:image/png;base64,-_==", "modality": "image"}, "input", "with + and /"),
+        ({"input": "data:image/png;base64,abc", "modality": "image"}, "input", "the = at its end"),
+        ({"input": "data:image/png;base64", "modality": "image"}, "input", "must be a data URI"),
     ],
 )  # fmt: skip
 def test_what_a_request_may_not_say(app, body, param, message):
@@ -219,6 +231,38 @@ def test_a_path_is_not_read(app, tmp_path):
     (tmp_path / "secret.jpg").write_bytes(jpeg(1))
     for text in (str(tmp_path / "secret.jpg"), f"file://{tmp_path}/secret.jpg"):
         error(post(app, "/v1/embeddings", {"input": text, "modality": "image"}), 400, "invalid_value", "input")
+
+
+def test_null_is_as_left_out(app):
+    body = {
+        "input": "a",
+        "messages": None,
+        "model": None,
+        "encoding_format": None,
+        "modality": None,
+        "dimensions": None,
+    }
+    expected = pipeline().encode_text("a")
+    np.testing.assert_allclose(vectors(post(app, "/v1/embeddings", body)), expected, rtol=0, atol=1e-6)
+    image = {"type": "image_url", "image_url": {"url": picture(4), "detail": None}}
+    body = {"messages": [{"role": "user", "content": [image]}], "modality": None}
+    assert vectors(post(app, "/v1/embeddings", body)).shape == (1, 6)
+    assert post(app, "/classify", {"images": picture(), "labels": ["a", "b"], "templates": None}).status_code == 200
+
+
+def test_forms_of_data_uris(app):
+    head, _, content = picture(3).partition(",")
+    expected = pipeline().encode_image(decoded([3]))
+    lines = "\r\n".join(content[at : at + 76] for at in range(0, len(content), 76))
+    escaped = content.replace("+", "%2B").replace("/", "%2f").replace("=", "%3D")
+    for form in (
+        f" {head},{content}\n", f"DATA:image/jpeg;BASE64,{content}", f"data:;base64,{content}", f"{head},{lines}",
+        f"data:image/jpeg;name=a;charset=utf-8; base64 , {content}", f"{head},{escaped}",
+    ):  # fmt: skip
+        found = vectors(post(app, "/v1/embeddings", {"input": form, "modality": "image"}))
+        np.testing.assert_allclose(found, expected, rtol=0, atol=1e-6)
+    named = f"data:image/jpeg;base64=no,{content}"
+    error(post(app, "/v1/embeddings", {"input": named, "modality": "image"}), 400, "image_unreadable", "input")
 
 
 def test_a_data_uri_may_be_percent_encoded_and_a_bomb_is_refused(app, monkeypatch):
@@ -481,6 +525,25 @@ def test_bodies(app):
     for content in (b"", b"{", b"\xff", b"[" * 10**5, b'{"input": NaN'):
         error(ask(app, ("POST", "/v1/embeddings", {"content": content}))[0], 400, "invalid_json")
     error(ask(app, ("POST", "/v1/embeddings", {"content": b"[1]"}))[0], 400, "invalid_json")
+    for content, message in (
+        (b'{"input": "a", "user": NaN}', "NaN, which JSON does not have"),
+        (b'{"input": "a", "user": -Infinity}', "-Infinity, which"),
+        (b'{"input": "a", "input": "b"}', "'input' twice"),
+        (b'{"messages": [{"role": "user", "content": "a", "role": "user"}]}', "'role' twice"),
+    ):
+        assert message in error(ask(app, ("POST", "/v1/embeddings", {"content": content}))[0], 400, "invalid_json")
+
+
+def test_a_body_that_does_not_arrive_is_an_error_of_the_client():
+    app = application(pipeline(), deadline=0.1)
+
+    async def pieces():
+        yield b'{"input": '
+        await asyncio.sleep(HANG)
+
+    response = ask(app, ("POST", "/v1/embeddings", {"content": pieces()}))[0]
+    assert "within 0.1 seconds" in error(response, 408, "body_late")
+    assert response.headers["connection"] == "close"
 
 
 def test_large_bodies_are_held_within_a_limit():
@@ -509,6 +572,8 @@ def test_routes_and_methods(app):
     assert listed["data"] == [get(app, "/v1/models/tiny").json()]
     assert listed["data"][0]["id"] == "tiny"
     error(get(app, "/v1/models/other"), 404, "model_not_found", "model")
+    error(post(app, "/v1/embeddings/", {"input": "a"}), 404, "not_found")  # and no redirection
+    assert ask(app, ("HEAD", "/health", {}))[0].status_code == 200
     assert get(app, "/health").json() == {"status": "ok"}
 
 
@@ -616,12 +681,28 @@ def test_search(searching, folder):
     ("query", "param"),
     [
         ("", "text"), ("q=", "text[0]"), ("q=a&k=0", "k"), ("q=a&k=x", "k"), ("q=a&k=1001", "k"), ("q=a&k=1&k=2", "k"),
-        ("q=a&kind=sounds", "kind"), ("q=a&where=nothing", "where"), ("q=a&where=nowhere%3D1", "where"),
+        ("q=a&k=-1", "k"), ("q=a&k=1e2", "k"), ("q=a&k=%D9%A3", "k"), ("q=a&k=" + "9" * 5000, "k"),
+        ("q=a&kind=sounds", "kind"), ("q=a&where=", "where"), ("q=a&where=nothing", "where"),
+        ("q=a&where=nowhere%3D1", "where"),
         ("q=a&more=1", "more"), ("q=a&minus=a", "minus_text"),
     ],
 )  # fmt: skip
 def test_what_a_search_may_not_say(searching, query, param):
     response = get(searching, f"/search?{query}")
+    assert response.status_code == 400, response.text
+    assert response.json()["error"]["param"] == param
+
+
+@pytest.mark.parametrize(
+    ("change", "param"),
+    [
+        ({"k": True}, "k"), ({"k": 1.0}, "k"), ({"k": "3"}, "k"), ({"k": 10**9}, "k"), ({"kind": ["images"]}, "kind"),
+        ({"where": 0}, "where"), ({"where": {}}, "where"), ({"where": [" "]}, "where"), ({"text": 0}, "text"),
+        ({"text": None}, "text"), ({"minus_image": "a"}, "minus_image"), ({"more": None}, "more"),
+    ],
+)  # fmt: skip
+def test_what_the_body_of_a_search_may_not_say(searching, change, param):
+    response = post(searching, "/search", {"text": "a", "k": 1, **change})
     assert response.status_code == 400, response.text
     assert response.json()["error"]["param"] == param
 
@@ -638,7 +719,8 @@ def test_thumbnails_are_of_rows_only(searching, folder):
     assert response.headers["content-type"] == "image/jpeg"
     assert response.content.startswith(b"\xff\xd8")
     assert "thumbnail" not in get(searching, "/search?q=alone&kind=texts&k=1&where=width%3D2").json()["results"][0]
-    for path in ("images/11", "images/-1", "sounds/0", "images/..%2F..%2Fetc%2Fpasswd", f"texts/{10**30}", "texts/11"):
+    for path in ("images/11", "images/-1", "sounds/0", "images/..%2F..%2Fetc%2Fpasswd", f"texts/{10**30}", "texts/11",
+                 "texts/" + "9" * 5000, "images/%D9%A3", "images/1.0"):  # fmt: skip
         error(get(searching, f"/thumbnail/{path}"), 404, "not_found")
 
 

@@ -78,7 +78,7 @@ class Application:
             self.route("/v1/models/{name:path}", self.one_model),
             self.route("/classify", self.classify, "POST"),
             self.route("/search", self.search, "GET", "POST"),
-            self.route("/thumbnail/{kind}/{row:int}", self.thumbnail),
+            self.route("/thumbnail/{kind}/{row}", self.thumbnail),
             self.route("/health", self.health),
             self.route("/metrics", self.metrics_text),
         ]
@@ -88,7 +88,9 @@ class Application:
             yield
             await asyncio.to_thread(self.service.close)
 
-        return Starlette(routes=routes, exception_handlers={HTTPException: self.unrouted}, lifespan=lifespan)
+        made = Starlette(routes=routes, exception_handlers={HTTPException: self.unrouted}, lifespan=lifespan)
+        made.router.redirect_slashes = False  # an error says what is wrong; a redirection loses bodies in many clients
+        return made
 
     def route(self, path: str, handler: Handler, *methods: str) -> Route:
         """Returns a route whose handler is counted, has a deadline, and ends when the client goes away."""
@@ -104,13 +106,19 @@ class Application:
 
     async def answer(self, request: Request, path: str, handler: Handler) -> Response:
         """Returns what a handler answers, or the error."""
+        reading = False
         try:
             self.check(request, path)
+            reading = True
             async with asyncio.timeout(self.deadline), self.body(request) as body:
+                reading = False
                 response = await _while_connected(request, handler(request, body))
         except Refused as refused:
             response = self.refusal(refused)
         except TimeoutError:
+            if reading:
+                message = f"The body must arrive within {self.deadline:g} seconds. Send it faster, or a smaller one."
+                return self.finished(self.refusal(Refused(408, message, "body_late", headers={"connection": "close"})))
             message = f"There was no result within {self.deadline:g} seconds. Try again later."
             response = self.refusal(Refused(503, message, "deadline_exceeded", headers={"retry-after": "1"}))
         except ClientDisconnect:
@@ -252,9 +260,10 @@ class Application:
     async def thumbnail(self, request: Request, body: bytes) -> Response:
         """GET /thumbnail/KIND/ROW: of a row of the index, never of another file."""
         kind, row = request.path_params["kind"], request.path_params["row"]
-        content = await self.service.thumbnail(kind, row)
+        number = re.fullmatch("[0-9]{1,18}", row)
+        content = await self.service.thumbnail(kind, int(row)) if number else None
         if content is None:
-            raise Refused(404, f"There is no readable image of row {row} of {kind}.", "not_found")
+            raise Refused(404, f"There is no readable image of row {row!r:.40} of {kind!r:.40}.", "not_found")
         return Response(content, media_type="image/jpeg", headers={"cache-control": "private, max-age=3600"})
 
     async def health(self, request: Request, body: bytes) -> Response:
@@ -332,4 +341,5 @@ def _text(content: Any) -> str:
 
 
 def _answer(text: str, status: int = 200, headers: dict[str, str] | None = None) -> Response:
-    return Response(text.encode(), status, {**(headers or {}), "content-type": "application/json"})
+    content = text.encode(errors="backslashreplace")  # half of a surrogate pair, as JSON writes it
+    return Response(content, status, {**(headers or {}), "content-type": "application/json"})

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import base64
-import binascii
 import json
 import re
 from collections.abc import Collection, Mapping, Sequence
@@ -14,7 +13,7 @@ from urllib.parse import unquote_to_bytes
 from clipmb.common.errors import bad_input, whole_number
 from clipmb.embedding.store import KINDS
 
-_DATA_URI = re.compile(r"data:(?:[^,;]*)((?:;[^,;]*)*),", re.ASCII)
+_DATA_URI = re.compile(r"\s*data:([^,]*),", re.IGNORECASE)
 _NOT_FETCHED = "Nothing is fetched from elsewhere: send the image itself, as data:image/jpeg;base64,…"
 _TYPES = {429: "rate_limit_error", 500: "server_error", 503: "server_error"}
 
@@ -78,13 +77,13 @@ class Embeddings:
             Refused: A field is wrong, missing, or asks for what cannot be had.
         """
         known = ("model", "input", "messages", "modality", "encoding_format", "dimensions", "user")
-        check_fields(body, known)
+        body = check_fields(body, known)
         check_model(body, model)
         encoding = body.get("encoding_format", "float")
         if encoding not in ("float", "base64"):
             rule = "encoding_format must be 'float' or 'base64'"
             raise invalid("encoding_format", bad_input(rule, encoding, "Pass one of these"))
-        if body.get("dimensions") not in (None, dimension) or isinstance(body.get("dimensions"), bool):
+        if body.get("dimensions", dimension) != dimension or isinstance(body.get("dimensions"), bool):
             rule = f"The embeddings of this model have {dimension} numbers and cannot be shortened"
             raise invalid("dimensions", bad_input(rule, body["dimensions"], "Leave dimensions out"))
         modality = body.get("modality", "text")
@@ -124,7 +123,7 @@ class Classification:
         Raises:
             Refused: A field is wrong or missing.
         """
-        check_fields(body, ("model", "images", "labels", "templates"))
+        body = check_fields(body, ("model", "images", "labels", "templates"))
         check_model(body, model)
         for name in ("images", "labels"):
             if name not in body:
@@ -160,9 +159,9 @@ class Search:
         Raises:
             Refused: A field is wrong or missing.
         """
-        check_fields(body, ("text", "image", "minus_text", "minus_image", "k", "kind", "where"))
+        body = check_fields(body, ("text", "image", "minus_text", "minus_image", "k", "kind", "where"))
         given: dict[str, list[Input]] = {
-            name: listed(body[name], name.removeprefix("minus_"), name) if body.get(name) not in (None, []) else []
+            name: listed(body[name], name.removeprefix("minus_"), name) if body.get(name, []) != [] else []
             for name in ("text", "image", "minus_text", "minus_image")
         }
         plus = given["text"] + given["image"]
@@ -176,7 +175,7 @@ class Search:
         if kind not in KINDS:
             rule = f"kind must be one of {', '.join(KINDS)}"
             raise invalid("kind", bad_input(rule, kind, "Pass one of these"))
-        where = body.get("where") or []
+        where = body.get("where", [])
         where = [where] if isinstance(where, str) else where
         if not _all_texts(where) and where != []:
             rule = "where must be a condition or a list of conditions"
@@ -198,7 +197,7 @@ class Search:
             if name in ("k", "kind"):
                 if name in body:
                     raise invalid(name, bad_input(f"{name} may be there once", value, f"Pass one {name}"))
-                body[name] = int(value) if name == "k" and value.isdecimal() and len(value) < 10 else value
+                body[name] = int(value) if name == "k" and re.fullmatch("[0-9]{1,9}", value) else value
             else:
                 body.setdefault(names[name], []).append(value)
         return cls.of(body, most)
@@ -211,7 +210,7 @@ def json_object(content: bytes) -> dict[str, Any]:
         Refused: It is not JSON, or no object.
     """
     try:
-        body = json.loads(content)
+        body = json.loads(content, object_pairs_hook=_object, parse_constant=_constant)
     except (ValueError, RecursionError) as error:
         raise Refused(400, f"The body must be JSON. Received: {error}. Correct it.", "invalid_json") from None
     if not isinstance(body, dict):
@@ -220,11 +219,12 @@ def json_object(content: bytes) -> dict[str, Any]:
     return body
 
 
-def check_fields(body: Mapping[str, Any], known: Collection[str]) -> None:
-    """Refuses fields that would have no effect."""
+def check_fields(body: Mapping[str, Any], known: Collection[str]) -> dict[str, Any]:
+    """Refuses fields that would have no effect; returns the others but those that are null, which is as left out."""
     for name in body:
         if name not in known:
             raise _unknown(name, known)
+    return {name: value for name, value in body.items() if value is not None}
 
 
 def check_model(body: Mapping[str, Any], model: str) -> None:
@@ -247,7 +247,7 @@ def listed(value: Any, kind: str, param: str) -> list[Input]:
     """
     if isinstance(value, str):
         return [_input(value, kind, param)]
-    if isinstance(value, list) and value and all(isinstance(item, int | list) for item in value):
+    if kind == "text" and _are_ids(value):
         rule = f"{param} must be text: ids of tokens mean something to one tokenizer only"
         raise invalid(param, bad_input(rule, value, "Send the text"))
     if not isinstance(value, list) or not value:
@@ -266,18 +266,44 @@ def image_bytes(given: Input) -> bytes:
     if found is None:
         raise invalid(given.param, bad_input("An image must be a data URI", given.value[:80], _NOT_FETCHED[:-1]))
     content = given.value[found.end() :]
-    if ";base64" not in found[1].lower():
-        return unquote_to_bytes(content)
+    in_base64 = re.search(r";\s*base64\s*$", found[1], re.IGNORECASE)
     try:
-        return base64.b64decode("".join(content.split()), validate=True)
-    except (binascii.Error, ValueError) as error:
-        rule = "The base64 of a data URI must be whole"
-        raise invalid(given.param, bad_input(rule, str(error), "Encode the image again", shown=True)) from None
+        if in_base64 and "%" not in content:
+            return base64.b64decode("".join(content.split()), validate=True)
+        plain = unquote_to_bytes(content.encode("ascii"))
+        return base64.b64decode(b"".join(plain.split()), validate=True) if in_base64 else plain
+    except ValueError as error:
+        rule, fix = (
+            "The base64 of a data URI must be whole",
+            "Encode the image again, with + and / and the = at its end",
+        )
+        if not in_base64:
+            rule, fix = "A data URI must be ASCII", "Write other bytes as % and two digits"
+        raise invalid(given.param, bad_input(rule, str(error), fix, shown=True)) from None
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for name, value in pairs:
+        if name in found:
+            raise ValueError(f"{name!r} twice in one object")
+        found[name] = value
+    return found
+
+
+def _constant(name: str) -> Any:
+    raise ValueError(f"{name}, which JSON does not have")
+
+
+def _are_ids(value: Any) -> bool:
+    lists = value if isinstance(value, list) and value and isinstance(value[0], list) else [value]
+    return all(isinstance(ids, list) and ids and all(isinstance(one, int) for one in ids) for ids in lists)
 
 
 def _input(value: Any, kind: str, param: str) -> Input:
     if not isinstance(value, str):
-        raise invalid(param, bad_input(f"{param} must be a text", value, "Pass a string"))
+        what = "a text" if kind == "text" else "the data URI of an image"
+        raise invalid(param, bad_input(f"{param} must be {what}", value, "Pass a string"))
     if not value.strip():
         raise invalid(param, bad_input(f"{param} must not be empty", value, "Leave it out"))
     if kind == "image" and re.match(r"https?:", value, re.IGNORECASE):
@@ -310,7 +336,7 @@ def _of_messages(messages: Any) -> Input:
     if kind == "image_url" and part.keys() == {"type", "image_url"}:
         image = part["image_url"]
         fields = image.keys() if isinstance(image, dict) else set()
-        if "url" in fields <= {"url", "detail"} and image.get("detail", "auto") == "auto":
+        if "url" in fields <= {"url", "detail"} and image.get("detail") in (None, "auto"):
             return _input(image["url"], "image", f"{where}.image_url.url")
     raise invalid(where, bad_input("A part is a text or an image_url with a url", part, fix))
 

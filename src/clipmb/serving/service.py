@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import functools
+import re
 import time
 from collections import OrderedDict
 from collections.abc import Awaitable, Callable, Iterator, Sequence
@@ -288,7 +289,8 @@ class Service:
             try:
                 pieces, _ = self.pipeline.token_rows([given.value], self.passport["long_text"])
             except ValueError as error:
-                raise invalid(given.param, error, "text_too_long") from None
+                damaged = re.search("[\ud800-\udfff]", given.value)
+                raise invalid(given.param, error, "invalid_value" if damaged else "text_too_long") from None
             rows += pieces
             owners += [number] * len(pieces)
         return rows, owners
