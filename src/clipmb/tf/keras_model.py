@@ -102,6 +102,16 @@ class KerasModel(PretrainedMixin, keras.Model):
         """
         return super().__call__(**bind(type(self).call, type(self).__name__, args, kwargs))
 
+    def __setattr__(self, name: str, value: Any) -> None:
+        """Sets an attribute; a layer takes the place of the one before it, which Keras would keep among the weights."""
+        old = self.__dict__.get(name)
+        if isinstance(value, keras.layers.Layer) and isinstance(old, keras.layers.Layer) and value is not old:
+            if self._tracker.is_in_store("layers", value):
+                self._tracker.untrack(old)
+            else:
+                self._tracker.replace_tracked_value("layers", old, value)
+        super().__setattr__(name, value)
+
     def build(self, input_shape: Any = None) -> None:
         """Creates the weights of every part."""
         build_parts(self)
@@ -137,15 +147,27 @@ class KerasModel(PretrainedMixin, keras.Model):
         """Returns every parameter by its canonical name, in canonical layout, each made when it is asked for.
 
         Raises:
-            ValueError: The model holds other weights, too, which would be lost.
+            ValueError: The model holds other weights, too, which would be lost, or has a layer without its own.
         """
-        table = {spec: self.parameter(spec) for spec in specs(self.config, self.head)}
+        table: dict[Spec, Any] = {}
+        for spec in specs(self.config, self.head):
+            try:
+                table[spec] = self.parameter(spec)
+            except AttributeError:  # a layer of another kind in the place of ours, or one that is not built
+                table[spec] = None
         known = {id(parameter) for parameter in table.values()}
         if others := [weight.path for weight in self.weights if id(weight) not in known]:
             raise bad_input(
                 "A checkpoint holds the weights of CLIP alone",
                 f"{len(others)} others: {', '.join(others[:5])}",
                 "Remove what was added to the model, or save it with model.save_weights",
+                shown=True,
+            )
+        if lost := [spec.name for spec, parameter in table.items() if parameter is None]:
+            raise bad_input(
+                "A checkpoint holds all weights of CLIP",
+                f"a model without {', '.join(lost[:5])}",
+                "Build the layers that were put into the model, or save it with model.save_weights",
                 shown=True,
             )
         return Deferred({spec.name: lazy_numpy(parameter, spec) for spec, parameter in table.items()})

@@ -344,6 +344,37 @@ def test_nothing_that_a_model_holds_is_lost_by_saving(adding, tmp_path):
     assert not (tmp_path / "saved").exists()
 
 
+@pytest.mark.parametrize(
+    ("head", "name"),
+    [
+        ("CLIPModel", "visual_projection"),
+        ("CLIPTextModelWithProjection", "text_projection"),
+        ("CLIPForImageClassification", "classifier"),
+    ],
+)
+def test_a_layer_in_the_place_of_another_is_what_is_trained_and_saved(head, name, tmp_path):
+    model = build(head)
+    before = [weight.path for weight in model.weights]
+    old, bias = getattr(model, name), name == "classifier"
+    new = keras.layers.Dense(11, use_bias=bias)
+    setattr(model, name, new)
+    with pytest.raises(ValueError, match=rf"all weights of CLIP. Received: a model without {name}\.weight"):
+        model.save_pretrained(tmp_path)  # it has none yet
+    new.build((None, old.inputs))
+    own = {id(weight) for weight in new.weights}
+    assert not {id(weight) for weight in old.weights} & {id(weight) for weight in model.weights}
+    assert own <= {id(weight) for weight in model.trainable_weights}
+    assert [weight.path for weight in model.weights if id(weight) not in own] == [
+        path for path in before if f"/{name}/" not in path
+    ]
+    model.save_pretrained(tmp_path)
+    saved = map_file(tmp_path / "model.safetensors")
+    cases.assert_same(saved[f"{name}.weight"], new.kernel.numpy().T)
+    setattr(model, name, keras.Sequential([new]))
+    with pytest.raises(ValueError, match=rf"CLIP alone. Received: {1 + bias} others"):
+        model.save_pretrained(tmp_path)
+
+
 # Graphs and XLA
 
 
