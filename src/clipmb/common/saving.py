@@ -265,8 +265,10 @@ def prepared_beside(folder: Path) -> Iterator[Path]:
     """Yields a new folder in a hidden one beside another, to be filled and then renamed to that; else it is removed.
 
     What processes that were killed left for the same folder is removed first; living ones hold the lock of their own
-    hidden folder, in which that to be filled can be locked by what is saved into it.
+    hidden folder, in which that to be filled can be locked by what is saved into it. Folders above that were made for
+    it are removed again where it did not come to be.
     """
+    made = [above for above in folder.parents if not above.exists()]
     folder.parent.mkdir(parents=True, exist_ok=True)
     prefix = f"{_BESIDE}{folder.name}-"
     own = re.compile(re.escape(prefix) + "[^-]*")
@@ -282,6 +284,9 @@ def prepared_beside(folder: Path) -> Iterator[Path]:
             yield filled
     finally:
         shutil.rmtree(staging, ignore_errors=True)
+        with suppress(OSError):  # the first that is not empty, and those above
+            for above in made:
+                above.rmdir()
 
 
 def _is_left(staging: Path) -> bool:
