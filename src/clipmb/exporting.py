@@ -178,7 +178,7 @@ def export(
         ids: "int64" or "int32": the dtype of ``input_ids`` and ``attention_mask``. It needs a text tower. "int64" when
             None, and "int32" for immich.
         length: Tokens of every text, which are padded to it; any number up to the model's context when None, and the
-            model's context for immich. It needs a text tower.
+            model's context for immich. It needs a text tower. Not of fastembed, which pads to the longest of its texts.
         keep: Canonical names of weights that "int8" leaves in float32, of matrices in the blocks of the chosen towers.
             "auto" leaves the fewest with which the embeddings reach ``min_cosine``, and a number that many of each
             tower: those that lose the most cosine when they alone have 8 bits.
@@ -221,6 +221,8 @@ def export(
         raise one_of(f"ids{of}", ids, program.ids)
     if tower == "image" and (ids is not None or length is not None):
         raise bad_input("ids= and length= are of texts", f"tower={tower!r}", "Leave them out", shown=True)
+    if length is not None and program.any_length:
+        raise bad_input(f"{layout} passes texts of any length", f"length={length!r}", "Leave it out", shown=True)
     counted = isinstance(keep, int) and not isinstance(keep, bool)
     named = keep if isinstance(keep, Collection) and not isinstance(keep, str) else ()
     if not counted and keep != "auto" and named is not keep:

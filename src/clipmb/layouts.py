@@ -68,6 +68,7 @@ class Layout:
         ids: Dtypes of ids that it passes.
         normalize: Whether it takes embeddings to have length 1.
         whole_texts: Whether it pads every text to the same length.
+        any_length: Whether it pads texts to the longest of a call, so that no length can be fixed.
     """
 
     files: Mapping[str, str]
@@ -76,6 +77,7 @@ class Layout:
     ids: tuple[str, ...] = ("int64", "int32")
     normalize: bool = False
     whole_texts: bool = False
+    any_length: bool = False
 
 
 def _save_all(folder: Path, exported: Exported) -> None:
@@ -176,7 +178,11 @@ TRITON = Layout({"both": "clip/1/model", "text": "clip_text/1/model", "image": "
 LAYOUTS: dict[str, Layout] = {
     # Source: fastembed 0.9, fastembed/common/preprocessor_utils.py.
     "fastembed": Layout(
-        {"text": "text/model", "image": "image/model"}, _save_for_fastembed, ids=("int64",), normalize=True
+        {"text": "text/model", "image": "image/model"},
+        _save_for_fastembed,
+        ids=("int64",),
+        normalize=True,
+        any_length=True,
     ),
     # Source: immich 2, machine-learning/immich_ml/models/clip.
     "immich": Layout(

@@ -487,7 +487,7 @@ class TestNothingStays:
         with pytest.raises(
             CheckpointError, match=r"have a cosine of at least 1 .*Pass another dtype, keep= or a lower"
         ):
-            clipmb.export(folder["plain"], tmp_path / "out", dtype=dtype, min_cosine=1)
+            clipmb.export(folder["plain"], tmp_path / "new/out", dtype=dtype, min_cosine=1)
         assert left(tmp_path) == []
 
     def test_of_results_that_are_not_finite(self, tmp_path):
@@ -624,6 +624,7 @@ class TestLayouts:
         ({"layout": "fastembed", "tower": "both"}, r"tower of fastembed must be .*Received: 'both'"),
         ({"layout": "immich", "ids": "int64"}, r"ids of immich must be one of 'int32'. Received: 'int64'"),
         ({"layout": "fastembed", "ids": "int32"}, r"ids of fastembed must be one of 'int64'. Received: 'int32'"),
+        ({"layout": "fastembed", "length": 7}, r"fastembed passes texts of any length. Received: length=7. Leave it"),
         ({"to": "coreml"}, r"to must be .*onnx.*Received: 'coreml'"),
         ({"tower": "vision"}, r"tower must be .*image.*Received: 'vision'"),
         ({"dtype": "bfloat16"}, r"dtype of onnx must be .*Received: 'bfloat16'"),
