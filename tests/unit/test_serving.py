@@ -100,6 +100,8 @@ def error(response, status, code, param=None):
     assert response.status_code == status, response.text
     found = response.json()["error"]
     assert found.keys() == {"message", "type", "param", "code"}
+    kinds = {429: "rate_limit_error", 500: "server_error", 503: "server_error"}
+    assert found["type"] == kinds.get(status, "invalid_request_error")
     assert (found["code"], found["param"]) == (code, param), found
     return found["message"]
 
@@ -206,6 +208,21 @@ def test_messages_have_one_part(app):
 def test_what_a_request_may_not_say(app, body, param, message):
     code = "invalid_value"
     assert message in error(post(app, "/v1/embeddings", body), 400, code, param)
+
+
+@pytest.mark.parametrize(
+    "part",
+    [
+        {"type": "text", "text": "a", "more": 1},
+        {"type": "image_url", "image_url": {"url": picture()}, "more": 1},
+        {"type": "image_url", "image_url": {"url": picture(), "more": 1}},
+        {"type": "image_url", "image_url": {"url": picture(), "detail": "low"}},
+        {"type": "image_url", "image_url": picture()},
+    ],
+)
+def test_what_a_part_may_not_say(app, part):
+    response = post(app, "/v1/embeddings", {"messages": [{"role": "user", "content": [part]}]})
+    assert "A part is a text or" in error(response, 400, "invalid_value", "messages[0].content[0]")
 
 
 def test_the_dimension_may_be_said_and_the_model_may_not_be_another(app):
@@ -522,6 +539,15 @@ def test_bodies(app):
             yield large[at : at + 10]
 
     error(ask(small, ("POST", "/v1/embeddings", {"content": pieces()}))[0], 413, "too_large")
+    sent = []
+
+    async def without_end():
+        while True:
+            sent.append(b"a" * 100)
+            yield sent[-1]
+
+    error(ask(small, ("POST", "/v1/embeddings", {"content": without_end()}))[0], 413, "too_large")
+    assert len(sent) < 10
     for content in (b"", b"{", b"\xff", b"[" * 10**5, b'{"input": NaN'):
         error(ask(app, ("POST", "/v1/embeddings", {"content": content}))[0], 400, "invalid_json")
     error(ask(app, ("POST", "/v1/embeddings", {"content": b"[1]"}))[0], 400, "invalid_json")
