@@ -547,7 +547,11 @@ def test_bodies(app):
             yield sent[-1]
 
     error(ask(small, ("POST", "/v1/embeddings", {"content": without_end()}))[0], 413, "too_large")
-    assert len(sent) < 10
+    assert 0 < len(sent) < 10
+    sent.clear()
+    headers = {"expect": "100-continue", "content-length": "1000"}
+    error(ask(small, ("POST", "/v1/embeddings", {"content": without_end(), "headers": headers}))[0], 413, "too_large")
+    assert not sent  # and the client has not begun
     for content in (b"", b"{", b"\xff", b"[" * 10**5, b'{"input": NaN'):
         error(ask(app, ("POST", "/v1/embeddings", {"content": content}))[0], 400, "invalid_json")
     error(ask(app, ("POST", "/v1/embeddings", {"content": b"[1]"}))[0], 400, "invalid_json")
@@ -586,6 +590,7 @@ def test_large_bodies_are_held_within_a_limit():
 
     statuses = [response.status_code for response in asyncio.run(run())]
     assert sorted(statuses) == [200] * 9 + [429] * 3  # 82 bytes each, at most 800
+    assert [post(app, "/v1/embeddings", {"input": "a" * 70}).status_code for _ in range(12)] == [200] * 12
 
 
 def test_routes_and_methods(app):
@@ -601,6 +606,9 @@ def test_routes_and_methods(app):
     error(post(app, "/v1/embeddings/", {"input": "a"}), 404, "not_found")  # and no redirection
     assert ask(app, ("HEAD", "/health", {}))[0].status_code == 200
     assert get(app, "/health").json() == {"status": "ok"}
+    for path in ("/health", "/nothing"):
+        headers = get(app, path).headers
+        assert (headers["x-content-type-options"], headers["cache-control"]) == ("nosniff", "no-store")
 
 
 def test_the_page_needs_nothing_from_elsewhere(app):
@@ -783,8 +791,15 @@ def test_labels_are_escaped():
     )
 
 
-def test_embeddings_that_cannot_be_used_are_an_error_of_the_server():
-    app = application(pipeline(float("inf")))
+def test_embeddings_are_of_the_length_of_those_of_the_folder(tmp_path):
+    embed(collection(tmp_path / "pictures"), tmp_path / "out", model=pipeline(), workers=2, normalize=False)
+    response = post(application(Index.open(tmp_path / "out", model=pipeline())), "/v1/embeddings", {"input": TEXTS})
+    np.testing.assert_allclose(vectors(response), pipeline().encode_text(TEXTS, normalize=False), rtol=1e-6)
+
+
+@pytest.mark.parametrize("factor", [float("inf"), 0.0])
+def test_embeddings_that_cannot_be_used_are_an_error_of_the_server(factor):
+    app = application(pipeline(factor))
     assert "must be finite" in error(post(app, "/v1/embeddings", {"input": "a"}), 500, "not_finite")
 
 
