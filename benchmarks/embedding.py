@@ -91,7 +91,7 @@ class Loops:
             target = self.folder.with_name(f"{self.folder.name}-fastembed")
             if not target.exists():
                 export(self.folder, target, tower="image", layout="fastembed")
-            engine = ImageEmbedding("Qdrant/clip-ViT-B-32-vision", specific_model_path=str(target))
+            engine = ImageEmbedding("Qdrant/clip-ViT-B-32-vision", specific_model_path=str(target / "image"))
             found["fastembed"] = lambda paths: list(engine.embed(paths, batch_size=BATCH))
         return found
 
