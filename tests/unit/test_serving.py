@@ -679,6 +679,46 @@ def test_classify(app):
     np.testing.assert_allclose(one.json()["results"][0]["probabilities"], expected[0], rtol=1e-5)
 
 
+def test_embeddings_of_classes_are_kept(monkeypatch):
+    monkeypatch.setattr("clipmb.serving.service._CLASSES", 2)
+    model = pipeline()
+    app = application(model)
+
+    def steps(labels, templates="{}"):
+        before = model.engine.calls
+        found = post(app, "/classify", {"images": picture(1), "labels": labels, "templates": templates}).json()
+        expected = pipeline().classify(decoded([1]), labels, templates)
+        np.testing.assert_allclose(found["results"][0]["probabilities"], expected[0], rtol=1e-5)
+        return model.engine.calls - before
+
+    assert steps(["cat", "bat"]) == 2
+    assert steps(["a"], ["c{}t", "b{}t"]) == 2  # the same prompts
+    assert steps(["cat", "bat"]) == 1
+    assert steps(["cat", "rat"]) == 2
+    assert steps(["cat", "bat"]) == 1  # used last before, so that the other was dropped
+    assert steps(["a"], ["c{}t", "b{}t"]) == 2
+
+
+def test_classes_that_are_dropped_while_their_images_are_computed(monkeypatch):
+    monkeypatch.setattr("clipmb.serving.service._CLASSES", 1)
+    engine = Slow()
+    app = application(with_engine(engine), batch_size=1, max_wait=0)
+    first, other = ({"images": picture(1), "labels": ["cat", name]} for name in ("dog", "bat"))
+
+    async def run():
+        async with client(app) as session:
+            engine.go.set()
+            await session.post("/classify", json=first)
+            engine.go.clear()
+            both = [asyncio.ensure_future(session.post("/classify", json=body)) for body in (other, first)]
+            while "queue_items 4" not in (await session.get("/metrics")).text:
+                await asyncio.sleep(0.01)
+            engine.go.set()
+            return [(await one).status_code for one in both]
+
+    assert asyncio.run(run()) == [200, 200]
+
+
 @pytest.mark.parametrize(
     ("change", "param"),
     [

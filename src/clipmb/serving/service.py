@@ -171,14 +171,15 @@ class Service:
         except ValueError as error:
             raise invalid("templates", error) from None
         key = tuple(prompts), len(asked.labels)
-        texts = [] if key in self._classes else [Input("text", prompt, "labels") for prompt in prompts]
+        known = self._classes.get(key)  # may be dropped while this waits
+        texts = [Input("text", prompt, "labels") for prompt in prompts] if known is None else []
         embeds, _ = await self.embed([*texts, *asked.images], True)
-        if texts:
-            self._classes[key] = class_means(embeds[: len(texts)], len(asked.labels))
-            while len(self._classes) > _CLASSES:
-                self._classes.popitem(last=False)
+        classes = class_means(embeds[: len(texts)], len(asked.labels)) if known is None else known
+        self._classes[key] = classes
         self._classes.move_to_end(key)
-        return softmax(self.pipeline.logits(embeds[len(texts) :], self._classes[key]))
+        while len(self._classes) > _CLASSES:
+            self._classes.popitem(last=False)
+        return softmax(self.pipeline.logits(embeds[len(texts) :], classes))
 
     async def search(self, asked: Search) -> list[dict[str, Any]]:
         """Returns the most similar rows of the index, as `Index.search` does.
