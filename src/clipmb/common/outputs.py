@@ -39,10 +39,10 @@ class ModelOutput(OrderedDict[str, Any], Generic[Array]):
     def __init__(self, *args: Any, **values: Any) -> None:
         super().__init__()
         values = dict(*args, **values)
-        if unknown := values.keys() - set(self.fields):
+        if unknown := [name for name in values if name not in self.fields]:  # no sets: PyTorch's compiler reads this
             raise bad_input(
                 f"{type(self).__name__} has the fields {', '.join(self.fields)}",
-                sorted(unknown),
+                sorted(unknown, key=str),
                 "Pass only these",
                 TypeError,
             )
