@@ -17,7 +17,7 @@ from cases import CONFIGS, STRESS, TEXT, VISION, image_inputs, random_arrays, re
 from conftest import ENGINES
 from PIL import Image
 from processes import clipmb as command
-from processes import python
+from processes import excerpt, python
 
 import clipmb
 from clipmb import (
@@ -771,3 +771,10 @@ def test_every_target_is_described():
     for name, target in exporting.TARGETS.items():
         assert target.backend in backends.BACKENDS, name
         assert "float32" in target.dtypes, name
+
+
+def test_openvino_tells_nobody_that_it_is_imported():
+    """Its telemetry forks the process, in which other frameworks have threads, and asks the network."""
+    script = "import os\nos.fork = lambda: os._exit(3)\nimport clipmb.onnx.openvino, openvino_telemetry"
+    done = python("-c", script)
+    assert done.returncode == 0, excerpt(done.stderr)

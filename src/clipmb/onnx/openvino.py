@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -10,10 +11,16 @@ from clipmb.common.errors import MissingBackendError
 from clipmb.onnx import export
 from clipmb.onnx.engine import ONNXModel
 
+_COUNTED = "openvino_telemetry" not in sys.modules
 try:
+    if _COUNTED:  # it forks this process, whatever threads there are, to tell its makers of each import
+        sys.modules["openvino_telemetry"] = None  # pyright: ignore[reportArgumentType] - which OpenVINO takes for missing
     import openvino as ov
 except ImportError as error:
     raise MissingBackendError("openvino", "openvino", cause=str(error)) from error
+finally:
+    if _COUNTED:
+        del sys.modules["openvino_telemetry"]
 
 RUN = Path(__file__).with_name("run_openvino.py")
 

@@ -28,6 +28,6 @@ def main(model: str, given: str, found: str) -> None:
 
 
 if __name__ == "__main__":
-    for _name in ("torch", "tensorflow", "keras", "jax", "flax", "onnx", "onnxruntime", "clipmb"):
+    for _name in ("torch", "tensorflow", "keras", "jax", "flax", "onnx", "onnxruntime", "clipmb", "openvino_telemetry"):
         sys.modules[_name] = None  # pyright: ignore[reportArgumentType] - which makes importing it an error
     main(*sys.argv[1:])
