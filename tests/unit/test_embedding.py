@@ -348,6 +348,7 @@ def test_rows_are_mapped_where_the_files_allow_it(tmp_path, monkeypatch, dtype, 
     assert {group.place is not None for group in found._groups} == {options is None}
     assert [group.rows for group in found._groups] == ([60, 60, 10, 60, 60] if options is None else [130, 120])
     queries = random.standard_normal((3, 24)).astype(np.float32)
+    queries /= np.linalg.norm(queries, axis=1, keepdims=True)
     for some in (None, np.array([0, 59, 60, 131, 132, 249]), None):  # at last with the lengths that were kept
         numbers, blocks = zip(*found.blocks(50, some), strict=True)
         np.testing.assert_array_equal(np.concatenate(numbers), np.arange(250) if some is None else some)
