@@ -1,16 +1,18 @@
 """Throughput of the towers beside transformers 4.57.6: same weights, same threads, one process for each framework.
 
-open_clip takes part in PyTorch's where it is installed.
+Where they are installed, keras-hub takes part with each framework as Keras' backend, and open_clip with PyTorch.
 """
 
 from __future__ import annotations
 
 import importlib.util
+import os
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import _keras_hub
 import numpy as np
 from _checkpoint import for_each_backend
 from _compare import compare, row
@@ -130,9 +132,20 @@ def cases(batch: int) -> dict[str, tuple[dict[str, np.ndarray], str]]:
     return {"image": (pixels, "images"), "text": (text, "texts"), "both": ({**pixels, **text}, "pairs")}
 
 
+def peers(backend: str, folder: Path) -> dict[str, dict[str, Callable[..., Any]]]:
+    """The towers of the other libraries that are installed, by the library's name."""
+    found = {}
+    if importlib.util.find_spec("keras_hub"):
+        found["keras-hub"] = _keras_hub.load(folder, backend)
+    if backend == "pt" and importlib.util.find_spec("open_clip"):
+        found["open_clip"] = open_clip(folder)
+    return found
+
+
 def measure(backend: str, folder: Path, batches: list[int], rounds: int) -> None:
+    os.environ["KERAS_BACKEND"] = {"pt": "torch", "tf": "tensorflow", "flax": "jax"}[backend]
     ours, theirs = globals()[backend](folder)
-    other = open_clip(folder) if backend == "pt" and importlib.util.find_spec("open_clip") else {}
+    others = peers(backend, folder)
     for batch in batches:
         for tower, (inputs, unit) in cases(batch).items():
             compare(
@@ -144,15 +157,21 @@ def measure(backend: str, folder: Path, batches: list[int], rounds: int) -> None
                 rounds=rounds,
                 goal=1.0,
             )
-            if tower in other:
-                found, expected = ours[tower](**inputs).numpy(), other[tower](**inputs).numpy()
-                if not np.allclose(found, expected, atol=1e-4):
-                    raise SystemExit("open_clip finds other embeddings, so that the times mean nothing.")
+            for peer, towers in others.items():
+                if tower not in towers:
+                    continue
+                given = dict(inputs)
+                if peer == "keras-hub" and "pixel_values" in given:  # channels last is its own order
+                    given["pixel_values"] = np.ascontiguousarray(given["pixel_values"].transpose(0, 2, 3, 1))
+                found = ours[tower](**inputs)
+                found = np.asarray(found.logits_per_image if tower == "both" and backend == "pt" else found)
+                if not np.allclose(found, np.asarray(towers[tower](**given)), atol=1e-4):
+                    raise SystemExit(f"{peer} finds other values, so that the times mean nothing.")
                 compare(
                     f"{backend}: {tower}, batch {batch}",
                     lambda tower=tower, inputs=inputs: ours[tower](**inputs),
-                    lambda tower=tower, inputs=inputs: other[tower](**inputs),
-                    count=batch, unit=unit, rounds=rounds, peer="open_clip",
+                    lambda tower=tower, given=given, towers=towers: towers[tower](**given),
+                    count=batch, unit=unit, rounds=rounds, peer=peer,
                 )  # fmt: skip
     modes(backend, folder, rounds)
 
