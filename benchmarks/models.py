@@ -205,5 +205,5 @@ if __name__ == "__main__":
         measure,
         __doc__,
         batches={"type": int, "nargs": "+", "default": [1, 8, 32]},
-        rounds={"type": int, "default": 15},
+        rounds={"type": int, "default": 7},
     )
