@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import sys
@@ -121,6 +122,46 @@ def test_a_layout_is_whole_or_is_not_there(tmp_path):
     assert 1 <= missing <= 3
     embed(data, tmp_path / "2", model=pipeline(), resume=True, **OPTIONS)
     assert [path.name for path in (tmp_path / "2").iterdir() if path.name.startswith(".")] == []
+
+
+FULL = """
+import resource, signal, sys
+from pathlib import Path
+from clipmb.embedding import clip_retrieval
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+resource.setrlimit(resource.RLIMIT_FSIZE, (200, 200))  # what is written beyond fails, as on a full disk
+try:
+    clip_retrieval.write(Path(sys.argv[1]))
+except OSError as error:
+    print(error.errno == __import__("errno").EFBIG)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="limits the size of files")
+def test_a_full_disk_is_an_error_and_no_crash(tmp_path):
+    """A write into mapped memory for which there is no room would end the process."""
+    data = collection(tmp_path / "pictures")
+    embed(data, tmp_path / "out", model=pipeline(), **OPTIONS)
+    done = python("-c", FULL, tmp_path / "out", PYTHONPATH=os.pathsep.join(sys.path))
+    assert (done.returncode, done.stdout.strip()) == (0, "True"), excerpt(done.stderr)
+    assert [path.name for path in (tmp_path / "out").iterdir() if path.name.startswith((".", "clip"))] == []
+
+
+def test_a_full_disk_is_named(tmp_path, monkeypatch):
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    data = collection(tmp_path / "pictures")
+    monkeypatch.setattr("clipmb.embedding.store.write_atomically", full)
+    with pytest.raises(OSError, match=r"room on the disk\. Received: .*out, which is full\. Free some, and go on with re"):
+        embed(data, tmp_path / "out", model=pipeline(), **OPTIONS)
+
+
+def test_errors_alone_have_no_layout(tmp_path):
+    (tmp_path / "broken.jpg").write_bytes(b"broken")
+    with pytest.raises(ValueError, match="needs an image or a text"):
+        embed(tmp_path / "broken.jpg", tmp_path / "out", model=pipeline(), layout="clip-retrieval", **OPTIONS)
+    assert parquet.read_table(tmp_path / "out" / "errors.parquet").num_rows == 1
 
 
 def test_the_option(tmp_path):

@@ -37,7 +37,7 @@ _OWN = re.compile(r"[^./\\\0][^/\\\0]*")  # what a save may consist of: no hidde
 _GROWING = (".jsonl", ".png", ".log")  # what a training run changes between its saves
 _OPTIMISTIC = 3  # attempts at reading before the readers' lock is taken
 _UNLOCKED_SECONDS = 3600  # without locks, a younger staging folder may belong to a save that is still running
-_NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 T = TypeVar("T")
 
 
@@ -206,10 +206,10 @@ class Transaction:
         try:
             if error is None:
                 self._commit()
-            elif isinstance(error, OSError) and error.errno in _NO_ROOM and error.filename != str(self.folder):
+            elif isinstance(error, OSError) and error.errno in NO_ROOM and error.filename != str(self.folder):
                 raise self._no_room(error) from error
         except OSError as failure:
-            if failure.errno in _NO_ROOM and failure.filename != str(self.folder):
+            if failure.errno in NO_ROOM and failure.filename != str(self.folder):
                 raise self._no_room(failure) from failure
             raise
         finally:

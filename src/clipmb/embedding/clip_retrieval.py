@@ -35,7 +35,8 @@ def write(folder: Path) -> Path:
         The folder that was written.
 
     Raises:
-        ValueError: There are images and texts, and no image has a caption.
+        ValueError: There are images and texts, and no image has a caption; or there is neither.
+        OSError: The disk is full.
 
     Source: OutputSink in clip_retrieval/clip_inference/writer.py, and the readers beside it, which leave out images
     without a text.
@@ -55,15 +56,24 @@ def write(folder: Path) -> Path:
         if any(left.values()):
             counts = " and ".join(f"{count:,} {kind}" for kind, count in left.items() if count)
             logger.warning("clipmb: clip-retrieval's layout has pairs only: %s are left out of it", counts)
-    else:
+    elif kinds:
         rows = {kind: np.arange(index.count(kind)) for kind in kinds}
+    else:
+        raise bad_input(
+            "clip-retrieval's layout needs an image or a text", f"{folder}, with errors only", "See its errors.parquet",
+            shown=True,
+        )  # fmt: skip
     new, out = folder / f"{store.LAYOUT_BEGUN}{os.getpid()}", folder / FOLDER
-    for kind, name in zip(store.KINDS, ("img_emb", "text_emb"), strict=True):
-        if kind in rows:
-            (new / name).mkdir(parents=True)
-            _write_vectors(new / name / f"{name}_0.npy", index, kind, rows[kind])
-    (new / "metadata").mkdir()
-    _write_metadata(new / "metadata" / "metadata_0.parquet", index, rows)
+    try:
+        for kind, name in zip(store.KINDS, ("img_emb", "text_emb"), strict=True):
+            if kind in rows:
+                (new / name).mkdir(parents=True)
+                _write_vectors(new / name / f"{name}_0.npy", index, kind, rows[kind])
+        (new / "metadata").mkdir()
+        _write_metadata(new / "metadata" / "metadata_0.parquet", index, rows)
+    except BaseException:
+        shutil.rmtree(new, ignore_errors=True)  # the disk may be full
+        raise
     earlier = folder / f"{store.LAYOUT_BEGUN}earlier"  # the next job removes what a killed one leaves
     if out.exists():
         os.rename(out, earlier)
@@ -76,7 +86,13 @@ def _write_vectors(path: Path, index: Index, kind: str, rows: np.ndarray) -> Non
     """Writes the embeddings of some rows, in any order and any number of times, without having them in memory."""
     order = np.argsort(rows, kind="stable")
     shape = (len(rows), index.manifest.dimension)
-    values = np.lib.format.open_memmap(path, mode="w+", dtype=index.manifest.store, shape=shape)
+    stored = np.dtype(index.manifest.store)
+    with open(path, "wb") as file:
+        header = {"descr": np.lib.format.dtype_to_descr(stored), "fortran_order": False, "shape": shape}
+        np.lib.format.write_array_header_1_0(file, header)
+        for first in range(0, len(rows), _BLOCK):  # takes its room: without that, mapped memory ends the process
+            file.write(bytes(min(_BLOCK, len(rows) - first) * shape[1] * stored.itemsize))
+    values = np.lib.format.open_memmap(path, mode="r+")
     start = 0
     for numbers, block in index.rows(kind).blocks(_BLOCK, rows[order]):
         values[order[start : start + len(numbers)]] = block

@@ -16,7 +16,7 @@ import numpy as np
 
 from clipmb.common.errors import CheckpointError, bad_input
 from clipmb.common.json_files import json_text, read_json
-from clipmb.common.saving import locked, write_atomically
+from clipmb.common.saving import NO_ROOM, locked, write_atomically
 
 MANIFEST = "manifest.json"
 ERRORS = "errors.parquet"
@@ -85,6 +85,7 @@ def writing(folder: Path) -> Iterator[None]:
 
     Raises:
         ValueError: Another process embeds into it.
+        OSError: The disk is full.
     """
     made = not folder.exists()
     try:
@@ -105,6 +106,12 @@ def writing(folder: Path) -> Iterator[None]:
             "Only one process at a time may embed into a folder", str(folder),
             "Wait for the other, or use another folder", shown=True,
         ) from None  # fmt: skip
+    except OSError as error:
+        if error.errno not in NO_ROOM:
+            raise
+        fix = "Free some, and go on with resume=True (--resume)"
+        full = bad_input("There must be room on the disk", f"{folder}, which is full", fix, shown=True)
+        raise OSError(error.errno, str(full)) from error
 
 
 def pyarrow() -> Any:
