@@ -532,6 +532,35 @@ def test_names_and_values_that_are_no_text(tmp_path):
     assert embed(folder, tmp_path / "out", model=pipeline(), resume=True, **OPTIONS)["images"] == 1
 
 
+def test_every_column_is_kept_whatever_its_name(tmp_path):
+    (tmp_path / "a.jpg").write_bytes(jpeg(0))
+    about = {"id_": 1, "id": 2, "path_": 3, "path": 4, "embedding_": 5, "embedding": [6], "image_path": 7, "a.b": 8}
+    others = {"": 9, "half \ud800": 10, "half \\ud800": 11, "label_": 12}
+    (tmp_path / "a.jsonl").write_text(json.dumps({"image": "a.jpg", "caption": "text", **about, **others}), "utf-8")
+    embed(tmp_path / "a.jsonl", tmp_path / "out", model=pipeline(), layout="clip-retrieval", **OPTIONS)
+    rows, _ = rows_of(tmp_path / "out")
+    for row in [rows["images"][0], rows["texts"][0]]:
+        kept = {name: value for name, value in row.items() if name not in ("caption", "embedding")}
+        assert kept == {
+            "id": "a.jpg", "path": str(tmp_path / "a.jpg"), "label": None, "id_": 1, "id__": 2, "path_": 3, "path__": 4,
+            "embedding_": 5, "embedding__": "[6]", "image_path": 7, "a.b": 8, "": 9, r"half \ud800": 10,
+            r"half \ud800_": 11, "label_": 12,
+        }  # fmt: skip
+    (row,) = parquet.read_table(tmp_path / "out/clip-retrieval/metadata/metadata_0.parquet").to_pylist()
+    assert (row["image_path"], row["image_path_"], row["id"]) == (str(tmp_path / "a.jpg"), 7, "a.jpg")
+
+
+def test_numbers_are_kept_exactly(tmp_path):
+    """An integer of more than 53 bits has no float64; JSON has no infinity."""
+    values = [{"n": 2**53 + 1, "m": 2**63 - 1, "x": [float("inf")]}, {"n": 0.5, "m": 1, "x": None}]
+    lines = [json.dumps({"caption": f"text {i}", **value}) for i, value in enumerate(values)]
+    (tmp_path / "a.jsonl").write_text("\n".join(lines), "utf-8")
+    embed(tmp_path / "a.jsonl", tmp_path / "out", model=pipeline(), **OPTIONS)
+    texts = rows_of(tmp_path / "out")[0]["texts"]
+    found = [(row["n"], row["m"], row["x"]) for row in texts]
+    assert found == [(str(2**53 + 1), 2**63 - 1, "[null]"), ("0.5", 1, None)]
+
+
 def test_what_was_decided_before_cannot_be_asked_for(data, embedded, tmp_path):
     with pytest.raises(ValueError, match="are fixed when the pipeline is created"):
         embed(data, tmp_path / "out", model=pipeline(), backend="pt")

@@ -113,7 +113,9 @@ def _write_metadata(path: Path, index: Index, rows: dict[str, np.ndarray]) -> No
     if "texts" in tables:
         columns["caption"] = tables["texts"].column("caption")
     first = next(iter(tables.values()))
-    for name in first.column_names:
-        if name != "path" and not (name == "caption" and "images" not in tables):
-            columns[name if name not in columns else f"{name}_"] = first.column(name)
+    others = [
+        name for name in first.column_names if name != "path" and not (name == "caption" and "images" not in tables)
+    ]
+    for name, called in store.column_names(others, tuple(columns)).items():
+        columns[called] = first.column(name)
     pa.parquet.write_table(pa.table(columns), path)

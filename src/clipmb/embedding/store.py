@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from itertools import groupby
@@ -15,7 +15,7 @@ from typing import Any, NamedTuple, overload
 import numpy as np
 
 from clipmb.common.errors import CheckpointError, bad_input
-from clipmb.common.json_files import json_text, read_json
+from clipmb.common.json_files import json_text, json_values, read_json
 from clipmb.common.saving import NO_ROOM, locked, write_atomically
 
 MANIFEST = "manifest.json"
@@ -140,15 +140,30 @@ def column_types(kinds: Mapping[str, set[str]]) -> dict[str, str]:
     types = {}
     for name, found in kinds.items():
         some = found - {"NoneType"}
-        if some == {"int"}:
+        if some and some <= {"int", "long"}:
             types[name] = "int64"
         elif some and some <= {"int", "float"}:
             types[name] = "float64"
         elif some == {"bool"}:
             types[name] = "bool"
         else:
-            types[name] = "json" if some & {"list", "dict", "int", "float", "bool", "big"} else "string"
+            types[name] = "json" if some & {"list", "dict", "int", "long", "float", "bool", "big"} else "string"
     return types
+
+
+def column_names(names: Iterable[str], fixed: Collection[str]) -> dict[str, str]:
+    """Returns what each further column is called beside the fixed ones: its own name, or that with "_" behind it."""
+    own = {name: writable(name) for name in names}
+    taken = {*fixed, *own.values()}
+    called: dict[str, str] = {}
+    for name, text in own.items():
+        free = text not in fixed and text not in called.values()
+        while not free:
+            text += "_"
+            free = text not in taken
+        taken.add(text)
+        called[name] = text
+    return called
 
 
 @overload
@@ -179,13 +194,14 @@ def write_shard(
     pa = pyarrow()
     fixed = ("id", "path", "caption", "label") if path.name.startswith("texts") else ("id", "path", "label")
     columns = {name: pa.array([row[name] for row in rows], pa.string()) for name in fixed}
+    called = column_names(types, (*fixed, "embedding"))
     for name, kind in types.items():
         values = [row["fields"].get(name) for row in rows]
         if kind == "json":
-            values = [None if value is None else writable(json.dumps(value, ensure_ascii=False)) for value in values]
+            values = [None if value is None else _json(value) for value in values]
         elif kind == "string":
             values = [None if value is None else writable(str(value)) for value in values]
-        columns[name if name not in (*columns, "embedding") else f"{name}_"] = pa.array(
+        columns[called[name]] = pa.array(
             values, pa.string() if kind == "json" else getattr(pa, {"bool": "bool_"}.get(kind, kind))()
         )
     flat = pa.array(np.ascontiguousarray(embeds).reshape(-1))
@@ -198,6 +214,10 @@ def write_shard(
         table, buffer, use_dictionary=False, compression=compression, data_page_size=1 << 30, row_group_size=GROUP
     )
     write_atomically(path, buffer.getvalue())
+
+
+def _json(value: Any) -> str:
+    return writable(json.dumps(json_values(value), ensure_ascii=False))
 
 
 class _Group(NamedTuple):

@@ -369,7 +369,7 @@ class Rows:
     def fields(self, index: int) -> dict[str, Any]:
         """The other columns, where rows may be partial."""
         texts = self._texts[int(self._rows[index])] if self._others else {}
-        return {name: texts[name] for name in self._others}
+        return json.loads(json.dumps({name: texts[name] for name in self._others}, default=str))
 
     def has_image(self, index: int) -> bool:
         """Whether there is a column of images."""

@@ -377,7 +377,7 @@ def rows_of(
     Where other columns are asked for, they are the entries of "fields".
     """
     values = {kind: batch.column(name).to_pylist() for kind, name in names.items()}
-    fields = {name: batch.column(name).to_pylist() for name in others}
+    fields = {name: _values(batch.column(name)) for name in others}
     for i in range(batch.num_rows):
         found = {kind: value[i] for kind, value in values.items()}
         label = found.get("label")
@@ -386,6 +386,34 @@ def rows_of(
         if fields:
             found["fields"] = {name: value[i] for name, value in fields.items()}
         yield found
+
+
+def _values(column: Any) -> list[Any]:
+    """Returns the values of an Arrow column; moments that Python has no object for as text, lengths of time as numbers.
+
+    Python's have microseconds and the years 1 to 9999.
+    """
+    try:
+        return column.to_pylist()
+    except (ValueError, OverflowError):
+        return column.cast(_without_times(column.type)).to_pylist()
+
+
+def _without_times(kind: Any) -> Any:
+    import pyarrow
+    from pyarrow import types
+
+    if types.is_temporal(kind):
+        return pyarrow.int64() if types.is_duration(kind) else pyarrow.string()
+    if types.is_struct(kind):
+        return pyarrow.struct([(field.name, _without_times(field.type)) for field in kind])
+    if types.is_map(kind):
+        return pyarrow.map_(_without_times(kind.key_type), _without_times(kind.item_type))
+    if types.is_dictionary(kind):
+        return _without_times(kind.value_type)
+    if types.is_list(kind) or types.is_large_list(kind) or types.is_fixed_size_list(kind):
+        return pyarrow.list_(_without_times(kind.value_type))
+    return kind
 
 
 class _Embedded:
@@ -446,8 +474,12 @@ def picture_of(value: Any) -> bytes | str:
 
 
 def kind_of(value: Any) -> str:
-    """Returns the name of a value's Python type; "big" for integers of more than 64 bits."""
-    return "big" if type(value) is int and not -(2**63) <= value < 2**63 else type(value).__name__
+    """Returns the name of a value's Python type; "big" for integers of more than 64 bits, "long" for those of more
+    than float64 holds exactly.
+    """
+    if type(value) is not int or -(2**53) <= value <= 2**53:
+        return type(value).__name__
+    return "long" if -(2**63) <= value < 2**63 else "big"
 
 
 def texts_of(name: str, value: Any) -> list[str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 
 import pytest
 from data_cases import jpeg, tar_of
@@ -141,3 +142,26 @@ def test_images_inside_a_parquet_file(tmp_path):
     pairs = Pairs.open(tmp_path / "t.parquet", partial=True)
     assert found(pairs) == [(f"t.parquet/{i}", True, [], None, {"width": i}) for i in range(3)]
     assert pairs.image(2).tobytes() == pairs.image(2).tobytes() != pairs.image(1).tobytes()
+
+
+def test_times_that_python_does_not_have(tmp_path, monkeypatch):
+    """Nanoseconds, without pandas, and years after 9999."""
+    pa = pytest.importorskip("pyarrow")
+    pytest.importorskip("pyarrow.parquet")
+    monkeypatch.setitem(sys.modules, "pandas", None)
+    moment = pa.array([1577840523123456789], pa.timestamp("ns"))
+    columns = {
+        "image": ["a.jpg"], "moment": moment, "far": pa.array([2**60], pa.timestamp("us")),
+        "length": pa.array([1234567891], pa.duration("ns")), "day": pa.array([123456789], pa.time64("ns")),
+        "list": pa.ListArray.from_arrays([0, 1], moment), "pair": pa.StructArray.from_arrays([moment], ["at"]),
+        "fixed": pa.FixedSizeListArray.from_arrays(moment, 1), "named": moment.dictionary_encode(),
+        "map": pa.MapArray.from_arrays([0, 1], ["k"], moment),
+    }  # fmt: skip
+    pa.parquet.write_table(pa.table(columns), tmp_path / "a.parquet")
+    shown = "2020-01-01 01:02:03.123456789"
+    fields = Pairs.open(tmp_path / "a.parquet", partial=True).fields(0)
+    assert fields.pop("far").startswith("<value out of range")
+    assert fields == {
+        "moment": shown, "length": 1234567891, "day": "00:00:00.123456789", "list": [shown], "pair": {"at": shown},
+        "fixed": [shown], "named": shown, "map": [["k", shown]],
+    }  # fmt: skip
