@@ -153,7 +153,7 @@ def test_a_full_disk_is_named(tmp_path, monkeypatch):
 
     data = collection(tmp_path / "pictures")
     monkeypatch.setattr("clipmb.embedding.store.write_atomically", full)
-    with pytest.raises(OSError, match=r"room on the disk\. Received: .*out, which is full\. Free some, and go on with re"):
+    with pytest.raises(OSError, match=r"room on the disk\. Received: .*out, which is full\. Free some, and go on"):
         embed(data, tmp_path / "out", model=pipeline(), **OPTIONS)
 
 

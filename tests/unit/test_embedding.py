@@ -20,6 +20,7 @@ from processes import excerpt, invoke, python
 import clipmb
 from clipmb import CheckpointError, CLIPConfig, CLIPPipeline, Index, Pairs, embed
 from clipmb.common.saving import locked, stamps
+from clipmb.embedding import store
 from clipmb.embedding.index import nearest
 from clipmb.embedding.passport import weights_digest
 from clipmb.embedding.store import Rows, write_shard
@@ -179,6 +180,8 @@ def test_another_source_is_appended(data, embedded, tmp_path):
         ({"resume": True, "batch_size": 5}, "batch_size must stay what it was, 6"),
         ({"batch_size": 0}, "batch_size"),
         ({"workers": 0}, "workers"),
+        ({"normalize": "no"}, "normalize must be True or False"),
+        ({"resume": "no"}, "resume must be True or False"),
         ({"stored": "int8"}, "stored"),
         ({"long_text": "cut"}, "long_text"),
     ],
@@ -202,6 +205,68 @@ def test_a_folder_with_other_things_and_a_file_are_refused(data, tmp_path):
 def test_one_process_at_a_time(data, tmp_path):
     with locked(tmp_path / "out"), pytest.raises(ValueError, match="Only one process at a time"):
         embed(data, tmp_path / "out", model=pipeline())
+
+
+def _remove(folder):
+    (folder / "images-00000.parquet").unlink()
+
+
+def _cut(folder):
+    os.truncate(folder / "texts-00000.parquet", 100)
+
+
+def _spoil(folder):
+    (folder / ".clipmb-embed" / "00000.json").write_text("{")
+
+
+def _empty(folder):
+    (folder / ".clipmb-embed" / "00001.json").write_text("{}")
+
+
+@pytest.mark.parametrize("harm", [_remove, _cut, _spoil, _empty])
+def test_shards_that_were_lost_before_the_job_is_finished_are_made_again(data, embedded, tmp_path, monkeypatch, harm):
+    folder = tmp_path / "out"
+    with monkeypatch.context() as patched:
+        patched.setattr("clipmb.embedding.store.write_errors", lambda *_: _killed())
+        with pytest.raises(InterruptedError):
+            embed(data, folder, model=pipeline(), **OPTIONS)
+        harm(folder)
+    embed(data, folder, model=pipeline(), resume=True, **OPTIONS)
+    assert rows_of(folder) == rows_of(embedded[0])
+
+
+def test_a_shard_that_was_lost_while_the_job_ran_is_an_error(data, tmp_path, monkeypatch):
+    finish = store.finish
+
+    def lost(folder, number, about):
+        finish(folder, number, about)
+        if number == 2:
+            (folder / "images-00000.parquet").unlink()
+
+    with monkeypatch.context() as patched:
+        patched.setattr("clipmb.embedding.store.finish", lost)
+        with pytest.raises(CheckpointError, match="shard 0 was changed or removed meanwhile"):
+            embed(data, tmp_path / "out", model=pipeline(), **OPTIONS)
+    assert embed(data, tmp_path / "out", model=pipeline(), resume=True, **OPTIONS)["images"] == SOURCE
+    assert len(rows_of(tmp_path / "out")[0]["images"]) == SOURCE
+
+
+def _killed():
+    raise InterruptedError
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"sources": None}, {"sources": [{}]}, {"sources": 5}, {"options": {}}, {"options": None}, {"passport": None},
+        {"pending": {}}, {"pending": 5}, {"store": "int4"}, {"dimension": "6"},
+    ],
+)  # fmt: skip
+def test_a_damaged_manifest_is_named(data, embedded, tmp_path, change):
+    manifest = json.loads((embedded[0] / "manifest.json").read_text())
+    (tmp_path / "manifest.json").write_text(json.dumps({**manifest, **change}))
+    with pytest.raises(CheckpointError, match=r"manifest\.json "):
+        embed(data, tmp_path, model=pipeline(), resume=True, **OPTIONS)
 
 
 def test_an_interrupted_job_is_no_index(data, embedded, tmp_path):

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, TypedDict, cast
 import numpy as np
 
 from clipmb.common.data.pairs import Pairs
-from clipmb.common.errors import bad_input, logger, one_of, whole_number
+from clipmb.common.errors import CheckpointError, bad_input, boolean, logger, one_of, whole_number
 from clipmb.common.progress import progress_bar
 from clipmb.common.workers import default_workers
 from clipmb.common.zero_shot import unit
@@ -121,7 +121,8 @@ def embed(
         ValueError: An argument is out of its range; the folder holds something already, another process writes into it,
             or its embeddings were made by another model or with other options.
         FileNotFoundError: The source does not exist.
-        CheckpointError: The model cannot be loaded, or the manifest is damaged.
+        CheckpointError: The model cannot be loaded, the manifest is damaged, or shards were removed while the job ran.
+        OSError: The disk is full.
         TypeError: With Ray, the source or the model is an object that other machines cannot open.
         ClipmbError: With Ray, a shard failed twice; ``resume=True`` goes on.
         ImportError: pyarrow, or Ray, is not installed.
@@ -144,6 +145,8 @@ def embed(
         raise bad_input(
             "replicas and gpus_per_replica are Ray's", (replicas, gpus_per_replica), 'Pass engine="ray" (--engine ray)'
         )
+    normalize, progress = boolean("normalize", normalize), boolean("progress", progress)
+    resume, append = boolean("resume", resume), boolean("append", append)
     if resume and append:
         raise bad_input("A job either resumes or appends", "both", "Pass one of resume= and append=", shown=True)
     folder = Path(out)
@@ -210,6 +213,8 @@ def _prepared(
             "or another folder", shown=True,
         )  # fmt: skip
     require_equivalent(manifest.passport, passport, folder)
+    if any(type(manifest.options.get(name)) is not int for name in ("batch_size", "shard_size")):
+        raise CheckpointError(f"{folder / store.MANIFEST} must hold batch_size and shard_size. Embed again.")
     asked = {"stored": (manifest.store, stored), "shard_size": (manifest.options["shard_size"], shard_size)}
     if batch_size != "auto":
         asked["batch_size"] = (manifest.options["batch_size"], batch_size)
@@ -220,7 +225,8 @@ def _prepared(
     if manifest.pending is not None and {name: manifest.pending[name] for name in own} != own:
         raise bad_input(
             f"An interrupted job must be finished first: {manifest.pending['name']}",
-            f"another source, of {own['items']} items", "Pass its source with resume=True (--resume)", shown=True,
+            f"another source, of {own['items']} items, or a changed one",
+            "Pass its source, as it was, with resume=True (--resume), or another folder", shown=True,
         )  # fmt: skip
     done = [source for source in manifest.sources if source["fingerprint"] == own["fingerprint"]]
     if append and done:
@@ -333,6 +339,12 @@ class _Job:
         before = sum(len(spans[number]) for number in known)
         with progress_bar(self.progress, "items", len(self.pairs), done=before) as advance:
             known.update(self.maker.written(self.folder, self.manifest, todo, advance))
+        if lost := [number for number in range(first, end) if not store.is_whole(self.folder, number, known[number])]:
+            raise CheckpointError(
+                "Shards must stay as they were written until a job is finished. Received: "
+                f"{self.folder}, where shard {lost[0]} was changed or removed meanwhile. "
+                "Go on with resume=True (--resume)."
+            )
         return self._finished([known[number] for number in range(first, end)])
 
     def _finished(self, shards: list[Mapping[str, Any]]) -> dict[str, Any]:

@@ -65,8 +65,19 @@ class Manifest:
         if content.pop("format", None) != _FORMAT:
             raise CheckpointError(f"{path} must have format {_FORMAT}. Install a newer clipmb, or embed again.")
         try:
-            return cls(**content)
-        except TypeError as error:
+            manifest = cls(**content)
+            for job in [*manifest.sources, *([] if manifest.pending is None else [manifest.pending])]:
+                counts = [job[name] for name in ("items", *(() if job is manifest.pending else (*KINDS, "errors")))]
+                first, end = job["shards"]
+                if not all(type(number) is int for number in (*counts, first, end)):
+                    raise TypeError("counts and shards must be whole numbers")
+                str.join("", (job["name"], job["fingerprint"]))
+            if not (isinstance(manifest.passport, dict) and isinstance(manifest.options, dict)):
+                raise TypeError("passport and options must be objects")
+            if type(manifest.dimension) is not int or manifest.store not in STORED:
+                raise TypeError("dimension must be a whole number, and store one of " + ", ".join(STORED))
+            return manifest
+        except (TypeError, ValueError, LookupError) as error:
             raise CheckpointError(f"{path} does not have the content of its kind: {error}") from error
 
     def write(self, folder: Path) -> None:
@@ -404,7 +415,29 @@ def write_errors(folder: Path, source: int, errors: Sequence[Mapping[str, Any]])
 def finished(folder: Path, number: int) -> dict[str, Any] | None:
     """Returns what is known of a shard whose files are complete, or None."""
     path = folder / _UNDER_WAY / f"{number:05d}.json"
-    return read_json(path) if path.is_file() else None
+    if not path.is_file():
+        return None
+    try:
+        about = read_json(path)
+    except CheckpointError:
+        return None
+    return about if is_whole(folder, number, about) else None
+
+
+def is_whole(folder: Path, number: int, about: Mapping[str, Any]) -> bool:
+    """Whether the files of a shard hold as many rows as is known of it."""
+    if not isinstance(about.get("errors"), list):
+        return False
+    pa = pyarrow()
+    for kind in KINDS:
+        path = shard_path(folder, kind, number)
+        try:
+            rows = pa.parquet.read_metadata(path).num_rows if path.exists() else 0
+        except (pa.ArrowException, OSError):
+            return False
+        if rows != about.get(kind):
+            return False
+    return True
 
 
 def finish(folder: Path, number: int, about: Mapping[str, Any]) -> None:

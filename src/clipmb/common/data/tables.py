@@ -474,9 +474,7 @@ def picture_of(value: Any) -> bytes | str:
 
 
 def kind_of(value: Any) -> str:
-    """Returns the name of a value's Python type; "big" for integers of more than 64 bits, "long" for those of more
-    than float64 holds exactly.
-    """
+    """Returns the name of a value's Python type; for integers of more than 53 bits "long", of more than 64 "big"."""
     if type(value) is not int or -(2**53) <= value <= 2**53:
         return type(value).__name__
     return "long" if -(2**63) <= value < 2**63 else "big"
