@@ -15,6 +15,8 @@ from PIL import Image
 
 from clipmb.common.data.strings import Strings
 from clipmb.common.data.tables import (
+    ALL_PICTURES,
+    PICTURES,
     Columns,
     Lines,
     Row,
@@ -32,7 +34,6 @@ from clipmb.common.data.tables import (
 )
 from clipmb.common.errors import bad_input
 
-PICTURES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")
 _TEXTS = (".txt", ".json", ".cls")
 _SPLITS = ("train", "training", "val", "valid", "validation", "dev", "test", "testing")
 
@@ -168,12 +169,15 @@ def open_folder(folder: Path, name: str, columns: Columns, *, prefix: bool = Fal
     found: dict[str, set[str]] = {}
     pictures = Strings()  # paths from here; there may be millions
     splits: set[str] = set()
-    for parent, folders, files in os.walk(folder):
-        folders[:] = sorted(entry for entry in folders if not entry.startswith("."))
+    suffixes = ALL_PICTURES if columns.partial else PICTURES
+    for parent, folders, files in os.walk(folder, followlinks=True):
+        folders[:] = sorted(
+            entry for entry in folders if not entry.startswith(".") and not _leads_back(Path(parent, entry), folder)
+        )
         inside = Path(parent).relative_to(folder)
         for file in sorted(files):
             suffix = PurePath(file).suffix
-            if suffix.lower() in PICTURES and not file.startswith("."):
+            if suffix.lower() in suffixes and not file.startswith("."):
                 pictures.append(os.fsencode((inside / file).as_posix()))
                 splits.update(inside.parts[:1] if len(inside.parts) > 1 else ())
             elif suffix in _TEXTS:
@@ -202,6 +206,15 @@ def open_folder(folder: Path, name: str, columns: Columns, *, prefix: bool = Fal
             yield f"/{shown}", row
 
     return Table(name, rows(), [folder], prefix=prefix, partial=columns.partial, distinct=True)
+
+
+def _leads_back(path: Path, top: Path) -> bool:
+    """Whether a folder is a link to one that it is in, so that following it would never end."""
+    if not path.is_symlink():
+        return False
+    target = Path(os.path.realpath(path))
+    above = [parent for parent in path.parents if parent == top or top in parent.parents]
+    return any(Path(os.path.realpath(parent)).is_relative_to(target) for parent in above)
 
 
 def _stem(path: str) -> str:
@@ -274,7 +287,7 @@ def open_saved(folder: Path, name: str, columns: Columns, *, prefix: bool = Fals
             shown=True,
         ) from error
     names = columns.find(folder, schema.names)
-    others = others_of(schema, tuple(names.values())) if columns.partial else []
+    others = others_of(folder, schema, tuple(names.values())) if columns.partial else []
     embedded = "image" in names and holds_bytes(schema.field(names["image"]).type)
     pictures = _Batches(batches, names.pop("image")) if embedded else None
     classes = class_names(metadata, names.get("label"))

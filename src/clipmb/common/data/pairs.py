@@ -19,7 +19,7 @@ from PIL import Image, ImageOps
 
 from clipmb.common.data import layouts
 from clipmb.common.data.shards import Shard
-from clipmb.common.data.tables import SUFFIXES, Columns, open_table
+from clipmb.common.data.tables import ALL_PICTURES, SUFFIXES, Columns, open_table
 from clipmb.common.errors import bad_input, logger
 from clipmb.common.image import pixels as px
 from clipmb.common.image.resampling import as_image
@@ -132,13 +132,14 @@ class Pairs:
         twice = [str(file) for file, times in Counter(os.path.realpath(file) for file in files).items() if times > 1]
         if twice:
             raise bad_input("A file may be given only once", twice[0], "Remove the repetition", shown=True)
-        pictures = [file for file in files if partial and file.suffix.lower() in layouts.PICTURES and file.is_file()]
+        _refuse_nested(files)
+        pictures = [file for file in files if partial and file.suffix.lower() in ALL_PICTURES and not file.is_dir()]
         files = [file for file in files if file not in set(pictures)] if pictures else files
         several = len(files) + len(sets) + bool(pictures) > 1
         opened = [
             _open_folder(file, name, columns, several) if file.is_dir()
             else _OPENED[file.suffix.lower()](file, name, columns, prefix=several)
-            for file, name in zip(files, _names(files), strict=True)
+            for file, name in zip(files, _names(files, pictures), strict=True)
         ]  # fmt: skip
         pairs = cls([*([layouts.open_pictures(pictures)] if pictures else []), *opened, *sets])
         if pairs.left_out:
@@ -317,10 +318,12 @@ def _files(path: str | os.PathLike[str], partial: bool = False) -> list[Path]:
         raise bad_input("Files of pairs must be given as paths", path, "Pass a string or a path", TypeError)
     whole = os.fspath(path)
     if os.path.exists(whole):
-        return _in_folder(Path(whole)) if os.path.isdir(whole) else [_known(Path(whole), partial)]
+        return _in_folder(Path(whole), partial) if os.path.isdir(whole) else [_known(Path(whole), partial)]
     found = []
     for name in _expanded(whole):
         matching = [name] if os.path.exists(name) else sorted(glob.glob(name, recursive=True))
+        if "**" in name:  # which also matches what is in the folders
+            matching = [file for file in matching if not os.path.isdir(file)]
         if not matching:
             what = "matches no file" if glob.has_magic(name) else "does not exist"
             raise bad_input(
@@ -330,20 +333,36 @@ def _files(path: str | os.PathLike[str], partial: bool = False) -> list[Path]:
                 FileNotFoundError,
                 shown=True,
             )
-        found += [_known(Path(file), partial) for file in matching]
+        for file in map(Path, matching):
+            found += _in_folder(file, partial) if file.is_dir() else [_known(file, partial)]
     return found
 
 
 def _known(path: Path, partial: bool) -> Path:
     known = [*layouts.PICTURES, *_OPENED] if partial else [suffix for suffix in _OPENED if suffix != ".txt"]
-    if path.suffix.lower() not in known or not path.is_file():
+    suffix = path.suffix.lower()
+    if not (partial and suffix in ALL_PICTURES) and (suffix not in known or not path.is_file()):
         *others, last = known
         rule = f"Expected a {', '.join(others)} or uncompressed {last} file"
         raise bad_input(rule, str(path), "Convert or unpack it", shown=True)
     return path
 
 
-def _in_folder(folder: Path) -> list[Path]:
+def _refuse_nested(files: list[Path]) -> None:
+    """Refuses folders and images of which a folder that is also given has the images already."""
+    folders = {os.path.realpath(file) for file in files if file.is_dir()}
+    for file in files if folders else ():
+        real = Path(os.path.realpath(file))
+        if file.is_dir() or file.suffix.lower() in ALL_PICTURES:
+            for parent in real.parents:
+                if str(parent) in folders:
+                    raise bad_input(
+                        "A file may be given only once", f"{file}, which is inside {parent}", "Pass one of them",
+                        shown=True,
+                    )  # fmt: skip
+
+
+def _in_folder(folder: Path, partial: bool) -> list[Path]:
     """Returns the files of pairs in a folder, or the folder itself where images or a saved data set lie in it."""
     files = sorted(file for file in folder.iterdir() if file.is_file() and not file.name.startswith("."))
     tables = [file for file in files if file.suffix.lower() in SUFFIXES]
@@ -351,6 +370,11 @@ def _in_folder(folder: Path) -> list[Path]:
     shards = [file for file in files if file.suffix.lower() == ".tar"]
     others = [file for file in files if file.suffix.lower() == ".token" or file.stem.startswith("captions_")]
     if not named and shards:
+        if partial and (picture := _picture_in(folder)):
+            raise bad_input(
+                "A folder to embed must hold .tar shards or images", f"{shards[0].name} and {picture} in {folder}",
+                f"Pass {folder / '*.tar'} and the images, or one of them", shown=True,
+            )  # fmt: skip
         return shards
     if any(file.name == "state.json" for file in files) and not named:
         return [folder]
@@ -374,11 +398,22 @@ def _in_folder(folder: Path) -> list[Path]:
                 shown=True,
             )
         return parts
-    if any(entry.is_dir() for entry in folder.iterdir()) or any(f.suffix.lower() in layouts.PICTURES for f in files):
+    pictures = ALL_PICTURES if partial else layouts.PICTURES
+    if any(entry.is_dir() for entry in folder.iterdir()) or any(f.suffix.lower() in pictures for f in files):
         return [folder]
     listed = ", ".join(file.name for file in files[:10]) or "no files"
     rule = "A folder of pairs must hold a table (captions.csv, .tsv, .jsonl, .parquet), .tar shards or images"
     raise bad_input(rule, f"{listed} in {folder}", fix, FileNotFoundError, shown=True)
+
+
+def _picture_in(folder: Path) -> str | None:
+    """Returns the path of some image in a folder, from there, or None."""
+    for parent, folders, files in os.walk(folder):
+        folders[:] = [entry for entry in folders if not entry.startswith(".")]
+        for file in files:
+            if file.lower().endswith(ALL_PICTURES) and not file.startswith("."):
+                return os.path.relpath(os.path.join(parent, file), folder)
+    return None
 
 
 def _is_one_split(tables: list[Path]) -> bool:
@@ -425,10 +460,14 @@ def _too_many(pattern: str) -> None:
     raise bad_input(f"A pattern may match at most {_MOST_FILES} files", pattern, "Check its numbers")
 
 
-def _names(files: list[Path]) -> list[str]:
-    """Names files by their last parts, with as many folders as make the names different."""
+def _names(files: list[Path], pictures: list[Path]) -> list[str]:
+    """Names files by their last parts, with as many folders as make the names different.
+
+    No name is that of a folder of the pictures, whose ids are their paths.
+    """
     names = [file.name for file in files]
-    if len(set(names)) == len(names):
-        return names
-    top = os.path.commonpath([os.path.abspath(file.parent) for file in files])
-    return [Path(os.path.relpath(os.path.abspath(file), top)).as_posix() for file in files]
+    if len(set(names)) < len(names):
+        top = os.path.commonpath([os.path.abspath(file.parent) for file in files])
+        names = [Path(os.path.relpath(os.path.abspath(file), top)).as_posix() for file in files]
+    above = {parent.as_posix() for picture in pictures for parent in picture.parents}
+    return [file.as_posix() if name in above else name for file, name in zip(files, names, strict=True)]

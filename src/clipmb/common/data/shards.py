@@ -19,7 +19,7 @@ from typing import Any, BinaryIO, NoReturn
 import numpy as np
 
 from clipmb.common.data.strings import Strings
-from clipmb.common.data.tables import Columns, kind_of, label_of, texts_of
+from clipmb.common.data.tables import ALL_PICTURES, Columns, kind_of, label_of, texts_of
 from clipmb.common.errors import bad_input
 
 _BLOCK = 512
@@ -191,6 +191,7 @@ class Shard:
         """
         keys, table, others = Strings(), array("q"), {}
         last, row = None, -1
+        further: dict[int, tuple[int, int]] = {}  # images of other kinds, where pairs may be partial
         if not self.path.is_file():  # opening a pipe would wait for a writer
             raise bad_input("A shard must be a file", str(self.path), "Pass a .tar file", shown=True)
         with open(self.path, "rb") as file:
@@ -213,11 +214,17 @@ class Shard:
                 if kind is None or flag not in _REGULAR:
                     what = suffix if kind is None else f"{suffix} (a link or special file)"
                     others[row] = f"{others[row]}, {what}" if row in others else what
+                    if self._columns.partial and flag in _REGULAR and suffix.lower() in ALL_PICTURES:
+                        further.setdefault(row, (offset, size))
                 elif table[place] >= 0:
                     self.left_out.append((self._shown(key), _FURTHER.format(_NAMES[kind])))
                 else:
                     table[place], table[place + 1] = offset, size
-        return keys, np.frombuffer(table, np.int64).reshape(-1, _WIDTH), others
+        runs = np.frombuffer(table, np.int64).reshape(-1, _WIDTH)
+        for row, place in further.items():
+            if runs[row, 2 * _PICTURE] < 0:
+                runs[row, 2 * _PICTURE : 2 * _PICTURE + 2] = place
+        return keys, runs, others
 
     def _join(self, keys: Strings, table: np.ndarray) -> None:
         """Joins runs of one key; the rows of joined runs hold _USED."""

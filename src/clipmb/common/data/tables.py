@@ -21,6 +21,9 @@ from clipmb.common.data.strings import Strings
 from clipmb.common.errors import bad_input, logger, one_of
 
 SUFFIXES = (".csv", ".tsv", ".jsonl", ".parquet")
+PICTURES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")
+# Where nothing may be lost, these are images too: what Pillow cannot read of them is reported.
+ALL_PICTURES = (*PICTURES, ".jfif", ".avif", ".heic", ".heif", ".jp2", ".jxl", ".ppm", ".pgm", ".tga")
 _TRIED = 20  # images that say which folder a table's are in: the first one may be missing
 # Known names of columns and fields, in any case; the first match wins.
 NAMES = {
@@ -351,7 +354,7 @@ def _parquet_rows(path: Path, columns: Columns) -> tuple[Pictures | None, Iterat
     if "image" in names and holds_bytes(schema.field(names["image"]).type):
         pictures = _Embedded(path, names.pop("image"), metadata)
     classes = class_names(schema.metadata, names.get("label"))
-    others = others_of(schema, found) if columns.partial else []
+    others = others_of(path, schema, found) if columns.partial else []
 
     def rows() -> Iterator[Row]:
         with _parquet(path, metadata) as file:
@@ -364,9 +367,12 @@ def _parquet_rows(path: Path, columns: Columns) -> tuple[Pictures | None, Iterat
     return pictures, rows()
 
 
-def others_of(schema: Any, names: Collection[str]) -> list[str]:
+def others_of(path: Path, schema: Any, names: Collection[str]) -> list[str]:
     """Returns the names of the columns of an Arrow schema beside these, without those that hold bytes."""
-    return [field.name for field in schema if field.name not in names and not holds_bytes(field.type)]
+    others = [field for field in schema if field.name not in names]
+    if left := [field.name for field in others if holds_bytes(field.type)]:
+        logger.warning("%s: columns of bytes are not kept: %s", path, ", ".join(left))
+    return [field.name for field in others if field.name not in left]
 
 
 def rows_of(
@@ -699,7 +705,8 @@ def holds_bytes(kind: Any) -> bool:
 
     if types.is_struct(kind):
         return any(kind.field(i).name == "bytes" for i in range(kind.num_fields))
-    return types.is_binary(kind) or types.is_large_binary(kind)
+    views = getattr(types, "is_binary_view", lambda _: False)  # of newer versions of pyarrow
+    return types.is_binary(kind) or types.is_large_binary(kind) or types.is_fixed_size_binary(kind) or views(kind)
 
 
 def class_names(metadata: Mapping[bytes, bytes] | None, label: str | None) -> list[str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 
 import pytest
@@ -165,3 +166,76 @@ def test_times_that_python_does_not_have(tmp_path, monkeypatch):
         "moment": shown, "length": 1234567891, "day": "00:00:00.123456789", "list": [shown], "pair": {"at": shown},
         "fixed": [shown], "named": shown, "map": [["k", shown]],
     }  # fmt: skip
+
+
+def test_further_kinds_of_images_are_not_passed_over(tmp_path):
+    """Pillow reads some of them; of the others, an error says so."""
+    for name in ("a.jfif", "b.HEIC", "c.avif"):
+        (tmp_path / name).write_bytes(jpeg())
+    for given in (tmp_path, str(tmp_path / "*"), [tmp_path / "a.jfif", tmp_path / "b.HEIC", tmp_path / "c.avif"]):
+        pairs = Pairs.open(given, partial=True)
+        assert [pairs.has_image(i) for i in range(len(pairs))] == [True] * 3
+        assert pairs.image(0).mode == "RGB"
+    members = [("1.gif", jpeg()), ("1.txt", b"one"), ("2.bmp", jpeg()), ("2.jpg", b"jpg"), ("3.heic", b"x")]
+    pairs = Pairs.open(tar_of(tmp_path / "s.tar", members), partial=True)
+    assert [(pairs.id(i), pairs.has_image(i), pairs.captions(i)) for i in range(len(pairs))] == [
+        ("s.tar/1", True, ["one"]), ("s.tar/2", True, []), ("s.tar/3", True, []),
+    ]  # fmt: skip
+    assert pairs.image(0).mode == "RGB"
+    with pytest.raises(ValueError, match=r"s\.tar/2 must be a readable image. Received: 3 bytes"):
+        pairs.image(1)
+    with pytest.raises(ValueError, match=r"must hold \.tar shards or images.*s\.tar and [abc]\."):
+        Pairs.open(tmp_path, partial=True)
+    assert len(Pairs.open([tmp_path / "s.tar", tmp_path / "a.jfif"], partial=True)) == 4
+
+
+@pytest.mark.skipif(os.name == "nt", reason="links need a privilege there")
+def test_linked_folders_are_followed_once_and_broken_links_are_items(tmp_path):
+    (tmp_path / "other" / "deep").mkdir(parents=True)
+    (tmp_path / "pictures" / "sub").mkdir(parents=True)
+    for name in ("pictures/a.jpg", "pictures/sub/b.jpg", "other/c.jpg", "other/deep/d.jpg"):
+        (tmp_path / name).write_bytes(jpeg())
+    links = {
+        "pictures/other": "../other", "pictures/sub/up": "..", "pictures/sub/far": "../..",
+        "other/back": "../pictures", "pictures/gone.jpg": "nowhere",
+    }  # fmt: skip
+    for name, target in links.items():
+        (tmp_path / name).symlink_to(target, target_is_directory=True)
+    pairs = Pairs.open(tmp_path / "pictures", partial=True)
+    names = ["a.jpg", "gone.jpg", "other/c.jpg", "other/deep/d.jpg", "sub/b.jpg"]
+    assert [pairs.id(i) for i in range(len(pairs))] == names
+    pairs = Pairs.open(str(tmp_path / "pictures" / "*.jpg"), partial=True)
+    assert len(pairs) == 2
+    with pytest.raises(ValueError, match=r"gone\.jpg must be an image that exists"):
+        pairs.image(1)
+
+
+def test_patterns_match_folders(tmp_path, monkeypatch):
+    for name in ("trip 1/a.jpg", "trip 1/sub/b.jpg", "trip 2/a.jpg"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_bytes(jpeg())
+    monkeypatch.chdir(tmp_path)
+    pairs = Pairs.open("trip*", partial=True)
+    assert [pairs.id(i) for i in range(len(pairs))] == ["trip 1/a.jpg", "trip 1/sub/b.jpg", "trip 2/a.jpg"]
+    assert len(Pairs.open("**", partial=True)) == 3
+    for nested in (["trip 1", "trip 1/a.jpg"], ["trip 1", "trip 1/sub"], [".", "trip 2"]):
+        with pytest.raises(ValueError, match="A file may be given only once"):
+            Pairs.open(nested, partial=True)
+
+
+def test_ids_of_images_and_folders_differ(tmp_path, monkeypatch):
+    for name in ("pictures/a.jpg", "more/pictures/a.jpg"):
+        (tmp_path / name).parent.mkdir(parents=True)
+        (tmp_path / name).write_bytes(jpeg())
+    monkeypatch.chdir(tmp_path)
+    pairs = Pairs.open(["more/pictures", "pictures/a.jpg"], partial=True)
+    assert {pairs.id(i) for i in range(2)} == {"pictures/a.jpg", "more/pictures/a.jpg"}
+
+
+def test_columns_of_bytes_are_named_in_the_log(tmp_path, caplog):
+    pa = pytest.importorskip("pyarrow")
+    pq = pytest.importorskip("pyarrow.parquet")
+    hashes = pa.array([b"\xff\0"], pa.binary(2))
+    pq.write_table(pa.table({"image": ["a.jpg"], "hash": hashes, "x": [1]}), tmp_path / "a.parquet")
+    assert Pairs.open(tmp_path / "a.parquet", partial=True).fields(0) == {"x": 1}
+    assert "columns of bytes are not kept: hash" in caplog.text
