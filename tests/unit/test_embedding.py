@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import contextlib
 import json
 import os
 import re
@@ -624,6 +625,19 @@ def test_numbers_are_kept_exactly(tmp_path):
     texts = rows_of(tmp_path / "out")[0]["texts"]
     found = [(row["n"], row["m"], row["x"]) for row in texts]
     assert found == [(str(2**53 + 1), 2**63 - 1, "[null]"), ("0.5", 1, None)]
+
+
+def test_the_bar_counts_errors_as_they_come(data, tmp_path, monkeypatch):
+    said = []
+
+    @contextlib.contextmanager
+    def bar(shown, description, total, done=0):
+        yield lambda count=1, description=None: said.append((count, description))
+
+    monkeypatch.setattr("clipmb.embedding.job.progress_bar", bar)
+    embed(data, tmp_path / "out", model=pipeline(), **{**OPTIONS, "shard_size": 100})
+    assert sum(count for count, _ in said) == SOURCE + len(BROKEN) + 2
+    assert [text for _, text in said if text][:2] == ["items, 1 error", "items, 2 errors"]
 
 
 def test_what_was_decided_before_cannot_be_asked_for(data, embedded, tmp_path):

@@ -17,7 +17,7 @@ class Advance(Protocol):
 
 @contextmanager
 def progress_bar(shown: bool, description: str, total: int, *, done: int = 0) -> Iterator[Advance]:
-    """Shows a progress bar on stderr; does nothing when it is not wanted or stderr is not a terminal.
+    """Shows a bar with the rate and the time left on stderr; does nothing when it is not wanted, or not on a terminal.
 
     Args:
         shown: Whether the caller wants one.
@@ -32,9 +32,17 @@ def progress_bar(shown: bool, description: str, total: int, *, done: int = 0) ->
         yield lambda count=1, description=None: None
         return
     from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, Task, TextColumn
+    from rich.progress import TimeRemainingColumn as Remaining
+    from rich.text import Text
 
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    class Rate(ProgressColumn):
+        """How many items a second are done."""
+
+        def render(self, task: Task) -> Text:
+            return Text("" if task.speed is None else f"{task.speed:,.1f}/s", "progress.data.speed")
+
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), Rate(), Remaining())
     with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
         task = bar.add_task(description, total=total, completed=done)
         yield lambda count=1, description=None: bar.update(task, advance=count, description=description)

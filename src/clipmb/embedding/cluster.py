@@ -247,7 +247,7 @@ class Cluster:
                     for name, value in seconds.items():
                         self.clock.seconds[name] += value
                     broken += len(about["errors"])
-                    advance(len(spans[number]), f"items, {broken} errors" if broken else "items")
+                    advance(len(spans[number]), f"items, {broken:,} errors" if broken else "items")
                     left -= 1
                     yield number, about
         except BaseException:

@@ -407,10 +407,8 @@ class Local:
             writing: deque[tuple[int, Future[dict[str, Any]]]] = deque()
             broken = 0
             for number, span in spans.items():
-                shard = shards.computed(len(span), items, advance)
+                shard = shards.computed(len(span), items, advance, broken)
                 broken += len(shard[2])
-                if broken:
-                    advance(0, f"items, {broken} errors")
                 while writing:  # one shard at most waits for the disk
                     earlier, written = writing.popleft()
                     yield earlier, written.result()
@@ -478,9 +476,9 @@ class _Shards:
         return _Item(index, pixels, captions, errors)
 
     def computed(
-        self, count: int, items: Iterator[_Item], advance: Callable[..., None]
+        self, count: int, items: Iterator[_Item], advance: Callable[..., None], broken: int = 0
     ) -> tuple[_Rows, _Rows, list[dict[str, Any]]]:
-        """Computes one shard: rows and embeddings of images and of texts, and the errors."""
+        """Computes one shard: rows and embeddings of images and of texts, and the errors, after so many ``broken``."""
         vision = self.pipeline.config.vision_config
         errors: list[dict[str, Any]] = []
         pictures: list[dict[str, Any]] = []
@@ -512,7 +510,8 @@ class _Shards:
             captions += [({**row, "caption": text}, ids) for text, ids in item.captions]
             if len(waiting) == self.size:
                 flush()
-            advance(1)
+            found = broken + len(errors)
+            advance(1, f"items, {found:,} {'error' if found == 1 else 'errors'}" if found else None)
         flush()
         written: list[dict[str, Any]] = []
         vectors: list[np.ndarray] = []
