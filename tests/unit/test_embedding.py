@@ -616,6 +616,20 @@ def test_every_column_is_kept_whatever_its_name(tmp_path):
     assert (row["image_path"], row["image_path_"], row["id"]) == (str(tmp_path / "a.jpg"), 7, "a.jpg")
 
 
+def test_an_image_with_a_row_for_each_caption_is_embedded_once(tmp_path):
+    """Flickr30k's results.csv, whose comment_number differs."""
+    (tmp_path / "a.jpg").write_bytes(jpeg(0))
+    lines = ["image_name| comment_number| comment", *(f"a.jpg| {i}| caption {i}" for i in range(5))]
+    (tmp_path / "results.csv").write_text("\n".join(lines), "utf-8")
+    done = embed(tmp_path / "results.csv", tmp_path / "out", model=pipeline(), layout="clip-retrieval", **OPTIONS)
+    assert (done["items"], done["images"], done["texts"], done["errors"]) == (1, 1, 5, 0)
+    texts = rows_of(tmp_path / "out")[0]["texts"]
+    expected = [(f"caption {i}", str(i)) for i in range(5)]
+    assert [(row["caption"], row["comment_number"]) for row in texts] == expected
+    layout = parquet.read_table(tmp_path / "out/clip-retrieval/metadata/metadata_0.parquet").to_pylist()
+    assert [(row["caption"], row["comment_number"]) for row in layout] == expected
+
+
 def test_numbers_are_kept_exactly(tmp_path):
     """An integer of more than 53 bits has no float64; JSON has no infinity."""
     values = [{"n": 2**53 + 1, "m": 2**63 - 1, "x": [float("inf")]}, {"n": 0.5, "m": 1, "x": None}]

@@ -112,10 +112,8 @@ def _write_metadata(path: Path, index: Index, rows: dict[str, np.ndarray]) -> No
         )  # as its webdatasets' keys
     if "texts" in tables:
         columns["caption"] = tables["texts"].column("caption")
-    first = next(iter(tables.values()))
-    others = [
-        name for name in first.column_names if name != "path" and not (name == "caption" and "images" not in tables)
-    ]
+    rest = tables.get("texts", tables.get("images"))  # captions may have columns of their own rows
+    others = [name for name in rest.column_names if name != "path" and not (name == "caption" and "texts" in tables)]
     for name, called in store.column_names(others, tuple(columns)).items():
-        columns[called] = first.column(name)
+        columns[called] = rest.column(name)
     pa.parquet.write_table(pa.table(columns), path)

@@ -292,11 +292,11 @@ _Rows = tuple[list[dict[str, Any]], list[np.ndarray]]  # and the embedding of ea
 
 @dataclass(frozen=True)
 class _Item:
-    """What the workers made of an item: pixels, ids of its captions, and why there are none."""
+    """What the workers made of an item: pixels, captions with other columns and ids, and why there are none."""
 
     index: int
     pixels: np.ndarray | None
-    captions: list[tuple[str, list[list[int]]]]
+    captions: list[tuple[str, dict[str, Any], list[list[int]]]]
     errors: list[tuple[str, str]]
 
 
@@ -448,7 +448,7 @@ class _Shards:
     def _item(self, index: int) -> _Item:
         """Reads one item; what is wrong with it is in its errors."""
         errors: list[tuple[str, str]] = []
-        pixels, captions, texts = None, [], []
+        pixels, captions, texts, fields = None, [], [], []
         has_image = self.pairs.has_image(index)
         if has_image:
             try:
@@ -462,13 +462,14 @@ class _Shards:
                 errors.append(("image", str(error)))
         try:
             texts = self.pairs.captions(index)
+            fields = self.pairs.caption_fields(index) if self.types else [{} for _ in texts]
         except (ValueError, OSError) as error:
             errors.append(("text", str(error)))
         with self.clock.stage("tokenize"):
-            for text in texts:
+            for text, own in zip(texts, fields, strict=True):
                 try:
                     rows, _ = self.pipeline.token_rows([text], self.passport["long_text"])
-                    captions.append((text, rows))
+                    captions.append((text, own, rows))
                 except (ValueError, TypeError) as error:
                     errors.append(("text", str(error)))
         if not has_image and not texts and not errors:
@@ -507,7 +508,7 @@ class _Shards:
                     errors.append({**_named(row), "kind": "image", "reason": reason})
                 else:
                     waiting.append((row, item.pixels))
-            captions += [({**row, "caption": text}, ids) for text, ids in item.captions]
+            captions += [({**row, "caption": text, "fields": own}, ids) for text, own, ids in item.captions]
             if len(waiting) == self.size:
                 flush()
             found = broken + len(errors)

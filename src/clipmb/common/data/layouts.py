@@ -384,6 +384,10 @@ class Rows:
         texts = self._texts[int(self._rows[index])] if self._others else {}
         return json.loads(json.dumps({name: texts[name] for name in self._others}, default=str))
 
+    def caption_fields(self, index: int) -> list[dict[str, Any]]:
+        """The other fields of each caption."""
+        return [self.fields(index)] * len(self.captions(index))
+
     def has_image(self, index: int) -> bool:
         """Whether there is a column of images."""
         return "image" in self._names

@@ -44,6 +44,7 @@ class _Source(Protocol):
     def __len__(self) -> int: ...
     def id(self, index: int) -> str: ...
     def captions(self, index: int) -> list[str]: ...
+    def caption_fields(self, index: int) -> list[dict[str, Any]]: ...
     def label(self, index: int) -> str | None: ...
     def fields(self, index: int) -> dict[str, Any]: ...
     def has_image(self, index: int) -> bool: ...
@@ -108,8 +109,8 @@ class Pairs:
                 serve in such files.
             partial: Take images without captions, and captions without images, too. Then ``path`` may also be an image
                 file, a text file (.txt) with one caption on each line, or a folder of images alone; other columns,
-                and the other fields of .json members, are kept (`fields`), and rows are one pair only where they agree
-                in these too.
+                and the other fields of .json members, are kept (`fields`, `caption_fields`), and rows without a caption
+                are one pair only where they agree in these too.
 
         Returns:
             The pairs, in the order of the files.
@@ -214,6 +215,19 @@ class Pairs:
         """
         source, place = self._at(index)
         return source.fields(place)
+
+    def caption_fields(self, index: int) -> list[dict[str, Any]]:
+        """Returns the other columns of each caption: of its own row, where a table has a row for each caption.
+
+        Args:
+            index: The number of the pair, from 0.
+
+        Raises:
+            ValueError: The captions are not text, or not UTF-8.
+            IndexError: There is no pair of this number.
+        """
+        source, place = self._at(index)
+        return source.caption_fields(place)
 
     @cached_property
     def kinds(self) -> dict[str, set[str]]:

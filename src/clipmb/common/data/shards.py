@@ -111,6 +111,10 @@ class Shard:
         used = {self._columns.first(kind, fields) for kind in ("caption", "label")}
         return {name: value for name, value in fields.items() if name not in used}
 
+    def caption_fields(self, index: int) -> list[dict[str, Any]]:
+        """The other fields of each caption."""
+        return [self.fields(index)] * len(self.captions(index))
+
     @cached_property
     def kinds(self) -> dict[str, set[str]]:
         """The names of the other fields, each with the kinds of its values; reads all of them."""

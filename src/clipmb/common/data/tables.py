@@ -145,8 +145,9 @@ class Table:
         pictures: The images by row, where they lie in the file itself.
         prefix: Begin all ids with ``name``, because there are several files.
         stamp: Identifies the version of the file, beside its rows.
-        partial: Take images without captions and captions without images too, and keep the other fields; only rows that
-            agree in those are one pair.
+        partial: Take images without captions and captions without images too, and keep the other fields: of a pair
+            those of its first row, and of each caption its own. Without captions, only rows that agree in those are one
+            pair.
         distinct: The rows are of different images, which need not be compared.
 
     Attributes:
@@ -175,8 +176,9 @@ class Table:
         self.kinds: dict[str, set[str]] = {}
         self._pictures, self._captions, self._labels, self._fields = Strings(), Strings(), Strings(), Strings()
         self._rows = array("q")  # of embedded images and of partial pairs: their numbers in the file
+        self._own = Strings()  # the other fields of each caption, where they are not those of the pair
         owners = array("q")  # the pair of each caption
-        pairs: dict[tuple[str, str, bytes], int] = {}
+        pairs: dict[tuple[str, str, bytes | None], int] = {}
         count = 0
         for count, (where, row) in enumerate(rows, 1):
             try:
@@ -186,7 +188,7 @@ class Table:
                 continue
             pair = len(self)
             if self._embedded is None and picture and not distinct:
-                pair = pairs.setdefault((picture, label, fields), pair)
+                pair = pairs.setdefault((picture, label, None if captions else fields), pair)
             if pair == len(self):
                 if self._embedded is not None or partial:
                     self._rows.append(count - 1)
@@ -197,6 +199,8 @@ class Table:
             for caption in captions:
                 self._captions.append(_packed(caption))
                 owners.append(pair)
+                if partial:
+                    self._own.append(b"" if fields == self._fields[pair] else fields)
         if not count:
             raise bad_input(f"{name} must have at least one row", "none", "Pass a table that is not empty", shown=True)
         of = np.array(owners, np.int64)
@@ -222,9 +226,20 @@ class Table:
         return f"{self.name}/{picture}" if self._prefix else picture
 
     def captions(self, index: int) -> list[str]:
-        """The different captions, in the order of the rows."""
-        own = self._order[self._starts[index] : self._starts[index + 1]].tolist()
-        return list(dict.fromkeys(_unpacked(self._captions[i]) for i in own))
+        """The different captions, in the order of the rows; where rows may be partial, also by their other fields."""
+        return [_unpacked(self._captions[i]) for i in self._of(index)]
+
+    def caption_fields(self, index: int) -> list[dict[str, Any]]:
+        """The other fields of the row of each caption, where rows may be partial."""
+        own = (self._own[i] or self._fields[index] if self._partial else b"{}" for i in self._of(index))
+        return [json.loads(fields) for fields in own]
+
+    def _of(self, index: int) -> list[int]:
+        """Returns the numbers of a pair's different captions among all of the table."""
+        found: dict[tuple[bytes, bytes], int] = {}
+        for i in self._order[self._starts[index] : self._starts[index + 1]].tolist():
+            found.setdefault((self._captions[i], self._own[i] if self._partial else b""), i)
+        return list(found.values())
 
     def label(self, index: int) -> str | None:
         """The label, or None."""
@@ -253,7 +268,7 @@ class Table:
         parts = (self._pictures, self._captions, self._labels)
         hashed = sha256(b"".join(part.digest() for part in parts))
         if self._partial:
-            hashed.update(self._fields.digest())
+            hashed.update(self._fields.digest() + self._own.digest())
         for numbers in (np.array(self._rows, "<i8"), self._order.astype("<i8"), self._starts.astype("<i8")):
             hashed.update(numbers.tobytes())
         hashed.update(self._stamp.encode())

@@ -79,12 +79,14 @@ def test_the_other_columns_of_tables(tmp_path, suffix):
     number = str if suffix == ".csv" else int
     none = "" if suffix == ".csv" else None
     assert found(pairs) == [
-        ("a.jpg", True, ["one", "two"], "x", {"width": number(7), "note": "first"}),
-        ("a.jpg", True, ["three"], "x", {"width": number(8), "note": none}),
+        ("a.jpg", True, ["one", "two", "three"], "x", {"width": number(7), "note": "first"}),
         ("b.jpg", True, [], None, {"width": number(9), "note": "alone"}),
         (f"table{suffix}/4", False, ["no image"], None, {"width": number(10), "note": ""}),
         (f"table{suffix}/5", False, ["no image"], None, {"width": number(10), "note": ""}),
     ]
+    first = {"width": number(7), "note": "first"}
+    assert pairs.caption_fields(0) == [first, first, {"width": number(8), "note": none}]
+    assert (pairs.caption_fields(1), pairs.caption_fields(2)) == ([], [pairs.fields(2)])
     assert len(pairs.left_out) == 1
     assert "A row needs an image or a caption" in pairs.left_out[0][1]
     kinds = {"width": {number.__name__}, "note": {"str"} if suffix == ".csv" else {"str", "NoneType"}}
@@ -239,3 +241,13 @@ def test_columns_of_bytes_are_named_in_the_log(tmp_path, caplog):
     pq.write_table(pa.table({"image": ["a.jpg"], "hash": hashes, "x": [1]}), tmp_path / "a.parquet")
     assert Pairs.open(tmp_path / "a.parquet", partial=True).fields(0) == {"x": 1}
     assert "columns of bytes are not kept: hash" in caplog.text
+
+
+def test_rows_without_captions_are_one_pair_where_they_agree(tmp_path):
+    lines = ["image,box,caption", "a.jpg,1,", "a.jpg,2,", "a.jpg,1,", "a.jpg,1,one", "a.jpg,2,one", "a.jpg,1,one"]
+    (tmp_path / "a.csv").write_text("\n".join(lines), "utf-8")
+    pairs = Pairs.open(tmp_path / "a.csv", partial=True)
+    assert [(pairs.captions(i), pairs.fields(i)["box"]) for i in range(len(pairs))] == [
+        ([], "1"), ([], "2"), (["one", "one"], "1"),
+    ]  # fmt: skip
+    assert pairs.caption_fields(2) == [{"box": "1"}, {"box": "2"}]
