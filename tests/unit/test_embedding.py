@@ -554,6 +554,13 @@ def test_the_commands(data, tmp_path):
     assert not re.search(r"""(src|href)=["'](?!data:)""", shown)
     assert base64.b64decode(re.findall(r"base64,([^\"]+)", shown)[0])[:2] == b"\xff\xd8"
     assert hits[0]["id"] in invoke("search", out, "caption 3", "--image", data.parent / "003.jpg").stdout
+    folder = invoke("search", out, "caption 3", "--html", tmp_path)
+    assert (folder.exit_code, "--html must be a file" in folder.stderr) == (1, True)
+    if os.name != "nt":  # a name that is no text, in the title
+        odd = tmp_path / os.fsdecode(b"\xff.jpg")
+        odd.write_bytes(jpeg(3))
+        assert invoke("search", out, "--image", odd, "--html", page).exit_code == 0
+        assert r"\udcff.jpg" in page.read_text("utf-8")
     nothing = invoke("search", out)
     assert (nothing.exit_code, "search needs a text or an image" in nothing.stderr) == (1, True)
 

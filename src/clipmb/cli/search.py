@@ -75,6 +75,8 @@ def run(
     common.refuse(context, ["sample"], "is for --eval.")
     if html is not None and not Path(html).absolute().parent.is_dir():
         raise bad_input("--html must be in a folder that exists", html, "Create the folder first")
+    if html is not None and Path(html).is_dir():
+        raise bad_input("--html must be a file", html, "Name a file in this folder")
     if not text and not image:
         raise bad_input("search needs a text or an image", "neither", "Pass TEXT or --image", shown=True)
     from clipmb.embedding.gallery import gallery
@@ -90,7 +92,7 @@ def run(
     if html is not None:
         title = " + ".join([*(text or []), *(image or [])])
         title = " − ".join([title, *(minus or []), *(minus_image or [])])
-        write_atomically(Path(html), gallery(title, hits).encode())
+        write_atomically(Path(html), gallery(title, hits).encode(errors="backslashreplace"))
     if as_json:
         common.print_json([{"score": hit["score"], "row": hit["row"], **columns_of(hit)} for hit in hits])
         return
