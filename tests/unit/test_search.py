@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import json
 import sys
+from datetime import date
 
 import numpy as np
+import pyarrow as pa
 import pytest
+from data_cases import jpeg
 from embedding_cases import collection, pipeline
 from processes import invoke
+from pyarrow import parquet
 
 from clipmb import CheckpointError, Index, embed
 from clipmb.embedding.store import Manifest, shard_path, write_shard
@@ -256,3 +260,130 @@ def test_the_commands(tmp_path):
         assert invoke(*arguments).exit_code == 2, arguments
     refused = invoke("search", out, "--eval", "--ef", 9)
     assert (refused.exit_code, "ef is for an index of hnsw" in refused.stderr) == (1, True)
+
+
+def foreign(folder, *sources):
+    """A folder of images as other programs write it: a source for each dict of columns, with a vector a row."""
+    manifest = Manifest({"model": ""}, WIDTH, "float32", {})
+    folder.mkdir(exist_ok=True)
+    vectors = clusters(100)
+    for number, columns in enumerate(sources):
+        count = len(next(iter(columns.values())))
+        embedding = pa.FixedSizeListArray.from_arrays(pa.array(vectors[:count].reshape(-1)), WIDTH)
+        ids = [str(i) for i in range(count)]
+        parquet.write_table(
+            pa.table({"id": ids, **columns, "embedding": embedding}), shard_path(folder, "images", number)
+        )
+        counts = {"items": count, "images": count, "texts": 0, "errors": 0}
+        manifest.sources.append({"name": "", "fingerprint": str(number), **counts, "shards": [number, number + 1]})
+    manifest.write(folder)
+    return Index.open(folder)
+
+
+def kept(index, where):
+    return sorted(index.nearest(np.ones((1, WIDTH)), 100, where=where)[1][0].tolist())
+
+
+@pytest.mark.parametrize("read", [False, True])
+def test_sources_may_differ_in_columns_and_types(tmp_path, read):
+    index = foreign(
+        tmp_path,
+        {"size": [1, 2], "price": [1, None], "tags": [["a"], None], "kind": pa.array(["x", "y"]).dictionary_encode()},
+        {"size": ["2", "c"], "price": [0.5, 2.0], "tags": ["b", '["a"]'], "kind": ["y", None], "nothing": pa.nulls(2)},
+        {"other": [None]},
+    )
+    if read:
+        table = index.table()
+        assert table.column("size").to_pylist() == ["1", "2", "2", "c", None]
+        assert table.column("price").to_pylist() == [1, None, 0.5, 2, None]
+        assert table.column("tags").to_pylist() == ['["a"]', None, "b", '["a"]', None]
+    assert kept(index, "size=2") == [1, 2]
+    assert kept(index, "size!=2") == [0, 3]
+    assert kept(index, "price>=1") == [0, 3]
+    assert kept(index, "price<0.75") == [2]
+    assert kept(index, 'tags=["a"]') == [0, 3]
+    assert kept(index, "kind=y") == [1, 2]
+    assert kept(index, "nothing!=1") == []
+    assert kept(index, ["size=2", "kind=y", "id=0"]) == [2]
+    assert kept(index, []) == [0, 1, 2, 3, 4]
+    hits = index.search(vector=np.ones(WIDTH), where="id=0")
+    assert {hit["row"]: hit["size"] for hit in hits} == {0: 1, 2: "2", 4: None}
+    assert index.duplicates(1) == [[0, 2, 4], [1, 3]]
+
+
+def test_whole_numbers_are_compared_with_others(tmp_path):
+    index = foreign(tmp_path, {"size": [5, 58, 2**60 + 1, None], "day": [date(2024, 1, i) for i in (1, 2, 3, 4)]})
+    assert kept(index, "size>57.5") == [1, 2]
+    assert kept(index, "size=5.0") == [0]
+    assert kept(index, f"size={2**60}") == []
+    assert kept(index, "size<1e30") == [0, 1, 2]
+    assert kept(index, "day>2024-01-02") == [2, 3]
+
+
+def test_what_has_no_order_is_refused(tmp_path):
+    index = foreign(tmp_path, {"tags": [["a"], ["b"]], "half": pa.array(np.ones(2, np.float16))})
+    for where in ("tags=a", "half<2", "id"):
+        with pytest.raises(ValueError, match=r"[cC]ondition"):
+            kept(index, where)
+
+
+def test_columns_with_the_names_of_results_stay_beside_them(tmp_path):
+    index = foreign(tmp_path, {"score": ["high", "low"], "row": [7, 8]})
+    hit = index.search(vector=clusters(100)[1], k=1)[0]
+    assert hit == {"score": pytest.approx(1), "row": 1, "id": "1", "score_": "low", "row_": 8}
+    assert kept(index, "score=high") == [0]
+
+
+def test_lengths_of_queries_do_not_matter(tmp_path):
+    index = foreign(tmp_path, {"size": list(range(50))})
+    query = clusters(1, seed=1).astype(np.float64)
+    expected = index.nearest(query, 5)
+    for factor in (1e-300, 1e-30, 1e30, 1e300):
+        scores, rows = index.nearest(query * factor, 5)
+        np.testing.assert_array_equal(rows, expected[1])
+        np.testing.assert_allclose(scores, expected[0], atol=1e-6)
+
+
+def test_conditions_and_pairs_need_little_memory(tmp_path):
+    """Less than the columns take: only those that are asked for are read, in blocks."""
+    count = 100_000
+    index = written(tmp_path, np.ones((count, WIDTH), np.float32))
+    notes = [f"a note of the number {i}, that is rather long" for i in range(count)]
+    path = shard_path(tmp_path, "images", 0)
+    table = parquet.read_table(path).append_column("note", pa.array(notes)).append_column("more", pa.array(notes))
+    parquet.write_table(table, path, row_group_size=1 << 14)
+    index = Index.open(tmp_path)
+    index.rows()
+    before = pa.total_allocated_bytes()
+    most = []
+    for block in index.rows().tables(["note"]):
+        most.append(pa.total_allocated_bytes() - before)
+        assert block.num_rows <= 1 << 14
+    assert max(most) < sum(map(len, notes))
+    assert kept(index, "note=a note of the number 77777, that is rather long") == [77777]
+    assert not index._tables
+
+
+def test_one_large_group(monkeypatch, tmp_path):
+    """Equal rows in every block, and chains between blocks, against all pairs at once."""
+    monkeypatch.setattr("clipmb.embedding.index._BLOCK", 7)
+    random = np.random.default_rng(0)
+    vectors = np.repeat(random.standard_normal((12, WIDTH)), 5, axis=0)[random.permutation(60)]
+    vectors[10:20] = random.standard_normal(WIDTH) + np.outer(np.arange(10), 0.3 * random.standard_normal(WIDTH))
+    index = written(tmp_path, vectors.astype(np.float32))
+    whole = vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
+    for threshold in (0.3, 0.9, 0.99, 1):
+        reach = (whole @ whole.T >= threshold - 1e-6).astype(float)
+        for _ in range(6):
+            reach = (reach @ reach > 0).astype(float)
+        groups = {tuple(np.flatnonzero(row).tolist()) for row in reach}
+        assert index.duplicates(threshold) == sorted(list(rows) for rows in groups if len(rows) > 1)
+
+
+def test_duplicates_of_several_sources_are_named_by_their_paths(tmp_path):
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "1.png").write_bytes(jpeg(1, form="PNG"))
+        embed(tmp_path / name, tmp_path / "out", model=pipeline(), append=name == "b")
+    found = json.loads(invoke("duplicates", tmp_path / "out", "--json").stdout)
+    assert found == [[str(tmp_path / name / "1.png") for name in ("a", "b")]]

@@ -18,13 +18,18 @@ def run(
 ) -> None:
     """Find near duplicates among embeddings.
 
-    Each is in one group with all that are at least this similar to it, and those that are to them.
+    Each is in one group with all that are at least this similar to it, and those that are to them. They are named by
+    their ids, or by their paths where the folder has several sources, whose ids may be the same.
     """
     from clipmb.embedding.index import Index
 
     index = Index.open(folder)
     groups = index.duplicates(threshold, kind)
-    names = index.table(kind).column("id").to_pylist() if groups else []
+    columns = ["path", "id"] if len(index.manifest.sources) > 1 else ["id"]
+    names: list[str] = []
+    for table in index.rows(kind).tables(columns) if groups else ():
+        several = zip(*(table.column(name).to_pylist() for name in columns), strict=True)
+        names += [next((name for name in some if name), "") for some in several]
     named = [[names[row] for row in rows] for rows in groups]
     if as_json:
         common.print_json(named)

@@ -6,6 +6,7 @@ import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cached_property
+from hashlib import blake2b
 from pathlib import Path
 from typing import Any, Self, TypedDict
 
@@ -180,6 +181,8 @@ class Index:
     def table(self, kind: str = "images") -> Any:
         """Returns the other columns of a kind, as a ``pyarrow.Table`` of as many rows; read once.
 
+        A column that the sources have in different types is in one that holds all values: at last text.
+
         Args:
             kind: "images" or "texts".
 
@@ -189,10 +192,9 @@ class Index:
         self._check_kind(kind)
         if kind not in self._tables:
             pa = store.pyarrow()
-            parts = list(self._read(kind))
-            table = pa.concat_tables(parts, promote_options="permissive") if parts else pa.table({"id": []})
-            self._check_count(kind, table.num_rows)
-            self._tables[kind] = table
+            rows = self.rows(kind)
+            schema = pa.schema(list((rows.types or {"id": pa.string()}).items()))
+            self._tables[kind] = pa.concat_tables([schema.empty_table(), *rows.tables(schema.names)])
         return self._tables[kind]
 
     def query(
@@ -257,7 +259,7 @@ class Index:
             k: How many, at most.
             kind: "images" or "texts": what to find.
             where: Conditions on the other columns, all of which must hold: ``column=value``, with ``=``, ``!=``, ``<``,
-                ``<=``, ``>`` or ``>=``. Rows without a value never match.
+                ``<=``, ``>`` or ``>=``, and the value as it is, without quotes. Rows without a value never match.
             minus_text: As in `query`.
             minus_image: As in `query`.
             approximate: As in `nearest`.
@@ -265,8 +267,8 @@ class Index:
             probes: As in `nearest`.
 
         Returns:
-            For each, from the most similar: ``score``, the cosine; ``row``, its number; and all columns. Rows that are
-            equally similar keep their order.
+            For each, from the most similar: ``score``, the cosine; ``row``, its number; and all columns, of which those
+            with these names are called ``score_`` and ``row_``. Rows that are equally similar keep their order.
 
         Raises:
             ValueError: There is no query, an argument is out of its range, or a condition names no column.
@@ -281,7 +283,11 @@ class Index:
             np.asarray(vector)[None], k, kind=kind, where=where, approximate=approximate, ef=ef, probes=probes
         )
         return [
-            {"score": float(score), "row": int(row), **columns}
+            {
+                "score": float(score),
+                "row": int(row),
+                **{f"{name}_" if name in ("score", "row") else name: value for name, value in columns.items()},
+            }
             for score, row, columns in zip(scores[0], found[0], self.rows(kind).take(found[0]), strict=True)
         ]
 
@@ -319,7 +325,7 @@ class Index:
         """
         self._check_kind(kind)
         whole_number("k", k, 1)
-        vectors = np.asarray(vectors, np.float32)
+        vectors = np.asarray(vectors, np.float64)
         if (
             vectors.ndim != 2
             or vectors.shape[1] != self.manifest.dimension
@@ -337,7 +343,8 @@ class Index:
             if value is not None:
                 whole_number(name, value, 1)
         rows = None if where is None else np.flatnonzero(self._matching(kind, where))
-        queries, known = unit(vectors), self._vectors.get(kind, self.rows(kind))
+        vectors = vectors / np.abs(vectors).max(axis=1, keepdims=True)  # squares would be zero or infinite at last
+        queries, known = unit(vectors).astype(np.float32), self._vectors.get(kind, self.rows(kind))
         index = self._approximate(kind) if approximate else None
         if index is None or (rows is not None and len(rows) < max(_FEW, len(known) // _SHARE)):
             return nearest(known, queries, k, rows=rows)
@@ -477,32 +484,57 @@ class Index:
         Raises:
             CheckpointError: Shards are missing, or cannot be read.
         """
-        captions: dict[tuple[int, str], list[int]] = {}
-        for row, owner in enumerate(self._owners("texts")):
-            captions.setdefault(owner, []).append(row)
-        images = enumerate(self._owners("images"))
-        return np.array([(row, text) for row, owner in images for text in captions.get(owner, ())]).reshape(-1, 2)
+        if not self.count("images") or not self.count("texts"):
+            return np.empty((0, 2), np.int64)
+        _, number = np.unique(np.concatenate([self._digests(kind, "id") for kind in KINDS]), return_inverse=True)
+        owners = len(number) * np.concatenate([self._sources(kind) for kind in KINDS]) + number
+        wanted, owned = np.split(owners, [self.count("images")])
+        order = np.argsort(owned, kind="stable")
+        first, end = (np.searchsorted(owned[order], wanted, side) for side in ("left", "right"))
+        counts = end - first
+        place = np.arange(counts.sum()) + np.repeat(first - (np.cumsum(counts) - counts), counts)
+        return np.stack([np.repeat(np.arange(len(wanted)), counts), order[place]], axis=1)
 
-    def _owners(self, kind: str) -> list[tuple[int, str]]:
-        """Returns the number of its source and the id of each row."""
-        sources = np.repeat(np.arange(len(self.manifest.sources)), [source[kind] for source in self.manifest.sources])
-        return list(zip(sources.tolist(), self.table(kind).column("id").to_pylist(), strict=True))
+    def _sources(self, kind: str) -> np.ndarray:
+        """Returns the number of the source of each row."""
+        return np.repeat(np.arange(len(self.manifest.sources)), [source[kind] for source in self.manifest.sources])
+
+    def _columns(self, kind: str, names: Sequence[str]) -> Iterator[Any]:
+        """Yields tables that have some columns of all rows: the one in memory, or blocks that are read for it."""
+        return iter([self._tables[kind]] if kind in self._tables else self.rows(kind).tables(names))
+
+    def _digests(self, kind: str, name: str) -> np.ndarray:
+        """Returns a digest of each value of a column: the same for equal ones, and small however long they are."""
+        found = [
+            np.array(
+                [blake2b(repr(value).encode(), digest_size=16).digest() for value in table.column(name).to_pylist()],
+                "S16",
+            )
+            for table in self._columns(kind, [name])
+        ]
+        return np.concatenate(found)
 
     def _retrieval(self) -> Retrieval | None:
         """Ranks images and captions that belong together."""
-        if not self.count("images") or not self.count("texts") or not len(pairs := self.pairs()):
+        if not len(pairs := self.pairs()):
             return None
-        captions = self.table("texts").column("caption").take(pairs[:, 1]).to_pylist()
-        number: dict[str, int] = {}  # of every distinct caption
-        owned: dict[int, list[int]] = {}
-        for row, caption in zip(pairs[:, 0].tolist(), captions, strict=True):
-            owned.setdefault(row, []).append(number.setdefault(caption, len(number)))
-        first = dict(zip(reversed(captions), reversed(pairs[:, 1].tolist()), strict=True))  # a row of each caption
-        return retrieval(
-            unit(self.vectors("images")[list(owned)].astype(np.float32)),
-            unit(self.vectors("texts")[[first[caption] for caption in number]].astype(np.float32)),
-            list(owned.values()),
-        )
+        texts = np.unique(pairs[:, 1])
+        captions = self._digests("texts", "caption")[texts]
+        _, first, same = np.unique(captions, return_index=True, return_inverse=True)
+        order = np.argsort(first)  # of distinct captions, by their first rows
+        number = np.argsort(order)[same][np.searchsorted(texts, pairs[:, 1])]
+        images, starts = np.unique(pairs[:, 0], return_index=True)
+        owned = [part.tolist() for part in np.split(number, starts[1:])]
+        return retrieval(self._units("images", images), self._units("texts", texts[first[order]]), owned)
+
+    def _units(self, kind: str, rows: np.ndarray) -> np.ndarray:
+        """Returns some embeddings (n, proj), float32, of unit length; rows are ascending."""
+        whole = np.empty((len(rows), self.manifest.dimension), np.float32)
+        start = 0
+        for numbers, block in self.rows(kind).blocks(_BLOCK, rows):
+            whole[start : start + len(numbers)] = unit(block)
+            start += len(numbers)
+        return whole
 
     def duplicates(self, threshold: float = 0.95, kind: str = "images") -> list[list[int]]:
         """Groups embeddings that are nearly the same: chains in which each is at least this similar to another.
@@ -523,23 +555,26 @@ class Index:
         vectors = self.rows(kind)
         parent = np.arange(len(vectors))
 
-        def root(row: int) -> int:
-            while parent[row] != row:
-                parent[row] = parent[parent[row]]
-                row = int(parent[row])
-            return row
+        def roots(rows: np.ndarray) -> np.ndarray:
+            found = parent[rows]
+            while not np.array_equal(found, above := parent[found]):
+                found = above
+            parent[rows] = found
+            return found
 
         for first, left in _blocks(vectors, _BLOCK):
             left, after = unit(left), np.arange(first[0], len(vectors))
             for second, right in _blocks(vectors, _BLOCK, after):
-                near = np.argwhere(left @ unit(right).T >= threshold - 1e-6)  # rounding, of equal vectors too
-                for a, b in near + np.array([first[0], second[0]]):
-                    if a < b and (one := root(int(a))) != (two := root(int(b))):
-                        parent[max(one, two)] = min(one, two)
-        groups: dict[int, list[int]] = {}
-        for row in range(len(vectors)):
-            groups.setdefault(root(row), []).append(row)
-        return [rows for rows in groups.values() if len(rows) > 1]
+                near = left @ unit(right).T >= threshold - 1e-6  # rounding, of equal vectors too
+                near &= roots(first)[:, None] != roots(second)  # not yet in one group
+                for i in np.flatnonzero(near.any(axis=1)):
+                    joined = np.unique(roots(np.append(second[near[i]], first[i])))
+                    parent[joined] = joined[0]
+        owners = roots(np.arange(len(vectors)))  # the first row of each group
+        several = np.bincount(owners, minlength=1)
+        rows = np.flatnonzero(several[owners] > 1)
+        rows = rows[np.argsort(owners[rows], kind="stable")]
+        return [part.tolist() for part in np.split(rows, np.cumsum(several[several > 1])[:-1]) if len(part)]
 
     def _check_kind(self, kind: str) -> None:
         if kind not in KINDS:
@@ -573,43 +608,47 @@ class Index:
             self._opened[kind] = rows
         return self._opened[kind]
 
-    def _read(self, kind: str) -> Iterator[Any]:
-        """Yields the tables of all shards, in their order, without the embedding."""
-        pa = store.pyarrow()
-        for path in self._shards(kind):
-            with store.readable(path):
-                names = [name for name in pa.parquet.read_schema(path).names if name != "embedding"]
-                yield pa.parquet.read_table(path, columns=names)
-
     def _matching(self, kind: str, where: str | Sequence[str]) -> np.ndarray:
-        """Returns for every row whether it satisfies all conditions."""
-        pa = store.pyarrow()
+        """Returns for every row whether it satisfies all conditions; only their columns are read, in blocks."""
         import pyarrow.compute as compute
 
-        table = self.table(kind)
-        matching = np.ones(table.num_rows, bool)
-        for condition in [where] if isinstance(where, str) else where:
-            place, sign = min(
-                ((at, sign) for sign in _COMPARISONS if (at := condition.find(sign)) > 0),
-                key=lambda found: (found[0], -len(found[1])),
-                default=(0, ""),
-            )
-            name, text = condition[:place].strip(), condition[place + len(sign) :].strip()
-            if not sign or name not in table.column_names:
-                raise bad_input(
-                    "A condition must be a column, a comparison and a value", condition,
-                    f"Write for example 'label=cat'; there are {', '.join(table.column_names)}",
-                )  # fmt: skip
-            column = table.column(name)
-            try:
-                value = pa.scalar(text).cast(column.type)
-            except pa.ArrowException:
-                raise bad_input(
-                    f"The value of a condition on {name} must be {column.type}", condition, "Correct it"
-                ) from None
-            found = getattr(compute, _COMPARISONS[sign])(column, value)
-            matching &= compute.fill_null(found, False).to_numpy()
+        conditions = [_condition(text, self.rows(kind)) for text in ([where] if isinstance(where, str) else where)]
+        matching = np.ones(self.count(kind), bool)
+        end = 0
+        for table in self._columns(kind, [name for name, _, _ in conditions]) if conditions else ():
+            start, end = end, end + table.num_rows
+            for name, compare, value in conditions:
+                found = compare(table.column(name).cast(value.type, safe=False), value)
+                matching[start:end] &= compute.fill_null(found, False).to_numpy()
         return matching
+
+
+def _condition(text: str, rows: Rows) -> tuple[str, Callable[[Any, Any], Any], Any]:
+    """Returns the column of a condition, the comparison, and the value that the column is compared with."""
+    pa = store.pyarrow()
+    import pyarrow.compute as compute
+
+    place, sign = min(
+        ((at, sign) for sign in _COMPARISONS if (at := text.find(sign)) > 0),
+        key=lambda found: (found[0], -len(found[1])),
+        default=(0, ""),
+    )
+    name, value = text[:place].strip(), text[place + len(sign) :].strip()
+    if not sign or name not in rows.types:
+        raise bad_input(
+            "A condition must be a column, a comparison and a value", text,
+            f"Write for example 'label=cat'; there are {', '.join(rows.types) or 'no rows'}",
+        )  # fmt: skip
+    kind, compare = rows.types[name], getattr(compute, _COMPARISONS[sign])
+    kinds = [pa.string()] if pa.types.is_null(kind) else [kind, pa.float64()] if pa.types.is_integer(kind) else [kind]
+    for kind in kinds:  # whole numbers are compared with others too
+        try:
+            wanted = pa.scalar(value).cast(kind)
+            compare(pa.array([], kind), wanted)  # there are types that have no order, and none that is written as text
+        except pa.ArrowException:
+            continue
+        return name, compare, wanted
+    raise bad_input(f"The value of a condition on {name} must be {rows.types[name]}", text, "Correct it")
 
 
 def nearest(

@@ -253,7 +253,8 @@ class Rows:
 
     Attributes:
         dimension: As above.
-        names: All columns of the shards but the embedding.
+        types: The Arrow types of all columns of the shards but the embedding, by name: what holds the values of every
+            shard, text where there is nothing else.
         lengths: (rows,) float32, for who needs the lengths of embeddings more than once; NaN where not computed yet.
 
     Raises:
@@ -263,7 +264,7 @@ class Rows:
     def __init__(self, paths: Sequence[Path], dimension: int, stored: str) -> None:
         self.dimension, self._stored = dimension, np.dtype(stored)
         self._groups: list[_Group] = []
-        self.names: list[str] = []
+        self.types: dict[str, Any] = {}
         pa = pyarrow()
         kind = pa.list_(pa.from_numpy_dtype(self._stored), dimension)
         for path in paths:
@@ -271,12 +272,13 @@ class Rows:
                 schema = file.schema_arrow
                 if "embedding" not in schema.names or schema.field("embedding").type != kind:
                     raise CheckpointError(f"{path} must have a column embedding of {dimension} {stored}. Embed again.")
-                self.names = list(dict.fromkeys([*self.names, *schema.names]))
+                for field in schema:
+                    if field.name != "embedding":
+                        self.types[field.name] = _common(self.types.get(field.name), field.type)
                 for number in range(file.num_row_groups):
                     rows = file.metadata.row_group(number).num_rows
                     place = _mapped(content, file.metadata.row_group(number), rows * dimension, self._stored.itemsize)
                     self._groups.append(_Group(path, number, rows, place))
-        self.names = [name for name in self.names if name != "embedding"]
         self._ends = np.cumsum([group.rows for group in self._groups], dtype=np.int64)
         self.lengths = np.full(len(self), np.nan, np.float32)
 
@@ -326,6 +328,26 @@ class Rows:
             column = file.read_row_group(group.number, columns=["embedding"]).column("embedding").combine_chunks()
         return column.flatten().to_numpy().reshape(group.rows, -1)
 
+    def tables(self, names: Sequence[str]) -> Iterator[Any]:
+        """Yields some of the other columns, in the types of all shards, as tables of up to `GROUP` rows of all rows.
+
+        Args:
+            names: Which columns; a shard that lacks one has null there.
+        """
+        pa = pyarrow()
+        for path in dict.fromkeys(group.path for group in self._groups):
+            with readable(path), pa.parquet.ParquetFile(path) as file:
+                own = [name for name in names if name in file.schema_arrow.names]
+                for batch in file.iter_batches(GROUP, columns=own):
+                    yield pa.table(
+                        {
+                            name: _as(batch.column(name), self.types[name])
+                            if name in own
+                            else pa.nulls(batch.num_rows, self.types[name])
+                            for name in names
+                        }
+                    )
+
     def take(self, rows: np.ndarray) -> list[dict[str, Any]]:
         """Returns the other columns of some rows (n,), in their order; None where a shard has no such column."""
         found: list[dict[str, Any]] = [{} for _ in rows]
@@ -337,8 +359,30 @@ class Rows:
                 names = [name for name in file.schema_arrow.names if name != "embedding"]
                 table = file.read_row_group(group.number, columns=names)
             for i, row in zip(mine, table.take(rows[mine] - (self._ends[place] - group.rows)).to_pylist(), strict=True):
-                found[i] = {name: row.get(name) for name in self.names}
+                found[i] = {name: row.get(name) for name in self.types}
         return found
+
+
+def _common(one: Any, two: Any) -> Any:
+    """Returns the Arrow type for the values of both: text where no other holds them all."""
+    pa = pyarrow()
+    two = two.value_type if pa.types.is_dictionary(two) else two
+    try:
+        schemas = [pa.schema([("", kind)]) for kind in (one, two) if kind is not None]
+        return pa.unify_schemas(schemas, promote_options="permissive").field(0).type
+    except pa.ArrowException:
+        return pa.string()
+
+
+def _as(column: Any, kind: Any) -> Any:
+    """Returns a column in another type; what Arrow cannot write as text, as JSON."""
+    pa = pyarrow()
+    try:
+        return column.cast(kind, safe=False)
+    except pa.ArrowNotImplementedError:
+        values = [None if value is None else json.dumps(value, ensure_ascii=False, default=str)
+                  for value in column.to_pylist()]  # fmt: skip
+        return pa.array(values, kind)
 
 
 @contextmanager
