@@ -105,6 +105,9 @@ def test_files_that_are_none(tmp_path, picture):
     classes = Classes.build(cases.pipeline(), LABELS)
     with pytest.raises(ValueError, match=r"must end in \.safetensors"):
         classes.save(tmp_path / "classes.npz")
+    (tmp_path / "folder.safetensors").mkdir()
+    with pytest.raises(ValueError, match="written to a file"):
+        classes.save(tmp_path / "folder.safetensors")
     with pytest.raises(ValueError, match="in a folder that exists"):
         classes.save(tmp_path / "none" / "classes.safetensors")
 
@@ -147,6 +150,8 @@ def test_commands(tmp_path):
         assert bad.exit_code == 2
         assert message in bad.output
     assert invoke("classify", path, *backend).exit_code == 2
+    missing = invoke("classify", path, "--labels", tmp_path / "lables.txt", *backend)
+    assert (missing.exit_code, "A file of labels must exist" in missing.output) == (1, True)
     other = invoke("classify", path, "--classes", out, "--dtype", "bfloat16", *backend)
     assert other.exit_code == 1
     assert "dtype: float32 there, bfloat16 here" in other.output

@@ -134,6 +134,8 @@ def test_command(pictures, tmp_path):
     sure = json.loads(invoke(*call, "--least", "1", "--json", "--yes").stdout)
     assert (sure["moved"], [entry["target"] for entry in sure["images"]]) == (True, [None, None])
     assert [entry["image"] for entry in sure["skipped"]] == [str(pictures[1])]
+    top = invoke(*call, "--top", "1")
+    assert (top.exit_code, "--top has no effect with --move-into" in top.output) == (2, True)
     done = invoke(*call, "--yes")
     assert "2 of 3 images moved" in done.output
     assert sorted(str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*.png")) == [
@@ -146,3 +148,13 @@ def test_command(pictures, tmp_path):
     assert bad.exit_code == 1
     assert "usable as the name of a folder" in bad.output
     assert sorting.plan([], [], tmp_path / "out") == []
+
+
+@pytest.mark.skipif(os.name == "nt", reason="file names are text there")
+def test_names_that_are_no_text_are_moved_and_shown(pictures, tmp_path):
+    odd = tmp_path / os.fsdecode(b"\xff.png")
+    os.rename(pictures[0], odd)
+    done = invoke("classify", odd, "--labels", "rocket,panda", "--move-into", tmp_path / "out", "--yes")
+    assert done.exit_code == 0, done.output
+    assert r"\udcff.png" in done.output
+    assert [path.name for path in (tmp_path / "out").rglob("*.png")] == [odd.name]

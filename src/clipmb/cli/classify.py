@@ -49,6 +49,10 @@ def run(
     """
     if move_into is None and (yes or least is not None):
         raise typer.BadParameter("--yes and --least belong to --move-into.")
+    if move_into is not None and not as_json:
+        common.refuse(
+            context, ["top"], "has no effect with --move-into: the best label decides. Pass --json to see others."
+        )
     model, templates, given = common.chosen_classes(context, model, template, labels, classes)
     names = list(given) if isinstance(given, dict) else list(given.labels)
     if move_into is not None:

@@ -200,6 +200,8 @@ def named_labels(texts: list[str]) -> dict[str, str]:
     """Returns the name in prompts of every class that --labels gives, in names and in files."""
     files = [text for text in texts if os.path.isfile(text)]  # false where the names are longer than those of files
     if not files:
+        if missing := [text for text in texts if text.lower().endswith(".txt")]:
+            raise bad_input("A file of labels must exist", missing[0], "Correct the path")
         names = [name for text in texts for name in split(text)]
         return named_classes(names)
     if len(texts) > 1:
@@ -269,9 +271,13 @@ def table(title: str, columns: list[str], rows: list[list[str]], right: tuple[in
     console = Console(
         width=None if sys.stdout.isatty() else 200, soft_wrap=True, markup=False, emoji=False, highlight=False
     )
-    drawn = Table(title=title or None, title_justify="left")
+
+    def shown(text: str) -> str:
+        return text.encode(errors="backslashreplace").decode()  # of names of files that are no text
+
+    drawn = Table(title=shown(title) or None, title_justify="left")
     for place, column in enumerate(columns):
         drawn.add_column(column, justify="right" if place in right else "left", overflow="fold")
     for row in rows:
-        drawn.add_row(*row)
+        drawn.add_row(*map(shown, row))
     console.print(drawn)

@@ -156,11 +156,13 @@ def checked_path(path: str | os.PathLike[str]) -> Path:
     """Returns the path of a file of classes that can be written.
 
     Raises:
-        ValueError: Its name does not end in .safetensors, or its folder does not exist.
+        ValueError: Its name does not end in .safetensors, it is a folder, or its folder does not exist.
     """
     path = Path(path)
     if path.suffix != ".safetensors":
         raise bad_input("A file of classes must end in .safetensors", str(path), "Change the suffix")
+    if path.is_dir():
+        raise bad_input("Classes must be written to a file", f"{path}, a folder", "Pass another name", shown=True)
     if not path.absolute().parent.is_dir():
         raise bad_input(
             "A file of classes must be in a folder that exists", str(path), "Create the folder first", shown=True
