@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import re
 import sys
 from datetime import date
+from decimal import Decimal
 
 import numpy as np
 import pyarrow as pa
@@ -15,6 +17,7 @@ from processes import invoke
 from pyarrow import parquet
 
 from clipmb import CheckpointError, Index, embed
+from clipmb.embedding.index import columns_of
 from clipmb.embedding.store import Manifest, shard_path, write_shard
 from clipmb.evaluation import evaluate
 
@@ -387,3 +390,33 @@ def test_duplicates_of_several_sources_are_named_by_their_paths(tmp_path):
         embed(tmp_path / name, tmp_path / "out", model=pipeline(), append=name == "b")
     found = json.loads(invoke("duplicates", tmp_path / "out", "--json").stdout)
     assert found == [[str(tmp_path / name / "1.png") for name in ("a", "b")]]
+
+
+def test_values_of_other_programs_are_shown(tmp_path):
+    """What pandas writes by itself, of which JSON has none."""
+    nanoseconds = pa.array([1_704_067_200_000_001_001], pa.timestamp("ns", "UTC"))
+    columns = {
+        "day": [date(2024, 1, 1)],
+        "price": [Decimal("1.50")],
+        "raw": [b"\xff"],
+        "in": [{"a": [date(2024, 1, 2)]}],
+    }
+    hit = foreign(tmp_path, {**columns, "at": nanoseconds}).search(vector=np.ones(WIDTH))[0]
+    assert hit["day"] == date(2024, 1, 1)
+    assert json.loads(json.dumps(columns_of(hit))) == {
+        "id": "0", "day": "2024-01-01", "price": "1.50", "raw": repr(b"\xff"), "in": {"a": ["2024-01-02"]},
+        "at": "2024-01-01 00:00:00.000001+00:00",
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [{"sources": [{}]}, {"sources": 3}, {"dimension": "x"}, {"store": "x"}, {"passport": []}, {"passport": {}}],
+)
+def test_damaged_manifests_are_one_error(tmp_path, wrong):
+    written(tmp_path, clusters(3))
+    path = tmp_path / "manifest.json"
+    path.write_text(json.dumps({**json.loads(path.read_text("utf-8")), **wrong}), "utf-8")
+    found = invoke("search", tmp_path, "a")
+    assert found.exit_code == 1
+    assert re.fullmatch(r"error: .*manifest\.json .*\n", found.stderr), found.stderr

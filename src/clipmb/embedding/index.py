@@ -17,7 +17,7 @@ from clipmb.common.zero_shot import unit
 from clipmb.embedding import approximate as approximate_index
 from clipmb.embedding import store
 from clipmb.embedding.approximate import Approximate
-from clipmb.embedding.passport import passport_of, require_equivalent
+from clipmb.embedding.passport import COMPARED, passport_of, require_equivalent
 from clipmb.embedding.store import KINDS, Manifest, Rows
 from clipmb.evaluation import Retrieval, retrieval
 from clipmb.pipeline import CLIPPipeline, loaded
@@ -126,6 +126,11 @@ class Index:
         def load() -> CLIPPipeline:
             from clipmb import backends
 
+            if missing := [name for name in (*COMPARED, "model", "backend") if name not in manifest.passport]:
+                raise CheckpointError(
+                    f"{folder / store.MANIFEST} must have the whole passport of its embeddings. "
+                    f"Received: one without {', '.join(missing)}. Restore it, or embed again."
+                )
             if isinstance(model, CLIPPipeline):
                 pipeline = loaded(model, backend, None, device)
             else:
@@ -735,5 +740,16 @@ def _blocks(
 
 
 def columns_of(hit: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns the columns of a result that hold something, without its score and row."""
-    return {name: value for name, value in hit.items() if name not in ("score", "row") and value not in (None, "")}
+    """Returns the columns of a result that hold something, as JSON has them, without its score and row."""
+    return {
+        name: _plain(value) for name, value in hit.items() if name not in ("score", "row") and value not in (None, "")
+    }
+
+
+def _plain(value: Any) -> Any:
+    """Returns a value with texts in place of what JSON lacks: dates, decimals and bytes of other programs."""
+    if isinstance(value, Mapping):
+        return {name: _plain(inner) for name, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(inner) for inner in value]
+    return value if value is None or isinstance(value, str | int | float) else str(value)

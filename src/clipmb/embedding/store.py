@@ -358,6 +358,13 @@ class Rows:
             with readable(group.path), pyarrow().parquet.ParquetFile(group.path) as file:
                 names = [name for name in file.schema_arrow.names if name != "embedding"]
                 table = file.read_row_group(group.number, columns=names)
+            finest = [  # in Python
+                pyarrow().field(column.name, pyarrow().timestamp("us", column.type.tz))
+                if pyarrow().types.is_timestamp(column.type)
+                else column
+                for column in table.schema
+            ]
+            table = table.cast(pyarrow().schema(finest), safe=False)
             for i, row in zip(mine, table.take(rows[mine] - (self._ends[place] - group.rows)).to_pylist(), strict=True):
                 found[i] = {name: row.get(name) for name in self.types}
         return found
