@@ -931,6 +931,45 @@ def test_a_signal_ends_the_server_after_what_was_accepted(number):
     assert errors == ""
 
 
+PATIENCE = """
+import sys
+from embedding_cases import pipeline
+import clipmb
+clipmb.serve(pipeline(), port=0, deadline=0.5, started=lambda url: print(url, flush=True))
+"""
+
+
+def test_headers_that_do_not_end_close_the_connection():
+    process = start("-c", PATIENCE, PYTHONPATH=":".join(__import__("sys").path))
+    url = process.stdout.readline().strip()
+    assert url, excerpt(process.stderr.read())
+    address = ("127.0.0.1", int(url.rpartition(":")[2]))
+    whole = b"GET /health HTTP/1.1\r\nHost: localhost\r\n\r\n"
+    try:
+        for first in (b"", whole[:-2], whole + whole[:-2]):
+            with socket.create_connection(address, timeout=HANG) as connection:
+                connection.sendall(first)
+                received = b""
+                while part := connection.recv(1 << 16):  # ends when the server closes
+                    received += part
+                assert received.count(b"200 OK") == first.count(whole)
+        for first in (whole[:-2], whole + whole[:-2]):  # and then drop by drop
+            with socket.create_connection(address, timeout=HANG) as connection:
+                connection.sendall(first)
+                with pytest.raises(OSError):  # noqa: PT012
+                    for _ in range(HANG * 10):
+                        connection.sendall(b"X: a\r\n")
+                        threading.Event().wait(0.1)
+        with socket.create_connection(address, timeout=HANG) as connection:  # in time
+            for at in range(0, len(whole), 10):
+                connection.sendall(whole[at : at + 10])
+            assert b"200 OK" in connection.recv(1 << 16)
+    finally:
+        process.terminate()
+    _, errors = process.communicate(timeout=HANG)
+    assert (process.returncode, errors) == (0, ""), excerpt(errors)
+
+
 def test_the_command_serves_the_small_model(tmp_path):
     process = start("-m", "clipmb", "serve", "--port", "0", "--backend", "onnx", "--token", "abc", "--name", "emoji")
     try:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import ipaddress
 import math
 import os
@@ -144,7 +145,7 @@ def serve(
     with _bound(host, port) as listener:  # before the model is loaded, which may take long
         made = application(source, token=token, deadline=deadline, **options)
         config = uvicorn.Config(
-            made, log_config=None, access_log=False, server_header=False, lifespan="on",
+            made, http=_protocol(deadline), log_config=None, access_log=False, server_header=False, lifespan="on",
             timeout_graceful_shutdown=math.ceil(deadline) + 5,
         )  # fmt: skip
 
@@ -157,6 +158,41 @@ def serve(
 
         with _signals_end_it():
             Server(config).run([listener])
+
+
+def _protocol(seconds: float) -> type[asyncio.Protocol]:
+    """Returns uvicorn's protocol, which waits for the headers of a request without end, with an end to that."""
+    from uvicorn.protocols.http.auto import AutoHTTPProtocol
+
+    base: Any = AutoHTTPProtocol
+
+    class Protocol(base):
+        waiting: asyncio.TimerHandle | None = None
+
+        def connection_made(self, transport: asyncio.Transport) -> None:
+            super().connection_made(transport)
+            self.watch()
+
+        def data_received(self, data: bytes) -> None:
+            super().data_received(data)
+            self.watch()
+
+        def connection_lost(self, exc: Exception | None) -> None:
+            super().connection_lost(exc)
+            self.stop()
+
+        def watch(self) -> None:
+            if self.cycle is not None and not self.cycle.response_complete:  # a request is answered
+                self.stop()
+            elif self.waiting is None:
+                self.waiting = self.loop.call_later(seconds, self.transport.close)
+
+        def stop(self) -> None:
+            if self.waiting is not None:
+                self.waiting.cancel()
+                self.waiting = None
+
+    return Protocol
 
 
 @contextmanager
