@@ -9,7 +9,9 @@ import json
 import re
 import signal
 import socket
+import subprocess
 import threading
+import urllib.error
 import urllib.request
 import weakref
 
@@ -203,6 +205,8 @@ def test_messages_have_one_part(app):
         ({"input": "data:image/png;base64,-_==", "modality": "image"}, "input", "with + and /"),
         ({"input": "data:image/png;base64,abc", "modality": "image"}, "input", "the = at its end"),
         ({"input": "data:image/png;base64", "modality": "image"}, "input", "must be a data URI"),
+        ({"input": ["a", " DATA:image/png;base64,AAAA"]}, "input[1]", "holds an image. Received: ' DATA:"),
+        ({"input": picture(), "modality": "text"}, "input", "by modality"),
     ],
 )  # fmt: skip
 def test_what_a_request_may_not_say(app, body, param, message):
@@ -564,6 +568,14 @@ def test_bodies(app):
         assert message in error(ask(app, ("POST", "/v1/embeddings", {"content": content}))[0], 400, "invalid_json")
 
 
+@pytest.mark.parametrize("coding", ["gzip", "br, gzip", "GZIP", ""])
+def test_compressed_bodies_are_refused(app, coding):
+    response = post(app, "/v1/embeddings", {"input": "a"}, headers={"content-encoding": coding})
+    assert "must not be compressed" in error(response, 415, "content_encoding")
+    assert response.headers["accept-encoding"] == "identity"
+    assert post(app, "/v1/embeddings", {"input": "a"}, headers={"content-encoding": "Identity"}).status_code == 200
+
+
 def test_a_body_that_does_not_arrive_is_an_error_of_the_client():
     app = application(pipeline(), deadline=0.1)
 
@@ -758,6 +770,7 @@ def test_search(searching, folder):
         ("q=a&k=-1", "k"), ("q=a&k=1e2", "k"), ("q=a&k=%D9%A3", "k"), ("q=a&k=" + "9" * 5000, "k"),
         ("q=a&kind=sounds", "kind"), ("q=a&where=", "where"), ("q=a&where=nothing", "where"),
         ("q=a&where=nowhere%3D1", "where"),
+        ("q=%FF", None), ("q=a%ED%A0%80", None), ("q=data:image/png;base64,AAAA", "text[0]"),
         ("q=a&more=1", "more"), ("q=a&minus=a", "minus_text"),
     ],
 )  # fmt: skip
@@ -853,6 +866,7 @@ def test_an_error_of_the_server_says_nothing_of_its_inside(app, monkeypatch, cap
 @pytest.mark.parametrize(
     ("options", "message"),
     [
+        ({"name": ""}, "name must be"), ({"name": 3}, "name must be"),
         ({"token": ""}, "token must be"), ({"token": "a b"}, "token must be"), ({"token": "ä"}, "token must be"),
         ({"batch_size": 0}, "batch_size"), ({"queue": 0}, "queue"), ({"deadline": 0}, "deadline"),
         ({"max_wait": -1}, "max_wait"), ({"max_bytes": 0}, "max_bytes"), ({"workers": 0}, "workers"),
@@ -897,6 +911,22 @@ def test_a_port_that_is_taken_is_said_before_the_model_is_loaded():
             serve("no such model", port=port)
 
 
+@pytest.mark.parametrize(
+    ("options", "hosts"),
+    [({}, {"localhost", "127.0.0.1", "::1"}), ({"host": "[::1]"}, {"localhost", "127.0.0.1", "::1"}),
+     ({"host": "127.0.0.2"}, {"localhost", "127.0.0.1", "::1", "127.0.0.2"}), ({"hosts": {"clip"}}, {"clip"}),
+     ({"open_to_all": True}, None), ({"token": "a"}, None)],
+)  # fmt: skip
+def test_the_names_that_a_server_answers_to(monkeypatch, options, hosts):
+    def made(*_, **given):
+        raise StopIteration(given.get("hosts"))
+
+    monkeypatch.setattr("clipmb.serving.server.application", made)
+    with pytest.raises(StopIteration) as stopped:
+        serve(pipeline(), port=0, **options)
+    assert stopped.value.value == hosts
+
+
 SERVER = """
 import sys, time
 from embedding_cases import Engine, pipeline
@@ -937,6 +967,33 @@ from embedding_cases import pipeline
 import clipmb
 clipmb.serve(pipeline(), port=0, deadline=0.5, started=lambda url: print(url, flush=True))
 """
+
+
+def test_a_second_sigint_ends_the_server_at_once():
+    process = start(
+        "-c", SERVER.replace("time.sleep(0.5)", "time.sleep(3)"), PYTHONPATH=":".join(__import__("sys").path)
+    )
+    url = process.stdout.readline().strip()
+    assert url, excerpt(process.stderr.read())
+    request = urllib.request.Request(f"{url}/v1/embeddings", b'{"input": "a"}')
+    found = []
+
+    def asks():
+        with pytest.raises(urllib.error.HTTPError) as refused:
+            urllib.request.urlopen(request, timeout=HANG)
+        found.append((refused.value.code, json.load(refused.value)["error"]["code"]))
+
+    asking = threading.Thread(target=asks)
+    asking.start()
+    assert process.stdout.readline() == "begun\n"
+    process.send_signal(signal.SIGINT)
+    with pytest.raises(subprocess.TimeoutExpired):
+        process.wait(1)
+    process.send_signal(signal.SIGINT)
+    asking.join()
+    out, errors = process.communicate(timeout=HANG)
+    assert found == [(503, "shutting_down")]
+    assert (process.returncode, out, errors) == (0, "ended\n", "")
 
 
 def test_headers_that_do_not_end_close_the_connection():

@@ -25,7 +25,9 @@ def run(
         str | None,
         typer.Option(metavar="TEXT", envvar="CLIPMB_TOKEN", help="Bearer token that clients must send."),
     ] = None,
-    no_token: Annotated[bool, typer.Option("--no-token", help="Serve other machines without a token.")] = False,
+    no_token: Annotated[
+        bool, typer.Option("--no-token", help="Serve other machines, or under any name, without a token.")
+    ] = False,
     model: Annotated[
         str | None,
         typer.Option(

@@ -123,6 +123,8 @@ class Application:
             response = self.refusal(Refused(503, message, "deadline_exceeded", headers={"retry-after": "1"}))
         except ClientDisconnect:
             response = Response(status_code=_GONE)
+        except asyncio.CancelledError:  # a second SIGINT
+            response = self.refusal(Refused(503, "The server ends. Ask another, or later.", "shutting_down"))
         except Exception:
             logger.exception("clipmb: %s %s failed", request.method, path)
             message = "The server failed; its log says why."
@@ -201,6 +203,10 @@ class Application:
             if too_large:
                 message = f"A body may have at most {self.max_bytes} bytes. Send fewer or smaller images at a time."
                 raise Refused(413, message, "too_large")
+            coding = request.headers.get("content-encoding", "identity")
+            if coding.lower() != "identity":
+                message = f"A body must not be compressed. Received: {coding!r:.40}. Send it as it is."
+                raise Refused(415, message, "content_encoding", headers={"accept-encoding": "identity"})
             content = b"".join(chunks)
             chunks.clear()
             yield content
@@ -254,7 +260,7 @@ class Application:
         if request.method == "POST":
             asked = await self.read(Search.of, body, _MOST_RESULTS)
         else:
-            asked = Search.of_query(request.query_params.multi_items(), _MOST_RESULTS)
+            asked = Search.of_query(request.scope["query_string"], _MOST_RESULTS)
         return _json({"kind": asked.kind, "results": json_values(await self.service.search(asked))})
 
     async def thumbnail(self, request: Request, body: bytes) -> Response:

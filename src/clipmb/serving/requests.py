@@ -5,10 +5,10 @@ from __future__ import annotations
 import base64
 import json
 import re
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
-from urllib.parse import unquote_to_bytes
+from urllib.parse import parse_qsl, unquote_to_bytes
 
 from clipmb.common.errors import bad_input, whole_number
 from clipmb.embedding.store import KINDS
@@ -183,12 +183,16 @@ class Search:
         return cls(plus, given["minus_text"] + given["minus_image"], k, kind, where)
 
     @classmethod
-    def of_query(cls, pairs: Sequence[tuple[str, str]], most: int) -> Search:
+    def of_query(cls, query: bytes, most: int) -> Search:
         """Checks the query of a URL: ``q``, ``minus`` and ``where``, each once or more, ``k`` and ``kind``.
 
         Raises:
-            Refused: A field is wrong, missing, or there twice.
+            Refused: A field is wrong, missing, or there twice, or the query is not UTF-8.
         """
+        try:
+            pairs = parse_qsl(query.decode(), keep_blank_values=True, errors="strict")
+        except UnicodeDecodeError as error:
+            raise invalid(None, bad_input("A query must be UTF-8", str(error), "Encode it again", shown=True)) from None
         names = {"q": "text", "minus": "minus_text", "where": "where", "k": "k", "kind": "kind"}
         body: dict[str, Any] = {}
         for name, value in pairs:
@@ -308,6 +312,9 @@ def _input(value: Any, kind: str, param: str) -> Input:
         raise invalid(param, bad_input(f"{param} must not be empty", value, "Leave it out"))
     if kind == "image" and re.match(r"https?:", value, re.IGNORECASE):
         raise invalid(param, bad_input("An image must be a data URI", value, _NOT_FETCHED), "url_not_fetched")
+    if kind == "text" and re.match(r"\s*data:image/[^,]{1,200},", value, re.IGNORECASE):
+        fix = "Say that it is an image, by modality, an image_url or the field image"
+        raise invalid(param, bad_input(f"{param} must be a text, and holds an image", value[:80], fix))
     return Input(kind, value, param)
 
 

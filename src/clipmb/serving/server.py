@@ -82,6 +82,8 @@ def application(
     for field, value, least in (("max_wait", max_wait, 0), ("deadline", deadline, 1e-3)):
         if isinstance(value, bool) or not isinstance(value, int | float) or not least <= value < math.inf:
             raise bad_input(f"{field} must be a number of at least {least:g}", value, f"Correct {field}")
+    if name is not None and not (isinstance(name, str) and name.strip()):
+        raise bad_input("name must be a text, not empty", name, "Leave it out, or pass what clients call the model")
     if token is not None and not (isinstance(token, str) and re.fullmatch("[!-~]+", token)):
         rule = "token must be letters, digits and signs of ASCII, without spaces"
         raise bad_input(rule, "something else", "Choose another, such as that of openssl rand -hex 32", shown=True)
@@ -115,7 +117,7 @@ def serve(
         source: As in `application`.
         host: The address to listen at. Beyond this machine it needs a token, or ``open_to_all``.
         port: The port; 0 for a free one.
-        open_to_all: Serve other machines without a token.
+        open_to_all: Serve other machines without a token, or on this one by any name, as behind a proxy.
         token: As in `application`.
         deadline: As in `application`.
         started: Called with the server's URL when it accepts requests.
@@ -132,6 +134,7 @@ def serve(
     except ImportError as error:
         raise MissingBackendError("serve", "uvicorn", cause=str(error)) from error
     whole_number("port", port, 0, 65535)
+    host = host.strip("[]")  # of an address as URLs have it
     local = _is_loopback(host)
     if not local and token is None and not open_to_all:
         raise bad_input(
@@ -140,7 +143,7 @@ def serve(
         )  # fmt: skip
     if token is not None and open_to_all:
         raise bad_input("A server has a token or is open to all", "both", "Pass one of them", shown=True)
-    if local and token is None:
+    if local and token is None and not open_to_all:
         options.setdefault("hosts", {"localhost", "127.0.0.1", "::1", host.lower()})
     with _bound(host, port) as listener:  # before the model is loaded, which may take long
         made = application(source, token=token, deadline=deadline, **options)
@@ -155,6 +158,13 @@ def serve(
                 if started is not None:
                     shown = f"[{host}]" if ":" in host else host
                     started(f"http://{shown}:{listener.getsockname()[1]}")
+
+            async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+                await super().shutdown(sockets)
+                if self.force_exit:  # by a second SIGINT, without an end of what is running
+                    for task in self.server_state.tasks:
+                        task.cancel()
+                    await self.lifespan.shutdown()
 
         with _signals_end_it():
             Server(config).run([listener])
@@ -208,7 +218,7 @@ def _bound(host: str, port: int) -> Iterator[socket.socket]:
         try:
             listener.bind(address)
         except OSError as error:
-            raise OSError(f"{host} port {port} cannot be had: {error}. Choose another --port.") from error
+            raise OSError(f"{host} port {port} cannot be had: {error}. Choose another --host or --port.") from error
         yield listener
 
 
@@ -250,6 +260,6 @@ def _is_loopback(host: str) -> bool:
     if host == "localhost":
         return True
     try:
-        return ipaddress.ip_address(host.strip("[]")).is_loopback
+        return ipaddress.ip_address(host).is_loopback
     except ValueError:
         return False

@@ -241,7 +241,8 @@ class Service:
         """Refuses more items in a request than the server ever has room for."""
         if count > self.queue:
             rule = f"A request may have at most {self.queue} images and texts, pieces of long texts included"
-            raise invalid(None, bad_input(rule, count, "Send several requests, one after the other"), "too_many_inputs")
+            fix = "Send several requests, one after the other, or serve with a larger --queue"
+            raise invalid(None, bad_input(rule, count, fix), "too_many_inputs")
 
     @contextmanager
     def _room(self, count: int) -> Iterator[None]:
