@@ -8,6 +8,7 @@ import os
 import reprlib
 import warnings
 from collections.abc import Iterable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -87,11 +88,17 @@ class MissingBackendError(ClipmbError, ImportError):
     """
 
     def __init__(self, extra: str, package: str, *, cause: str = "") -> None:
+        self._made_of = extra, package, cause
         detail = f" ({cause})" if cause else ""
         super().__init__(
             f"clipmb[{extra}] needs {package}, which cannot be imported{detail}. "
             f'Install it: pip install "clipmb[{extra}]"'
         )
+
+    def __reduce__(self) -> Any:
+        """Lets it be pickled, as errors of other processes are; by default their arguments would be its message."""
+        extra, package, cause = self._made_of
+        return partial(type(self), cause=cause), (extra, package)
 
 
 def bad_input(

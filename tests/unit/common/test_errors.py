@@ -2,12 +2,23 @@
 
 from __future__ import annotations
 
+import pickle
 import warnings
 
 import numpy as np
 import pytest
 
-from clipmb.common.errors import bad_input, one_of, warn_once, whole_number
+from clipmb.common.errors import (
+    CheckpointError,
+    MissingBackendError,
+    ShapeMismatchError,
+    bad_input,
+    one_of,
+    warn_once,
+    whole_number,
+)
+from clipmb.common.json_files import ContentError
+from clipmb.common.text.engine import not_a_text
 
 
 def test_rule_received_and_fix():
@@ -41,3 +52,21 @@ def test_a_warning_comes_once():
         for _ in range(3):
             warn_once("said by test_errors")
     assert [str(warning.message) for warning in caught] == ["said by test_errors"]
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        MissingBackendError("pt", "torch", cause="No module named 'torch'"),
+        CheckpointError("It must fit", ["one", "two"]),
+        ShapeMismatchError("It must fit", ["one"]),
+        ContentError("It must be a number"),
+        not_a_text(7),
+    ],
+)
+def test_errors_travel_to_other_processes(error):
+    """As those of worker processes and of Ray's actors do."""
+    other = pickle.loads(pickle.dumps(error))
+    assert type(other) is type(error)
+    assert str(other) == str(error)
+    assert getattr(other, "problems", None) == getattr(error, "problems", None)
