@@ -18,6 +18,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 from clipmb.common.data.layouts import is_dataset
 from clipmb.common.data.pairs import Pairs
@@ -29,6 +30,8 @@ from clipmb.pipeline import loaded
 
 _MOST = 8  # threads of a replica when nobody asks for more
 _ATTEMPTS = 2  # at a shard, and at starting a replica
+_WITNESSES = 16  # images of which a replica looks whether its machine has them
+_SECONDS = 5.0  # for a connection to the cluster
 
 
 @dataclass(frozen=True)
@@ -93,11 +96,12 @@ class Replica:
     Args:
         recipe: What to open and to load.
         fingerprint: That of the source, as the machine sees it where the job was started.
+        images: Paths of some images that are there.
         workers: Threads that read, decode, resize and tokenize.
     """
 
-    def __init__(self, recipe: Recipe, fingerprint: str, workers: int) -> None:
-        self.recipe, self.fingerprint, self.workers = recipe, fingerprint, workers
+    def __init__(self, recipe: Recipe, fingerprint: str, images: list[str], workers: int) -> None:
+        self.recipe, self.fingerprint, self.images, self.workers = recipe, fingerprint, images, workers
 
     def open(self) -> tuple[dict[str, Any], int, str]:
         """Opens the source and loads the model.
@@ -111,10 +115,16 @@ class Replica:
         recipe, host = self.recipe, socket.gethostname()
         with suppress(OSError):  # then all paths must be absolute
             os.chdir(recipe.folder)
-        pairs = Pairs.open(recipe.source, partial=True, **recipe.columns)
-        if pairs.fingerprint != self.fingerprint:
+        level = logger.level
+        logger.setLevel(logging.ERROR)  # what is left out was said where the job was started
+        try:
+            pairs = Pairs.open(recipe.source, partial=True, **recipe.columns)
+        finally:
+            logger.setLevel(level)
+        other = [f"another content of {pairs!r}"] if pairs.fingerprint != self.fingerprint else []
+        if other := other or [f"no {path}" for path in self.images if not os.path.exists(path)]:
             raise bad_input(
-                "Every machine must see the same source", f"another content of {pairs!r} on {host}",
+                "Every machine must see the same source", f"{other[0]} on {host}",
                 "Use storage that all machines share", shown=True,
             )  # fmt: skip
         self.local = Local(pairs, loaded(recipe.model, recipe.backend, recipe.dtype, recipe.device), self.workers)
@@ -171,6 +181,7 @@ class Cluster:
     Raises:
         ValueError: A number is out of its range, or a GPU is reserved and not used.
         ImportError: Ray is not installed.
+        ClipmbError: Entered: Ray cannot be started or reached, or its only machine is too small for a replica.
     """
 
     passport: dict[str, Any]
@@ -187,7 +198,9 @@ class Cluster:
                 'Pass it too, with PyTorch device="cuda" (--device cuda)',
             )  # fmt: skip
         self._ray = _ray()
-        self._recipe, self._fingerprint, self._gpus = recipe, pairs.fingerprint, gpus
+        some = (pairs.path(index) for index in range(0, len(pairs), -(-len(pairs) // _WITNESSES)))
+        self._source = pairs.fingerprint, [path for path in some if path is not None and os.path.exists(path)]
+        self._recipe, self._gpus = recipe, gpus
         self._idle: deque[Any] = deque()
         self._running: dict[Any, tuple[Any, int | None]] = {}  # who does which shard; None while it opens and loads
         self._failures: Counter[int | None] = Counter()
@@ -197,10 +210,11 @@ class Cluster:
         """Starts the replicas, and waits for the first."""
         self._own = not self._ray.is_initialized()
         if self._own:
-            self._ray.init(logging_level=logging.WARNING)
+            _connect(self._ray)
         try:
-            nodes = [node["Resources"].get("CPU", 0) for node in self._ray.nodes() if node["Alive"]]
-            self.workers = self._recipe.workers or _share(nodes, self._replicas)
+            nodes = [node["Resources"] for node in self._ray.nodes() if node["Alive"]]
+            self.workers = self._recipe.workers or _share([node.get("CPU", 0) for node in nodes], self._replicas)
+            self._require_room(nodes)
             self._actor = self._ray.remote(num_cpus=self.workers, num_gpus=self._gpus)(Replica)
             for _ in range(self._replicas):
                 self._start()
@@ -222,7 +236,16 @@ class Cluster:
 
     def fastest_batch(self) -> int:
         """Measures which number of images per step is best, on one replica."""
-        return self._ray.get(self._idle[0].fastest_batch.remote())
+        try:
+            return self._ray.get(self._idle[0].fastest_batch.remote())
+        except self._ray.exceptions.RayError as error:
+            raise bad_input(
+                'A replica must live to measure batch_size="auto"',
+                _why(error),
+                "Pass a number",
+                ClipmbError,
+                shown=True,
+            ) from None
 
     def written(
         self, folder: Path, manifest: Manifest, spans: Mapping[int, range], advance: Callable[..., None]
@@ -254,8 +277,21 @@ class Cluster:
             self.__exit__()  # before the folder is anybody else's
             raise
 
+    def _require_room(self, nodes: list[dict[str, float]]) -> None:
+        """Refuses, or says, that no machine has what a replica reserves, for which Ray waits without an end."""
+        asked = {"CPU": self.workers, "GPU": self._gpus}
+        if any(all(node.get(name, 0) >= amount for name, amount in asked.items()) for node in nodes):
+            return
+        rule = "Some machine must have the processors (--workers) and GPUs (--gpus-per-replica) of a replica"
+        had = "; ".join(sorted({" and ".join(f"{node.get(name, 0):g} {name}" for name in asked) for node in nodes}))
+        found = f"{self.workers} CPU and {self._gpus:g} GPU, on machines with {had or 'nothing yet'}"
+        session = getattr(self._ray.get_runtime_context(), "get_session_name", str)()
+        if session.endswith(f"_{os.getpid()}"):  # this process started Ray, and no other machine will come
+            raise bad_input(rule, found, "Ask for less, or connect to a cluster that has it", ClipmbError, shown=True)
+        logger.warning("%s. Received: %s. Waiting for one to come.", rule, found)
+
     def _start(self) -> None:
-        actor = self._actor.remote(self._recipe, self._fingerprint, self.workers)
+        actor = self._actor.remote(self._recipe, *self._source, self.workers)
         self._running[actor.open.remote()] = actor, None
 
     def _next(self) -> tuple[int | None, Any]:
@@ -293,9 +329,7 @@ class Cluster:
         cause = getattr(error, "cause", None)
         if number is None and isinstance(cause, Exception):  # what it opens and loads is wrong
             raise cause from None
-        why = str(cause or error).strip().partition("\n")[0]
-        what = "A replica" if number is None else f"The replica that made shard {number}"
-        logger.warning("%s failed, and is replaced: %s", what, why)
+        why = _why(error)
         self._failures[number] += 1
         if self._failures[number] >= _ATTEMPTS * (self._replicas if number is None else 1):
             raise bad_input(
@@ -303,7 +337,14 @@ class Cluster:
                 why if number is None else f"shard {number}: {why}",
                 "Correct that, and go on with resume=True (--resume)", ClipmbError, shown=True,
             )  # fmt: skip
+        what = "A replica" if number is None else f"The replica that made shard {number}"
+        logger.warning("%s failed, and is replaced: %s.", what, why)
         self._start()
+
+
+def _why(error: Exception) -> str:
+    """Returns what a replica failed of, as the first line of its error."""
+    return str(getattr(error, "cause", None) or error).strip().partition("\n")[0].rstrip(".")
 
 
 def _share(nodes: Iterable[float], replicas: int) -> int:
@@ -311,6 +352,27 @@ def _share(nodes: Iterable[float], replicas: int) -> int:
     counts = [int(count) for count in nodes]
     fit = [size for size in range(1, _MOST + 1) if sum(count // size for count in counts) >= replicas]
     return max(fit, default=1)
+
+
+def _connect(ray: Any) -> None:
+    """Connects to the cluster of ``RAY_ADDRESS`` or of this machine, else starts one.
+
+    Raises:
+        ClipmbError: That is not possible.
+    """
+    address = os.environ.get("RAY_ADDRESS", "")
+    try:
+        target = urlsplit(address if "//" in address else f"//{address}")
+        if target.hostname and target.port:  # Ray itself would try for minutes
+            socket.create_connection((target.hostname, target.port), timeout=_SECONDS).close()
+        ray.init(logging_level=logging.WARNING)
+    except Exception as error:  # of Ray's, many kinds
+        raise bad_input(
+            f"Ray must {'be reachable at RAY_ADDRESS' if address else 'start'}",
+            f"{address}: {_why(error)}".removeprefix(": "),
+            "Correct RAY_ADDRESS or remove it, and install the version of Ray that the cluster has",
+            ClipmbError, shown=True,
+        ) from error  # fmt: skip
 
 
 def _ray() -> Any:

@@ -5,6 +5,9 @@ from __future__ import annotations
 import json
 import os
 import signal
+import socket
+import subprocess
+import sys
 import threading
 import time
 from pathlib import Path
@@ -17,8 +20,8 @@ from embedding_cases import collection
 from ray.autoscaler._private.util import prepare_config, validate_config
 
 import clipmb
-from clipmb import ClipmbError, embed
-from clipmb.embedding.cluster import _share
+from clipmb import ClipmbError, MissingBackendError, Pairs, embed
+from clipmb.embedding.cluster import Recipe, Replica, _share
 
 OPTIONS = {"model": clipmb.small_model(), "backend": "onnx", "batch_size": 8, "shard_size": 24, "workers": 1}
 RAY = {**OPTIONS, "engine": "ray", "replicas": 2}
@@ -137,11 +140,54 @@ def test_finished_shards_of_one_process_are_not_made_again(data, local, tmp_path
 
 def test_each_replica_opens_the_source_itself(data, tmp_path, monkeypatch):
     """What it finds must be what the job was started with."""
-    from clipmb.common.data.pairs import Pairs
-
     monkeypatch.setattr(Pairs, "fingerprint", "0" * 64)
     with pytest.raises(ValueError, match=r"Every machine must see the same source\. Received: another content of"):
         embed(data, tmp_path / "out", **RAY)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_machine_without_the_images_is_refused(data, tmp_path, caplog):
+    """A table on shared storage may name images that only one machine has."""
+    recipe = Recipe.of(
+        data, {}, OPTIONS["model"], backend="onnx", dtype=None, device=None, workers=1, normalized=True,
+        long_text="truncate",
+    )  # fmt: skip
+    fingerprint = Pairs.open(data, partial=True).fingerprint
+    caplog.clear()
+    _, dimension, _ = Replica(recipe, fingerprint, [str(data.parent / "000.jpg")], 1).open()
+    assert dimension == clipmb.CLIPConfig.from_pretrained(OPTIONS["model"]).projection_dim
+    assert not caplog.records  # what is left out is said once, where the job is started
+    with pytest.raises(ValueError, match=r"see the same source\. Received: no .*gone\.jpg on "):
+        Replica(recipe, fingerprint, [str(data.parent / "000.jpg"), str(data.parent / "gone.jpg")], 1).open()
+
+
+def test_what_a_replica_lacks_is_said_as_on_one_machine(data, tmp_path):
+    with pytest.raises(MissingBackendError, match=r'pip install "clipmb\[pt\]"'):
+        embed(data, tmp_path / "out", **{**RAY, "backend": "pt"})
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("options", [{"workers": 5}, {"gpus_per_replica": 0.5, "device": "cuda"}])
+def test_a_replica_that_no_machine_has_room_for(data, tmp_path, options):
+    with pytest.raises(
+        ClipmbError, match=r"(?s)Some machine must have .*\. Received: \d CPU and .* with 4 CPU and 0 GPU"
+    ):
+        embed(data, tmp_path / "out", **{**RAY, **options})
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_cluster_that_is_not_there(data, tmp_path):
+    """Ray would try to reach it for minutes."""
+    with socket.socket() as taken:  # bound, and nothing listens
+        taken.bind(("127.0.0.1", 0))
+        for address in (f"127.0.0.1:{taken.getsockname()[1]}", "nonsense", "nonsense:port"):
+            command = [sys.executable, "-m", "clipmb", "embed", data, "--out", tmp_path / "out", "--engine", "ray"]
+            begun = {**os.environ, "RAY_ADDRESS": address}
+            done = subprocess.run(command, env=begun, capture_output=True, text=True, check=False, timeout=100)
+            assert done.returncode == 1
+            assert done.stderr.splitlines()[-1].startswith(
+                f"error: Ray must be reachable at RAY_ADDRESS. Received: {address}: "
+            )
     assert not (tmp_path / "out").exists()
 
 
