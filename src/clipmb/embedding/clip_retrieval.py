@@ -107,12 +107,10 @@ def _write_metadata(path: Path, index: Index, rows: dict[str, np.ndarray]) -> No
     if "images" in tables:
         image = tables["images"]
         named = zip(image.column("path").to_pylist(), image.column("id").to_pylist(), strict=True)
-        columns["image_path"] = pa.array(
-            [path or name for path, name in named], pa.string()
-        )  # as its webdatasets' keys
+        columns["image_path"] = pa.array([path or name for path, name in named], pa.string())  # as its shards' keys
     if "texts" in tables:
         columns["caption"] = tables["texts"].column("caption")
-    rest = tables.get("texts", tables.get("images"))  # captions may have columns of their own rows
+    rest = tables["texts" if "texts" in tables else "images"]  # captions may have columns of their own rows
     others = [name for name in rest.column_names if name != "path" and not (name == "caption" and "texts" in tables)]
     for name, called in store.column_names(others, tuple(columns)).items():
         columns[called] = rest.column(name)
