@@ -60,6 +60,15 @@ def test_ids(folders, backend):
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
+def test_complex_pixels(folders, backend):
+    with (
+        loaded(backend, "CLIPForImageClassification", folders["CLIPForImageClassification"], "float32") as model,
+        pytest.raises(TypeError, match=r"pixel_values must be real numbers\. Received: complex64\. Pass float32\."),
+    ):
+        model(**tensors(backend, {"pixel_values": PIXELS.astype(np.complex64)}))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
 def test_labels(folders, backend):
     with loaded(backend, "CLIPForImageClassification", folders["CLIPForImageClassification"], "float32") as model:
 

@@ -67,7 +67,7 @@ def check_text(ids: Array | None, mask: Any, positions: Any, config: CLIPTextCon
 
 
 def check_pixels(pixels: Array | None, config: CLIPVisionConfig, interpolate: bool) -> Array:
-    """Checks the shape of ``pixel_values``, an array or tensor of any framework.
+    """Checks the shape of ``pixel_values``, an array or tensor of any framework, and that they are real.
 
     Args:
         pixels: (batch, channels, height, width).
@@ -79,11 +79,14 @@ def check_pixels(pixels: Array | None, config: CLIPVisionConfig, interpolate: bo
 
     Raises:
         ValueError: It does not fit.
+        TypeError: They are complex.
     """
     if pixels is None:
         raise bad_input(
             "The vision tower needs pixel_values", None, "Pass pixel_values of shape (batch, channels, height, width)"
         )
+    if _dtype(pixels).startswith("complex"):  # frameworks drop the imaginary parts
+        raise bad_input("pixel_values must be real numbers", _dtype(pixels), "Pass float32", TypeError, shown=True)
     if len(pixels.shape) != 4 or pixels.shape[1] not in (config.num_channels, None):
         raise bad_input(
             f"pixel_values must have the shape (batch, {config.num_channels}, height, width)",

@@ -221,7 +221,11 @@ def _input_shape(config: Any, head: str) -> Any:
 
 
 def _array(value: Any) -> Any:
-    return value if value is None or isinstance(value, Array) else np.asarray(value)
+    """Makes an array of this machine's byte order, as JAX needs it."""
+    if value is None or isinstance(value, Array):
+        return value
+    array = np.asarray(value)
+    return array if array.dtype.isnative else array.astype(array.dtype.newbyteorder("="))
 
 
 @partial(jax.jit, static_argnums=3)

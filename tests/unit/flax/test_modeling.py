@@ -657,6 +657,14 @@ def test_dtype_is_what_is_computed_in(tmp_path, dtype):
 # -- bad input --------------------------------------------------------------------------------------------------------
 
 
+def test_inputs_of_the_other_byte_order(model):
+    inputs = inputs_of("CLIPModel", CONFIG)
+    swapped = {name: array.astype(array.dtype.newbyteorder()) for name, array in inputs.items()}
+    assert not any(array.dtype.isnative for array in swapped.values())
+    found, expected = model(**swapped), model(**inputs)
+    np.testing.assert_array_equal(found.logits_per_image, expected.logits_per_image)
+
+
 @pytest.mark.parametrize("bad", [99, -1, 2**32 + 5])
 def test_ids_outside_the_vocabulary(text, bad):
     ids = text_inputs(CONFIG)["input_ids"]
