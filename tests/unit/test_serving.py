@@ -7,6 +7,7 @@ import base64
 import hashlib
 import json
 import re
+import shutil
 import signal
 import socket
 import subprocess
@@ -797,6 +798,26 @@ def test_what_the_body_of_a_search_may_not_say(searching, change, param):
 def test_a_model_alone_cannot_be_searched(app):
     error(get(app, "/search?q=a"), 404, "no_index")
     error(get(app, "/thumbnail/images/0"), 404, "no_index")
+
+
+def test_a_folder_that_is_appended_to_embedded_anew_and_removed(tmp_path, caplog):
+    pictures = collection(tmp_path / "pictures")
+    embed(pictures, tmp_path / "out", model=pipeline(), workers=2)
+    app = application(Index.open(tmp_path / "out", model=pipeline()))
+    first = get(app, "/search?q=a").json()
+    (tmp_path / "more").mkdir()
+    (tmp_path / "more" / "1.jpg").write_bytes(jpeg(50))
+    embed(tmp_path / "more", tmp_path / "out", model=pipeline(), workers=1, append=True)
+    assert get(app, "/search?q=a").json() == first
+    for model in (pipeline(2.0), None):
+        shutil.rmtree(tmp_path / "out")
+        if model:
+            embed(pictures, tmp_path / "out", model=model, workers=2)
+        for query in ("q=a", "q=a&where=width>=0", "q=a&k=1&kind=texts"):
+            message = error(get(app, f"/search?{query}"), 503, "index_changed")
+            assert "started again" in message
+            assert str(tmp_path) not in message
+        assert str(tmp_path) in caplog.text
 
 
 def test_thumbnails_are_of_rows_only(searching, folder):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import shutil
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
@@ -265,10 +266,12 @@ class Rows:
         self.dimension, self._stored = dimension, np.dtype(stored)
         self._groups: list[_Group] = []
         self.types: dict[str, Any] = {}
+        self._stamps: dict[Path, tuple[int, int]] = {}
         pa = pyarrow()
         kind = pa.list_(pa.from_numpy_dtype(self._stored), dimension)
         for path in paths:
             with readable(path), pa.parquet.ParquetFile(path) as file, open(path, "rb") as content:
+                self._stamps[path] = _stamp(os.fstat(content.fileno()))
                 schema = file.schema_arrow
                 if "embedding" not in schema.names or schema.field("embedding").type != kind:
                     raise CheckpointError(f"{path} must have a column embedding of {dimension} {stored}. Embed again.")
@@ -307,7 +310,7 @@ class Rows:
                 else:
                     numbers = chosen[slice(*np.searchsorted(chosen, (start, end)))]
                 if content is None:
-                    with readable(path):
+                    with self._unchanged(path):
                         content = np.memmap(path, mode="r")
                 values = self._values(group, content)
                 for first in range(0, len(numbers), size):
@@ -320,11 +323,19 @@ class Rows:
         """Returns which row group each row is in."""
         return np.searchsorted(self._ends, rows, side="right")
 
+    @contextmanager
+    def _unchanged(self, path: Path) -> Iterator[None]:
+        """Refuses a shard that was replaced, of which places and lengths are known no longer."""
+        with readable(path):
+            if _stamp(path.stat()) != self._stamps[path]:
+                raise CheckpointError(f"{path} was changed since it was opened. Open its folder again.")
+            yield
+
     def _values(self, group: _Group, content: np.ndarray) -> np.ndarray:
         if group.place is not None:
             end = group.place + group.rows * self.dimension * self._stored.itemsize
             return np.asarray(content)[group.place : end].view(self._stored).reshape(group.rows, -1)
-        with readable(group.path), pyarrow().parquet.ParquetFile(group.path, memory_map=True) as file:
+        with self._unchanged(group.path), pyarrow().parquet.ParquetFile(group.path, memory_map=True) as file:
             column = file.read_row_group(group.number, columns=["embedding"]).column("embedding").combine_chunks()
         return column.flatten().to_numpy().reshape(group.rows, -1)
 
@@ -336,7 +347,7 @@ class Rows:
         """
         pa = pyarrow()
         for path in dict.fromkeys(group.path for group in self._groups):
-            with readable(path), pa.parquet.ParquetFile(path) as file:
+            with self._unchanged(path), pa.parquet.ParquetFile(path) as file:
                 own = [name for name in names if name in file.schema_arrow.names]
                 for batch in file.iter_batches(GROUP, columns=own):
                     yield pa.table(
@@ -355,7 +366,7 @@ class Rows:
         for place in np.unique(places):
             group = self._groups[place]
             mine = np.flatnonzero(places == place)
-            with readable(group.path), pyarrow().parquet.ParquetFile(group.path) as file:
+            with self._unchanged(group.path), pyarrow().parquet.ParquetFile(group.path) as file:
                 names = [name for name in file.schema_arrow.names if name != "embedding"]
                 table = file.read_row_group(group.number, columns=names)
             finest = [  # in Python
@@ -390,6 +401,10 @@ def _as(column: Any, kind: Any) -> Any:
         values = [None if value is None else json.dumps(value, ensure_ascii=False, default=str)
                   for value in column.to_pylist()]  # fmt: skip
         return pa.array(values, kind)
+
+
+def _stamp(status: os.stat_result) -> tuple[int, int]:
+    return status.st_size, status.st_mtime_ns
 
 
 @contextmanager

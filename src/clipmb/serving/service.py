@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from clipmb.common.errors import bad_input
+from clipmb.common.errors import CheckpointError, bad_input, logger
 from clipmb.common.image import pixels as px
 from clipmb.common.zero_shot import class_means, class_prompts, softmax, unit
 from clipmb.embedding.gallery import thumbnail
@@ -207,6 +207,10 @@ class Service:
             hits = await asyncio.get_running_loop().run_in_executor(self._searcher, search)
         except ValueError as error:
             raise invalid("where", error) from None
+        except CheckpointError as error:
+            logger.error("clipmb: %s", error)  # with paths of this machine
+            message = "The embeddings were changed or removed since the server began. It must be started again."
+            raise Refused(503, message, "index_changed") from None
         return [
             {
                 "score": hit["score"], "row": hit["row"],
