@@ -16,6 +16,7 @@ import subprocess
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 from PIL import Image
 from processes import HANG, excerpt, start
@@ -216,6 +217,58 @@ def test_captions_are_text_and_errors_are_told(server, tmp_path):
             document.body.dispatchEvent(new DragEvent("drop", {dataTransfer: data, bubbles: true, cancelable: true}));
         })()""")
         page.until("document.getElementById('status').textContent.includes('readable image')")
+
+
+ANSWERS = [
+    (429, {"error": {"message": "The queue is full."}}, "The queue is full."), (503, None, "The server answered 503."),
+    (502, "Bad gateway", "The server answered 502."), (400, {"error": "a text"}, "The server answered 400."),
+    (None, None, "The server does not answer. Is it running?"),
+]  # fmt: skip
+
+
+def test_whatever_a_server_or_proxy_answers_is_told(server, tmp_path):
+    with Page(tmp_path) as page:
+        opened(page, server)
+        page.type("query", "a")
+        for status, content, told in ANSWERS:
+            answer = f"new Response({json.dumps(json.dumps(content))}, {{status: {status}}})"
+            given = f"resolve({answer})" if status else "reject(new TypeError('Failed to fetch'))"
+            page.run(f"window.fetch = () => Promise.{given}; say('')")
+            page.run("document.getElementById('search').requestSubmit()")
+            page.until("document.getElementById('status').classList.contains('bad')")
+            assert page.run("document.getElementById('status').textContent") == told
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_colours_have_contrast(server, tmp_path, scheme):
+    with Page(tmp_path, scheme=scheme) as page:
+        opened(page, server)
+        for name, part, colour, least in (
+            ("query", "'::placeholder'", "color", 4.5), ("query", "null", "borderColor", 3),
+            ("query", "null", "color", 4.5), ("status", "null", "color", 4.5),
+        ):  # fmt: skip
+            page.run("say('wrong', true)")
+            style = f"getComputedStyle(document.getElementById('{name}'), {part})"
+            over, under, opacity = page.run(
+                f"[{style}.{colour}, getComputedStyle(document.body).backgroundColor, {style}.opacity]"
+            )
+            (*seen, alpha), below = channels(over), channels(under)[:3]
+            share = alpha * float(opacity)
+            mixed = [share * a + (1 - share) * b for a, b in zip(seen, below, strict=True)]
+            low, high = sorted((luminance(mixed), luminance(below)))
+            assert (high + 0.05) / (low + 0.05) >= least, (name, part, colour)
+
+
+def channels(colour):
+    """Red, green, blue and opacity of what a browser calls a colour."""
+    numbers = [float(one) for one in colour[colour.index("(") + 1 : -1].split(",")]
+    return [*numbers, 1.0][:4]
+
+
+def luminance(colour):
+    """Relative luminance, as WCAG 2 defines it."""
+    linear = [one / 255 / 12.92 if one <= 10 else ((one / 255 + 0.055) / 1.055) ** 2.4 for one in colour]
+    return float(np.dot(linear, [0.2126, 0.7152, 0.0722]))
 
 
 def test_a_picture_can_be_dropped(server, data, tmp_path):
