@@ -190,6 +190,7 @@ def test_messages_have_one_part(app):
         ({"input": ["data:image/png;base64,????"], "modality": "image"}, "input[0]", "base64"),
         ({"messages": [{"role": "system", "content": "a"}]}, "messages[0]", "role 'user'"),
         ({"messages": "a"}, "messages[0]", "role 'user'"),
+        ({"messages": [{"role": "user", "content": "a", "name": "me"}]}, "messages[0]", "role 'user'"),
         ({"messages": [{"role": "user", "content": 1}]}, "messages[0].content", "a text or a list"),
         ({"messages": [{"role": "user", "content": [{"type": "audio"}]}]}, "messages[0].content[0]", "A part"),
         ({"messages": [{"role": "user", "content": [1]}]}, "messages[0].content[0]", "A part"),
@@ -280,6 +281,7 @@ def test_forms_of_data_uris(app):
     for form in (
         f" {head},{content}\n", f"DATA:image/jpeg;BASE64,{content}", f"data:;base64,{content}", f"{head},{lines}",
         f"data:image/jpeg;name=a;charset=utf-8; base64 , {content}", f"{head},{escaped}",
+        f"{head},{escaped[:30]}%0D%0A {escaped[30:]}",
     ):  # fmt: skip
         found = vectors(post(app, "/v1/embeddings", {"input": form, "modality": "image"}))
         np.testing.assert_allclose(found, expected, rtol=0, atol=1e-6)
@@ -476,8 +478,14 @@ def test_a_full_queue_is_429_and_nothing_of_it_is_lost():
     assert "at most 4" in error(too_many, 400, "too_many_inputs")
 
 
-def test_a_deadline_is_503_and_takes_the_work_away():
-    engine = Slow()
+def test_a_deadline_is_503_and_takes_the_work_away(monkeypatch):
+    engine, left, withdraw = Slow(), [], Batcher.withdraw
+
+    def withdrawn(batcher):
+        withdraw(batcher)
+        left.append(sum(map(len, batcher._queues.values())))
+
+    monkeypatch.setattr(Batcher, "withdraw", withdrawn)
     app = application(with_engine(engine), deadline=0.2, max_wait=0, queue=3)
 
     async def run():
@@ -492,6 +500,7 @@ def test_a_deadline_is_503_and_takes_the_work_away():
         assert "0.2 seconds" in error(response, 503, "deadline_exceeded")
         assert response.headers["retry-after"] == "1"
     assert len(vectors(later)) == 3
+    assert left[-1] == 0  # at once, and not when their turn comes
     assert sum(shape[0] for shape in engine.shapes) <= 4  # b and c were not computed
 
 
@@ -690,6 +699,9 @@ def test_classify(app):
     one = post(app, "/classify", {"images": picture(1), "labels": labels, "templates": "seven", "model": "tiny"})
     expected = pipeline().classify(decoded([1]), labels, "seven")
     np.testing.assert_allclose(one.json()["results"][0]["probabilities"], expected[0], rtol=1e-5)
+    error(
+        post(app, "/classify", {"images": picture(), "labels": labels, "model": "a"}), 404, "model_not_found", "model"
+    )
 
 
 def test_embeddings_of_classes_are_kept(monkeypatch):
@@ -762,6 +774,13 @@ def test_search(searching, folder):
     expected = index.search("a cat", decoded([3]), k=3, minus_image=decoded([1]))
     found = post(searching, "/search", body).json()["results"]
     assert [hit["row"] for hit in found] == [hit["row"] for hit in expected]
+    body = {"image": picture(3), "text": [], "minus_text": [], "where": "width=2"}
+    expected = index.search(image=decoded([3]), where="width=2")
+    assert [hit["row"] for hit in post(searching, "/search", body).json()["results"]] == [
+        hit["row"] for hit in expected
+    ]
+    assert len(get(searching, "/search?q=a").json()["results"]) == 10 < index.count("images")
+    assert len(get(searching, "/search?q=a&k=1000").json()["results"]) == index.count("images")
 
 
 @pytest.mark.parametrize(
