@@ -127,15 +127,18 @@ def test_finished_shards_of_one_process_are_not_made_again(data, local, tmp_path
     pending = {name: source[name] for name in ("name", "fingerprint", "items", "shards")}
     (out / "manifest.json").write_text(json.dumps({**manifest, "sources": [], "pending": pending}), "utf-8")
     (out / ".clipmb-embed").mkdir()
-    first = {"errors": [], "images": 1, "texts": 2}  # not what it would be
+    rows = content(local[0])[0]
+    kept = {"id": "kept", "path": None, "kind": "item", "reason": "not what it would be"}
+    first = {"errors": [kept], **{kind: len(rows.get(f"{kind}-00000.parquet", ())) for kind in ("images", "texts")}}
     (out / ".clipmb-embed" / "00000.json").write_text(json.dumps(first), "utf-8")
     before = (out / "images-00000.parquet").stat().st_mtime_ns
     done = embed(data, out, **RAY, resume=True)
     assert (out / "images-00000.parquet").stat().st_mtime_ns == before
     assert (out / "images-00001.parquet").stat().st_mtime_ns > before
-    rows = content(local[0])[0]
-    assert done["images"] == local[1]["images"] - len(rows["images-00000.parquet"]) + 1
-    assert content(out)[0].keys() == rows.keys()
+    assert done["images"] == local[1]["images"]
+    found = content(out)[0]
+    assert found.keys() == rows.keys()
+    assert kept in found["errors.parquet"]
 
 
 def test_each_replica_opens_the_source_itself(data, tmp_path, monkeypatch):
