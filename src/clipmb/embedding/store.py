@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 import shutil
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
@@ -17,7 +16,7 @@ import numpy as np
 
 from clipmb.common.errors import CheckpointError, bad_input
 from clipmb.common.json_files import json_text, json_values, read_json
-from clipmb.common.saving import NO_ROOM, locked, write_atomically
+from clipmb.common.saving import NO_ROOM, locked, stamps, write_atomically
 
 MANIFEST = "manifest.json"
 ERRORS = "errors.parquet"
@@ -266,12 +265,12 @@ class Rows:
         self.dimension, self._stored = dimension, np.dtype(stored)
         self._groups: list[_Group] = []
         self.types: dict[str, Any] = {}
-        self._stamps: dict[Path, tuple[int, int]] = {}
+        self._stamps: dict[Path, Any] = {}
         pa = pyarrow()
         kind = pa.list_(pa.from_numpy_dtype(self._stored), dimension)
         for path in paths:
             with readable(path), pa.parquet.ParquetFile(path) as file, open(path, "rb") as content:
-                self._stamps[path] = _stamp(os.fstat(content.fileno()))
+                self._stamps[path] = stamps(path)
                 schema = file.schema_arrow
                 if "embedding" not in schema.names or schema.field("embedding").type != kind:
                     raise CheckpointError(f"{path} must have a column embedding of {dimension} {stored}. Embed again.")
@@ -327,7 +326,7 @@ class Rows:
     def _unchanged(self, path: Path) -> Iterator[None]:
         """Refuses a shard that was replaced, of which places and lengths are known no longer."""
         with readable(path):
-            if _stamp(path.stat()) != self._stamps[path]:
+            if stamps(path) != self._stamps[path]:
                 raise CheckpointError(f"{path} was changed since it was opened. Open its folder again.")
             yield
 
@@ -401,10 +400,6 @@ def _as(column: Any, kind: Any) -> Any:
         values = [None if value is None else json.dumps(value, ensure_ascii=False, default=str)
                   for value in column.to_pylist()]  # fmt: skip
         return pa.array(values, kind)
-
-
-def _stamp(status: os.stat_result) -> tuple[int, int]:
-    return status.st_size, status.st_mtime_ns
 
 
 @contextmanager
