@@ -186,7 +186,7 @@ def test_weights_come_back(folder):
 
 @pytest.mark.parametrize("kind", ["normal", "equal", "alternating", "one large", "zero"])
 def test_no_two_products_of_int8_saturate(folder, kind):
-    """Without VNNI, onnxruntime adds two of them in 16 bits: 255 * 128 fits, and less than half the largest is a waste."""
+    """Without VNNI, onnxruntime adds two of them in 16 bits: 255 * 128 fits."""
     arrays = engine(folder("plain"), "onnx").model.arrays
     name = next(name for name in arrays if name.startswith("text_model") and name.endswith("fc1.weight"))
     rng = np.random.default_rng(0)

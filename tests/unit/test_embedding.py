@@ -286,6 +286,43 @@ def test_an_interrupted_job_is_no_index(data, embedded, tmp_path):
         Index.open(tmp_path)
 
 
+@pytest.mark.parametrize("finished", [0, 1])
+def test_an_interrupted_job_can_be_dropped(tmp_path, finished):
+    """Finished sources stay as they were, and the folder ends as if the dropped job had never begun."""
+    lines = {"kept": 5, "dropped": 7, "new": 2}
+    for name, count in lines.items():
+        (tmp_path / f"{name}.txt").write_text("".join(f"{name} {i}\n" for i in range(count)))
+    given = {**OPTIONS, "model": pipeline(), "shard_size": 2}
+    expected, out = tmp_path / "expected", tmp_path / "out"
+    for folder, names in ((expected, ["kept"] * finished + ["new"]), (out, ["kept"] * finished + ["dropped"])):
+        for place, name in enumerate(names):
+            embed(tmp_path / f"{name}.txt", folder, append=place > 0, **given)
+    manifest = json.loads((out / "manifest.json").read_text())
+    manifest["pending"] = manifest["sources"].pop()
+    (out / "manifest.json").write_text(json.dumps(manifest))
+    (out / ".clipmb-embed").mkdir()
+    before = {path.name: path.read_bytes() for path in out.iterdir() if path.is_file()}
+
+    again = {**given, "append": bool(finished)}
+    with pytest.raises(ValueError, match=r"resumed or discarded"):
+        embed(tmp_path / "new.txt", out, **{**again, "append": False}, resume=True, discard=True)
+    with pytest.raises(ValueError, match=r"An interrupted job must be finished first.*discard=True"):
+        embed(tmp_path / "new.txt", out, **given, append=True)
+    with pytest.raises(ValueError, match="once" if finished else "append needs a folder"):
+        embed(tmp_path / "kept.txt", out, **given, append=True, discard=True)
+    if finished:
+        with pytest.raises(ValueError, match=r"append=True"):
+            embed(tmp_path / "new.txt", out, **given, discard=True)
+    assert {path.name: path.read_bytes() for path in out.iterdir() if path.is_file()} == before
+
+    embed(tmp_path / "new.txt", out, **again, discard=True)
+    assert sorted(path.name for path in out.iterdir()) == sorted(path.name for path in expected.iterdir())
+    for path in expected.glob("*.parquet"):
+        assert parquet.read_table(path).equals(parquet.read_table(out / path.name)), path.name
+    with pytest.raises(ValueError, match="Only an interrupted job can be discarded"):
+        embed(tmp_path / "new.txt", out, **again, discard=True)
+
+
 # -- passports ---------------------------------------------------------------------------------------------------------
 
 

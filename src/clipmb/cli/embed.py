@@ -47,6 +47,7 @@ def run(
     shard_size: Annotated[int, typer.Option(metavar="N", min=1, help="Items of SRC in a shard.")] = 10_000,
     resume: Annotated[bool, typer.Option("--resume", help="Finish an interrupted job, or begin it.")] = False,
     append: Annotated[bool, typer.Option("--append", help="Add to the embeddings that are there.")] = False,
+    discard: Annotated[bool, typer.Option("--discard", help="Drop an interrupted job before.")] = False,
     layout: Annotated[
         str | None,
         common.choice(
@@ -98,6 +99,7 @@ def run(
         shard_size=shard_size,
         resume=resume,
         append=append,
+        discard=discard,
         layout=layout,
         engine=engine,
         replicas=replicas,

@@ -68,6 +68,7 @@ def embed(
     shard_size: int = 10_000,
     resume: bool = False,
     append: bool = False,
+    discard: bool = False,
     layout: str | None = None,
     engine: str = "local",
     replicas: int | None = None,
@@ -103,6 +104,8 @@ def embed(
         shard_size: Items of the source in a shard; a job continues at a shard's beginning.
         resume: Continue a job that was interrupted, or begin it.
         append: Add another source to the embeddings that are there.
+        discard: Drop the interrupted job of the folder, with its shards, before this one begins: for a source that
+            cannot be had as it was. Finished sources stay, so that this one needs ``append=True``.
         layout: "clip-retrieval" also writes all embeddings of the folder as clip-retrieval does, into its folder
             clip-retrieval: ``img_emb/img_emb_0.npy``, ``text_emb/text_emb_0.npy`` and ``metadata/metadata_0.parquet``.
             A row is an image with one of its captions, or, where there are only images or only texts, each of these.
@@ -146,9 +149,11 @@ def embed(
             "replicas and gpus_per_replica are Ray's", (replicas, gpus_per_replica), 'Pass engine="ray" (--engine ray)'
         )
     normalize, progress = boolean("normalize", normalize), boolean("progress", progress)
-    resume, append = boolean("resume", resume), boolean("append", append)
+    resume, append, discard = boolean("resume", resume), boolean("append", append), boolean("discard", discard)
     if resume and append:
         raise bad_input("A job either resumes or appends", "both", "Pass one of resume= and append=", shown=True)
+    if resume and discard:
+        raise bad_input("A job is resumed or discarded", "both", "Pass one of resume= and discard=", shown=True)
     folder = Path(out)
     if folder.exists() and not folder.is_dir():
         raise bad_input("out must be a folder", str(folder), "Pass another path", shown=True)
@@ -168,7 +173,7 @@ def embed(
             maker = Local(pairs, loaded(model, backend, dtype, device), workers or default_workers())
             passport = passport_of(maker.pipeline, normalized=normalize, long_text=long_text)
         stack.enter_context(store.writing(folder))
-        manifest = _prepared(folder, pairs, passport, maker, stored, shard_size, batch_size, resume, append)
+        manifest = _prepared(folder, pairs, passport, maker, stored, shard_size, batch_size, resume, append, discard)
         done = _Job(folder, manifest, pairs, maker, progress).run()
         if layout is not None:
             clip_retrieval.write(folder)
@@ -193,11 +198,19 @@ def _prepared(
     batch_size: int | str,
     resume: bool,
     append: bool,
+    discard: bool,
 ) -> Manifest:
     """Returns the manifest with this job as the pending one, after what is in the folder allows it; writes it."""
     manifest = Manifest.read(folder)
-    if manifest is None:
-        inside = sorted(path.name for path in folder.iterdir() if not path.name.startswith("."))
+    dropped = range(0)
+    if discard:
+        if manifest is None or manifest.pending is None:
+            raise bad_input(
+                "Only an interrupted job can be discarded", f"{folder} without one", "Leave out discard", shown=True
+            )
+        dropped, manifest.pending = range(*manifest.pending["shards"]), None
+    if manifest is None or not (manifest.sources or manifest.pending):
+        inside = [] if manifest else sorted(path.name for path in folder.iterdir() if not path.name.startswith("."))
         if inside or append:
             raise bad_input(
                 "append needs a folder with embeddings" if append else "out must be a new or empty folder",
@@ -226,7 +239,8 @@ def _prepared(
         raise bad_input(
             f"An interrupted job must be finished first: {manifest.pending['name']}",
             f"another source, of {own['items']} items, or a changed one",
-            "Pass its source, as it was, with resume=True (--resume), or another folder", shown=True,
+            "Pass its source, as it was, with resume=True (--resume), or discard=True (--discard) to drop that job",
+            shown=True,
         )  # fmt: skip
     done = [source for source in manifest.sources if source["fingerprint"] == own["fingerprint"]]
     if append and done:
@@ -244,7 +258,7 @@ def _prepared(
         first = manifest.next_shard
         shards = [first, first + -(-len(pairs) // shard_size)]
         manifest.pending = {"name": writable(repr(pairs)), **own, "shards": shards}
-        store.clear(folder)
+        store.clear(folder, dropped)
         manifest.write(folder)
     return manifest
 

@@ -507,6 +507,9 @@ def finish(folder: Path, number: int, about: Mapping[str, Any]) -> None:
     write_atomically(folder / _UNDER_WAY / f"{number:05d}.json", json_text(about).encode())
 
 
-def clear(folder: Path) -> None:
-    """Forgets the shards under way, when they are in the manifest."""
+def clear(folder: Path, dropped: Iterable[int] = ()) -> None:
+    """Forgets the shards under way, when they are in the manifest, and removes the files of dropped ones."""
     shutil.rmtree(folder / _UNDER_WAY, ignore_errors=True)
+    for number in dropped:
+        for kind in KINDS:
+            shard_path(folder, kind, number).unlink(missing_ok=True)
