@@ -198,7 +198,7 @@ def linear(graph: Graph, x: str, stem: str, bias: bool = True) -> str:
 
 
 def _quantised_product(graph: Graph, x: str, name: str) -> str:
-    """Multiplies by a weight in 8 bits: x with 256 levels between its extremes, each output of the weight with up to 255.
+    """Multiplies by a weight in 8 bits: x with 256 levels between its extremes, each weight row with up to 255.
 
     On a processor without VNNI, onnxruntime adds two neighbouring products in 16 bits, which saturate: the scale of
     an output is such that no two neighbours of one sign add up to more than 128.
