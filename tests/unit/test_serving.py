@@ -452,6 +452,30 @@ def test_cancelled_items_are_not_computed_and_not_kept():
     assert sorted(one for step in steps for one in step) == [1, 4, 6]
 
 
+def test_the_first_broken_item_answers_at_once_and_takes_the_rest_of_its_request_along(folder):
+    engine = Slow()
+    asked = []
+    computed = engine.text_features
+    engine.text_features = lambda ids, mask: (asked.append(len(ids)), computed(ids, mask))[1]
+    app = application(Index.open(folder, model=with_engine(engine)), max_wait=0)
+
+    async def run():
+        async with client(app) as session:
+            first = asyncio.ensure_future(session.post("/v1/embeddings", json={"input": "a"}))
+            await until(engine.begun.is_set)
+            body = {"text": ["b", "c"], "image": [picture(1), uri(b"no image")]}
+            broken = await session.post("/search", json=body)  # while the engine is busy
+            metrics = (await session.get("/metrics")).text
+            engine.go.set()
+            return await first, broken, metrics
+
+    first, broken, metrics = asyncio.run(run())
+    error(broken, 400, "image_unreadable", "image[1]")
+    assert "\nclipmb_queue_items 1\n" in metrics
+    assert first.status_code == 200
+    assert asked == [1]
+
+
 def test_a_full_queue_is_429_and_nothing_of_it_is_lost():
     engine = Slow()
     app = application(with_engine(engine), queue=4, max_wait=0)
