@@ -3,7 +3,7 @@
 The sizes come from the shapes. Activation and heads are in no tensor; they are those of the one model with which the
 programs that share such files use a tower of these sizes. Every other size needs a config.
 
-Source: the tensor names of the released Stable Diffusion 1.5, 2.1 and SDXL checkpoints; the configs of OpenAI's
+Source: the tensor names of the released Stable Diffusion 1.5, 2.1, SDXL and 3 checkpoints; the configs of OpenAI's
 ViT-L/14 and of LAION's ViT-H/14, ViT-g/14 and ViT-bigG/14.
 """
 
@@ -20,13 +20,15 @@ from clipmb.common.checkpoint.tensors import Deferred, Lazy, Loaded, lazy
 from clipmb.common.checkpoint.wrapping import stripped
 from clipmb.common.config import BaseConfig, CLIPTextConfig, CLIPVisionConfig
 
-# Where diffusion models keep their text encoders: transformers' names after the first, open_clip's after the second.
+# Where diffusion models keep their text encoders: transformers' names after transformer., open_clip's after model.
 _PLACES = {
     "cond_stage_model.transformer.": "Stable Diffusion 1",
     "cond_stage_model.model.": "Stable Diffusion 2",
     "conditioner.embedders.0.transformer.": "SDXL, the first encoder",
     "conditioner.embedders.1.model.": "SDXL, the second encoder",
     "conditioner.embedders.0.model.": "the SDXL refiner",
+    "text_encoders.clip_l.transformer.": "Stable Diffusion 3 or FLUX, CLIP L",
+    "text_encoders.clip_g.transformer.": "Stable Diffusion 3, CLIP G",
 }
 
 

@@ -132,12 +132,18 @@ def diffusion_file(kind):
     places = {"sd2": "cond_stage_model.model.", "refiner": "conditioner.embedders.0.model."}
     if kind in places:
         return {**unet, **{f"{places[kind]}{name}": a for name, a in theirs.items()}}, [second]
+    if kind == "sd3":
+        both = {"clip_l": first, "clip_g": second, "t5xxl": {"shared.weight": np.ones((4, 4), np.float32)}}
+        found = {
+            f"text_encoders.{place}.transformer.{name}": a for place, part in both.items() for name, a in part.items()
+        }
+        return {**unet, **found}, [first, second]
     found = {f"conditioner.embedders.0.transformer.{name}": a for name, a in first.items()}
     found |= {f"conditioner.embedders.1.model.{name}": a for name, a in theirs.items()}
     return {**unet, **found}, [first, second]
 
 
-@pytest.mark.parametrize("kind", ["sd1", "sd2", "refiner", "sdxl"])
+@pytest.mark.parametrize("kind", ["sd1", "sd2", "refiner", "sdxl", "sd3"])
 def test_text_encoders_inside_diffusion_models(tmp_path, small, kind):
     tensors, encoders = diffusion_file(kind)
     path = tmp_path / "model.safetensors"
@@ -155,10 +161,11 @@ def test_text_encoders_inside_diffusion_models(tmp_path, small, kind):
 @pytest.mark.parametrize(
     ("head", "config"), [(None, FIRST), ("CLIPTextModel", FIRST), ("CLIPTextModelWithProjection", SECOND)]
 )
-def test_the_second_encoder_of_sdxl_is_the_one_with_a_projection(tmp_path, small, head, config):
-    tensors, _ = diffusion_file("sdxl")
-    save_file(tensors, tmp_path / "sdxl.safetensors")
-    done = convert(tmp_path / "sdxl.safetensors", tmp_path / "result", head=head)
+@pytest.mark.parametrize("kind", ["sdxl", "sd3"])
+def test_the_second_encoder_is_the_one_with_a_projection(tmp_path, small, head, config, kind):
+    tensors, _ = diffusion_file(kind)
+    save_file(tensors, tmp_path / "model.safetensors")
+    done = convert(tmp_path / "model.safetensors", tmp_path / "result", head=head)
     assert done.head == (head or "CLIPTextModel")
     assert type(config).from_pretrained(tmp_path / "result").to_dict() == {
         **config.to_dict(), "architectures": [done.head], "dtype": "float32",
