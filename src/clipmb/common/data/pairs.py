@@ -8,7 +8,7 @@ import math
 import os
 import re
 from collections import Counter
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from functools import cached_property
 from hashlib import sha256
 from pathlib import Path
@@ -19,7 +19,7 @@ from PIL import Image, ImageOps
 
 from clipmb.common.data import layouts
 from clipmb.common.data.shards import Shard
-from clipmb.common.data.tables import ALL_PICTURES, SUFFIXES, Columns, open_table
+from clipmb.common.data.tables import ALL_PICTURES, SUFFIXES, Columns, heads_table, open_table
 from clipmb.common.errors import bad_input, logger
 from clipmb.common.image import pixels as px
 from clipmb.common.image.resampling import as_image
@@ -88,9 +88,10 @@ class Pairs:
         caption or a label; everything else goes into ``left_out``, and the log says how much.
 
         Args:
-            path: One or several of: a table (.csv, .tsv, .jsonl, .parquet); COCO's captions (.json) or Flickr30k's
-                (.token); a WebDataset shard (.tar, not compressed); a ``datasets.Dataset``; a pattern of files, for
-                example ``shards-{000..009}.tar`` or ``*.tar``; or a folder. A folder holds one table called captions
+            path: One or several of: a table (.csv, .tsv, .jsonl, .parquet, and .txt where the first line names columns
+                of images and captions); COCO's captions (.json) or Flickr30k's (.token); a WebDataset shard (.tar, not
+                compressed); a ``datasets.Dataset``; a pattern of files, for example ``shards-{000..009}.tar`` or
+                ``*.tar``; or a folder. A folder holds one table called captions
                 or metadata, or shards, or one table of any name, or the parts of one Parquet table (also in its folder
                 data/), or what ``save_to_disk`` of Hugging Face's datasets wrote, or images with a text beside each,
                 or a folder of images for each class.
@@ -139,7 +140,7 @@ class Pairs:
         several = len(files) + len(sets) + bool(pictures) > 1
         opened = [
             _open_folder(file, name, columns, several) if file.is_dir()
-            else _OPENED[file.suffix.lower()](file, name, columns, prefix=several)
+            else _opener(file)(file, name, columns, prefix=several)
             for file, name in zip(files, _names(files, pictures), strict=True)
         ]  # fmt: skip
         pairs = cls([*([layouts.open_pictures(pictures)] if pictures else []), *opened, *sets])
@@ -352,10 +353,20 @@ def _files(path: str | os.PathLike[str], partial: bool = False) -> list[Path]:
     return found
 
 
+def _opener(path: Path) -> Callable[..., _Source]:
+    return open_table if _is_named_text(path) else _OPENED[path.suffix.lower()]
+
+
+def _is_named_text(path: Path) -> bool:
+    """Returns whether a .txt file is a table, as Flickr8k's captions.txt is, and not one text per line."""
+    return path.suffix.lower() == ".txt" and path.is_file() and heads_table(path)
+
+
 def _known(path: Path, partial: bool) -> Path:
     known = [*layouts.PICTURES, *_OPENED] if partial else [suffix for suffix in _OPENED if suffix != ".txt"]
     suffix = path.suffix.lower()
-    if not (partial and suffix in ALL_PICTURES) and (suffix not in known or not path.is_file()):
+    accepted = suffix in known or _is_named_text(path)
+    if not (partial and suffix in ALL_PICTURES) and (not accepted or not path.is_file()):
         *others, last = known
         rule = f"Expected a {', '.join(others)} or uncompressed {last} file"
         raise bad_input(rule, str(path), "Convert or unpack it", shown=True)
@@ -380,7 +391,8 @@ def _in_folder(folder: Path, partial: bool) -> list[Path]:
     """Returns the files of pairs in a folder, or the folder itself where images or a saved data set lie in it."""
     files = sorted(file for file in folder.iterdir() if file.is_file() and not file.name.startswith("."))
     tables = [file for file in files if file.suffix.lower() in SUFFIXES]
-    named = [file for file in tables if file.stem.lower() in ("captions", "metadata")]
+    texts = [file for file in files if _is_called(file) and file.suffix.lower() == ".txt" and file.stat().st_size]
+    named = [file for file in tables if _is_called(file)] or [file for file in texts if _is_named_text(file)]
     shards = [file for file in files if file.suffix.lower() == ".tar"]
     others = [file for file in files if file.suffix.lower() == ".token" or file.stem.startswith("captions_")]
     if not named and shards:
@@ -418,6 +430,11 @@ def _in_folder(folder: Path, partial: bool) -> list[Path]:
     listed = ", ".join(file.name for file in files[:10]) or "no files"
     rule = "A folder of pairs must hold a table (captions.csv, .tsv, .jsonl, .parquet), .tar shards or images"
     raise bad_input(rule, f"{listed} in {folder}", fix, FileNotFoundError, shown=True)
+
+
+def _is_called(file: Path) -> bool:
+    """Returns whether a file has the name of a folder's table."""
+    return file.stem.lower() in ("captions", "metadata")
 
 
 def _picture_in(folder: Path) -> str | None:

@@ -608,6 +608,14 @@ def _separator(path: Path, first: str, columns: Columns) -> str:
     return usual
 
 
+def heads_table(path: Path) -> bool:
+    """Returns whether the first line of a text file names columns of images and of captions, as Flickr8k's does."""
+    with Lines(path) as lines:
+        first = lines.first()
+    names = [name.strip() for name in first.split(_separator(path, first, Columns()))]
+    return all(Columns().first(kind, names) for kind in ("image", "caption"))
+
+
 def undecoded(text: str) -> str | None:
     """Returns what is wrong with a text whose bytes were not UTF-8; None where nothing is."""
     try:

@@ -141,6 +141,24 @@ def test_flickr30k_results(tmp_path):
     assert [name for name, _ in pairs.left_out] == ["results.csv:4"]
 
 
+@pytest.mark.parametrize("partial", [False, True])
+@pytest.mark.parametrize("given", ["captions.txt", "."])
+def test_flickr8k_captions(tmp_path, partial, given):
+    """A table although it is called .txt; another text file stays one text per line."""
+    write(tmp_path / "Images" / "1.png", encoded(1))
+    write(tmp_path / "captions.txt", 'image,caption\n1.png,"A child , in a dress"\n1.png,A girl goes .\n')
+    assert shown(Pairs.open(tmp_path / given, partial=partial)) == [
+        (["A child , in a dress", "A girl goes ."], None, 1)
+    ]
+    texts = write(tmp_path / "texts.txt", "an image, a caption\nimage\n")
+    if not partial:
+        with pytest.raises(ValueError, match=r"Expected a .* file\. Received: .*texts\.txt"):
+            Pairs.open(texts)
+    else:
+        found = Pairs.open(texts, partial=True)
+        assert [found.captions(i) for i in range(len(found))] == [["an image, a caption"], ["image"]]
+
+
 # -- text tables ------------------------------------------------------------------------------------------------------
 
 
