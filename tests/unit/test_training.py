@@ -141,20 +141,20 @@ from pathlib import Path
 warnings.filterwarnings("ignore", "os.fork", RuntimeWarning)  # nothing is computed before it
 from clipmb.training import train
 
-pairs, model, out, backend, seed = sys.argv[1:]
+pairs, model, out, backend, seed, kills = sys.argv[1:]
 importlib.import_module(f"clipmb.{backend}.training")  # once and not in every child
 if backend == "pt":
     import torch, torch._dynamo  # which an optimizer imports
     torch.set_num_threads(1)
 metrics, dice, reached = Path(out, "metrics.jsonl"), random.Random(int(seed)), []
 size = lambda: metrics.stat().st_size if metrics.exists() else 0
-for kill in range(21):
+for kill in range(int(kills) + 1):
     child = os.fork()
     if not child:
         recipe = {"steps": 120, "batch_size": 4, "learning_rate": 3e-3}
         train(pairs, model, out, backend=backend, resume=True, save_every=2, **recipe)
         os._exit(0)
-    wanted = size() + 300 * dice.randrange(1, 6) if kill < 20 else float("inf")
+    wanted = size() + 300 * dice.randrange(1, 6) if kill < int(kills) else float("inf")
     ended, status = 0, 0
     while not ended and size() < wanted:  # some steps, and then in the middle of anything
         time.sleep(0.001)
@@ -171,19 +171,20 @@ print(*reached)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_twenty_kills_at_random_moments_change_no_bit(files, tmp_path, backend):
+def test_kills_at_random_moments_change_no_bit(files, tmp_path, backend):
     """kill -9, each time a while into the run, whatever it is doing: stepping, saving, writing metrics."""
+    kills = 20 if backend == "pt" else 8  # the others compile their step after each
     options = {"backend": backend, "steps": 120, "batch_size": 4, "learning_rate": 3e-3}
     script = "import torch; torch.set_num_threads(1); " if backend == "pt" else ""
     script += "from clipmb.training import train; import sys; train"
     whole = [files / "pairs", files / "model", tmp_path / "a"]
     done = python("-c", f"{script}(*sys.argv[1:], **{options})", *whole)
     assert done.returncode == 0, excerpt(done.stderr)
-    done = python("-c", KILLED, files / "pairs", files / "model", tmp_path / "b", backend, "7")
+    done = python("-c", KILLED, files / "pairs", files / "model", tmp_path / "b", backend, "7", str(kills))
     assert done.returncode == 0, excerpt(done.stderr)
     codes = done.stdout.split()
     assert codes[-1] == "0"
-    assert codes.count("-9") >= 15, codes  # the run may be over before the last of them
+    assert codes.count("-9") >= kills * 3 // 4, codes  # the run may be over before the last of them
     assert same_bits(tmp_path / "a", tmp_path / "b")
     assert [line["loss"] for line in lines(tmp_path / "a")] == [line["loss"] for line in lines(tmp_path / "b")]
 
