@@ -41,11 +41,11 @@ test-without-compiler: $(VENV)/.installed
 		tests/reference/test_image_processor.py
 
 # accelerate, peft, transformers 5 and others with our models, in an environment of their own; the Trainer of transformers 4;
-# what loads exported files, in an environment without a framework; Ray, in another; Keras' and Flax's programs; Optimum.
+# what loads exported files and asks the server, in an environment without a framework; Ray, in another; Keras' and Flax's programs; Optimum.
 clients: $(CLIENTS)/.installed $(EXPORTS)/.installed $(RAY)/.installed $(VENV)/.installed
 	CLIPMB_TEST_BACKENDS=pt $(CLIENTS)/bin/python -m pytest -q $(or $(ARGS),tests/clients/torch)
 	$(if $(ARGS),,CLIPMB_TEST_BACKENDS=pt $(BIN)/python -m pytest -q tests/clients/torch/test_transformers.py -k trainer)
-	$(if $(ARGS),,CLIPMB_TEST_BACKENDS=onnx $(EXPORTS)/bin/python -m pytest -q tests/clients/exports)
+	$(if $(ARGS),,CLIPMB_TEST_BACKENDS=onnx $(EXPORTS)/bin/python -m pytest -q tests/clients/exports tests/clients/openai)
 	$(if $(ARGS),,CLIPMB_TEST_BACKENDS=onnx $(RAY)/bin/python -m pytest -q tests/clients/ray)
 	$(if $(ARGS),,$(BIN)/python -m pytest -q -n 2 --dist loadfile tests/clients/keras tests/clients/flax tests/clients/optimum)
 	$(if $(ARGS),,$(BIN)/python -m pytest -q tests/clients/browser)
