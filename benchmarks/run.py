@@ -16,7 +16,7 @@ from pathlib import Path
 from _compare import ROWS
 
 BENCHMARKS = (
-    "tokenizer", "image_processor", "data", "loading", "models", "engines", "embedding", "search", "serving",
+    "tokenizer", "image_processor", "data", "imports", "loading", "models", "engines", "embedding", "search", "serving",
     "training", "convert",
 )  # fmt: skip
 RESULTS = Path(__file__).with_name("RESULTS.md")
