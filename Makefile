@@ -23,7 +23,11 @@ export CLIPMB_REQUIRE_KERNEL      ?= 1
 export CLIPMB_TRANSFORMERS5_PYTHON ?= $(CURDIR)/$(V5)/bin/python
 export TF_CPP_MIN_LOG_LEVEL       ?= 3
 
-.PHONY: demo test test-without-compiler clients javascript newest oldest fuzz lint format bench docs clean
+.PHONY: environments demo test test-without-compiler clients javascript newest oldest fuzz lint format bench docs clean
+
+# All of them, which `make --jobs=2` installs in less time than one after the other.
+environments: $(addsuffix /.installed,$(VENV) $(V5) $(CLIENTS) $(EXPORTS) $(RAY) $(OLDEST) \
+	$(foreach version,3.12 3.13,$(if $(call find,$(version)),.venv-$(version))))
 
 demo: $(VENV)/.installed
 	$(BIN)/python -m clipmb demo --out build/demo.png
