@@ -12,6 +12,8 @@ TESTING := pytest==9.2.0 pytest-xdist==3.8.0 hypothesis==6.170.15
 PART   := $(addprefix tests/unit/,test_pipeline.py common/test_config.py common/test_saving.py common/data common/text common/image \
 	$(addprefix common/checkpoint/test_,tf_h5.py flax_msgpack.py safetensors_dialects.py)) \
 	-k "not whatever_a_writer and not threads and not quadratic and not learned_vocabulary and not flipped_bits"
+# The kernel is compiled in this folder, for one environment at a time.
+LOCK   := $(if $(shell command -v flock 2>/dev/null),flock Makefile)
 # A Python of this version: on the PATH, or of pyenv.
 find   = $(firstword $(shell python$(1) -c 'import sys; print(sys.executable)' 2>/dev/null) \
 	$(wildcard $(HOME)/.pyenv/versions/$(1).*/bin/python))
@@ -102,7 +104,7 @@ $(PEERS)/.installed: GROUPS := --group peers
 $(VENV)/.installed $(PEERS)/.installed: constraints.txt setup.py src/clipmb/common/image/_resize.c
 	$(PYTHON) -m venv $(@D)
 	$(@D)/bin/python -m pip install --quiet "pip>=25.1"
-	$(@D)/bin/python -m pip install --quiet -c constraints.txt -e ".[all,dev]" --group reference $(GROUPS)
+	$(LOCK) $(@D)/bin/python -m pip install --quiet -c constraints.txt -e ".[all,dev]" --group reference $(GROUPS)
 	@touch $@
 
 # transformers 5 cannot share an environment with the reference, transformers 4.57.6.
@@ -118,19 +120,19 @@ $(CLIENTS)/.installed $(EXPORTS)/.installed $(RAY)/.installed: setup.py src/clip
 	$(PYTHON) -m venv $(@D)
 	$(@D)/bin/python -m pip install --quiet "pip>=25.1"
 	$(@D)/bin/python -m pip install --quiet -r $(filter constraints-%,$^)
-	$(@D)/bin/python -m pip install --quiet -e .
+	$(LOCK) $(@D)/bin/python -m pip install --quiet -e .
 	@touch $@
 
 .venv-3.%/.installed: constraints-newest.txt setup.py src/clipmb/common/image/_resize.c
 	$(call find,3.$*) -m venv .venv-3.$*
 	.venv-3.$*/bin/python -m pip install --quiet "pip>=25.1"
-	.venv-3.$*/bin/python -m pip install --quiet -c constraints-newest.txt -e ".[flax,onnx,convert,train,fast]" $(TESTING)
+	$(LOCK) .venv-3.$*/bin/python -m pip install --quiet -c constraints-newest.txt -e ".[flax,onnx,convert,train,fast]" $(TESTING)
 	@touch $@
 
 $(OLDEST)/.installed: constraints-oldest.txt setup.py src/clipmb/common/image/_resize.c
 	$(PYTHON) -m venv $(OLDEST)
 	$(OLDEST)/bin/python -m pip install --quiet "pip>=25.1"
-	$(OLDEST)/bin/python -m pip install --quiet -c constraints-oldest.txt -e ".[onnx,convert,train,fast]" $(TESTING)
+	$(LOCK) $(OLDEST)/bin/python -m pip install --quiet -c constraints-oldest.txt -e ".[onnx,convert,train,fast]" $(TESTING)
 	@touch $@
 
 build/javascript/.installed: tests/clients/javascript/package.json
