@@ -47,7 +47,8 @@ test-without-compiler: $(VENV)/.installed
 		tests/reference/test_image_processor.py
 
 # accelerate, peft, transformers 5 and others with our models, in an environment of their own; the Trainer of transformers 4;
-# what loads exported files and asks the server, in an environment without a framework; Ray, in another; Keras' and Flax's programs; Optimum.
+# what loads exported files and asks the server, in an environment without a framework; Ray, in another; Keras' and
+# Flax's programs; Optimum.
 clients: $(CLIENTS)/.installed $(EXPORTS)/.installed $(RAY)/.installed $(VENV)/.installed
 	CLIPMB_TEST_BACKENDS=pt $(CLIENTS)/bin/python -m pytest -q $(or $(ARGS),tests/clients/torch)
 	$(if $(ARGS),,CLIPMB_TEST_BACKENDS=pt $(BIN)/python -m pytest -q tests/clients/torch/test_transformers.py -k trainer)

@@ -128,7 +128,7 @@ class Pairs:
         several_given = isinstance(path, Iterable) and not isinstance(path, str) and not layouts.is_dataset(path)
         given = list(path) if several_given else [path]
         sets = [layouts.Rows(each, columns) for each in given if layouts.is_dataset(each)]
-        files = [file for each in given if not layouts.is_dataset(each) for file in _files(cast("str", each), partial)]
+        files = [file for each in given if not layouts.is_dataset(each) for file in _files(cast("str", each), columns)]
         if not files and not sets:
             raise bad_input("There must be at least one file of pairs", path, "Pass a path")
         twice = [str(file) for file, times in Counter(os.path.realpath(file) for file in files).items() if times > 1]
@@ -140,7 +140,7 @@ class Pairs:
         several = len(files) + len(sets) + bool(pictures) > 1
         opened = [
             _open_folder(file, name, columns, several) if file.is_dir()
-            else _opener(file)(file, name, columns, prefix=several)
+            else _opener(file, columns)(file, name, columns, prefix=several)
             for file, name in zip(files, _names(files, pictures), strict=True)
         ]  # fmt: skip
         pairs = cls([*([layouts.open_pictures(pictures)] if pictures else []), *opened, *sets])
@@ -327,13 +327,13 @@ class Pairs:
         return self._sources[source], int(index - self._starts[source])
 
 
-def _files(path: str | os.PathLike[str], partial: bool = False) -> list[Path]:
+def _files(path: str | os.PathLike[str], columns: Columns) -> list[Path]:
     """Returns the files that a path names, a folder holds or a pattern matches."""
     if not isinstance(path, str | os.PathLike) or not os.fspath(path):
         raise bad_input("Files of pairs must be given as paths", path, "Pass a string or a path", TypeError)
     whole = os.fspath(path)
     if os.path.exists(whole):
-        return _in_folder(Path(whole), partial) if os.path.isdir(whole) else [_known(Path(whole), partial)]
+        return _in_folder(Path(whole), columns) if os.path.isdir(whole) else [_known(Path(whole), columns)]
     found = []
     for name in _expanded(whole):
         matching = [name] if os.path.exists(name) else sorted(glob.glob(name, recursive=True))
@@ -349,24 +349,24 @@ def _files(path: str | os.PathLike[str], partial: bool = False) -> list[Path]:
                 shown=True,
             )
         for file in map(Path, matching):
-            found += _in_folder(file, partial) if file.is_dir() else [_known(file, partial)]
+            found += _in_folder(file, columns) if file.is_dir() else [_known(file, columns)]
     return found
 
 
-def _opener(path: Path) -> Callable[..., _Source]:
-    return open_table if _is_named_text(path) else _OPENED[path.suffix.lower()]
+def _opener(path: Path, columns: Columns) -> Callable[..., _Source]:
+    return open_table if _is_named_text(path, columns) else _OPENED[path.suffix.lower()]
 
 
-def _is_named_text(path: Path) -> bool:
+def _is_named_text(path: Path, columns: Columns) -> bool:
     """Returns whether a .txt file is a table, as Flickr8k's captions.txt is, and not one text per line."""
-    return path.suffix.lower() == ".txt" and path.is_file() and heads_table(path)
+    return path.suffix.lower() == ".txt" and path.is_file() and heads_table(path, columns)
 
 
-def _known(path: Path, partial: bool) -> Path:
-    known = [*layouts.PICTURES, *_OPENED] if partial else [suffix for suffix in _OPENED if suffix != ".txt"]
+def _known(path: Path, columns: Columns) -> Path:
+    known = [*layouts.PICTURES, *_OPENED] if columns.partial else [suffix for suffix in _OPENED if suffix != ".txt"]
     suffix = path.suffix.lower()
-    accepted = suffix in known or _is_named_text(path)
-    if not (partial and suffix in ALL_PICTURES) and (not accepted or not path.is_file()):
+    accepted = suffix in known or _is_named_text(path, columns)
+    if not (columns.partial and suffix in ALL_PICTURES) and (not accepted or not path.is_file()):
         *others, last = known
         rule = f"Expected a {', '.join(others)} or uncompressed {last} file"
         raise bad_input(rule, str(path), "Convert or unpack it", shown=True)
@@ -387,16 +387,16 @@ def _refuse_nested(files: list[Path]) -> None:
                     )  # fmt: skip
 
 
-def _in_folder(folder: Path, partial: bool) -> list[Path]:
+def _in_folder(folder: Path, columns: Columns) -> list[Path]:
     """Returns the files of pairs in a folder, or the folder itself where images or a saved data set lie in it."""
     files = sorted(file for file in folder.iterdir() if file.is_file() and not file.name.startswith("."))
     tables = [file for file in files if file.suffix.lower() in SUFFIXES]
     texts = [file for file in files if _is_called(file) and file.suffix.lower() == ".txt" and file.stat().st_size]
-    named = [file for file in tables if _is_called(file)] or [file for file in texts if _is_named_text(file)]
+    named = [file for file in tables if _is_called(file)] or [file for file in texts if _is_named_text(file, columns)]
     shards = [file for file in files if file.suffix.lower() == ".tar"]
     others = [file for file in files if file.suffix.lower() == ".token" or file.stem.startswith("captions_")]
     if not named and shards:
-        if partial and (picture := _picture_in(folder)):
+        if columns.partial and (picture := _picture_in(folder)):
             raise bad_input(
                 "A folder to embed must hold .tar shards or images", f"{shards[0].name} and {picture} in {folder}",
                 f"Pass {folder / '*.tar'} and the images, or one of them", shown=True,
@@ -424,7 +424,7 @@ def _in_folder(folder: Path, partial: bool) -> list[Path]:
                 shown=True,
             )
         return parts
-    pictures = ALL_PICTURES if partial else layouts.PICTURES
+    pictures = ALL_PICTURES if columns.partial else layouts.PICTURES
     if any(entry.is_dir() for entry in folder.iterdir()) or any(f.suffix.lower() in pictures for f in files):
         return [folder]
     listed = ", ".join(file.name for file in files[:10]) or "no files"

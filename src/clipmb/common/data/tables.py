@@ -608,12 +608,12 @@ def _separator(path: Path, first: str, columns: Columns) -> str:
     return usual
 
 
-def heads_table(path: Path) -> bool:
+def heads_table(path: Path, columns: Columns) -> bool:
     """Returns whether the first line of a text file names columns of images and of captions, as Flickr8k's does."""
     with Lines(path) as lines:
         first = lines.first()
-    names = [name.strip() for name in first.split(_separator(path, first, Columns()))]
-    return all(Columns().first(kind, names) for kind in ("image", "caption"))
+    names = [name.strip() for name in first.split(columns.separator or _separator(path, first, columns))]
+    return all(columns.first(kind, names) for kind in ("image", "caption"))
 
 
 def undecoded(text: str) -> str | None:

@@ -150,6 +150,9 @@ def test_flickr8k_captions(tmp_path, partial, given):
     assert shown(Pairs.open(tmp_path / given, partial=partial)) == [
         (["A child , in a dress", "A girl goes ."], None, 1)
     ]
+    named = write(tmp_path / "named.txt", "photo;words\n1.png;A child\n")
+    columns = {"image_column": "photo", "caption_column": "words", "separator": ";"}
+    assert shown(Pairs.open(named, partial=partial, **columns)) == [(["A child"], None, 1)]
     texts = write(tmp_path / "texts.txt", "an image, a caption\nimage\n")
     if not partial:
         with pytest.raises(ValueError, match=r"Expected a .* file\. Received: .*texts\.txt"):
